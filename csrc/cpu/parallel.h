@@ -15,10 +15,10 @@ using ParallelRunner = void (*)(int64_t tasks, void (*body)(void* context, int64
 extern ParallelRunner parallel_runner;
 
 template <typename Body>
-inline void parallel_for(int64_t tasks, Body&& body) {
+inline void parallel_for(int64_t tasks, const Body& body) {
   parallel_runner(
-      tasks, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); },
-      const_cast<void*>(static_cast<const volatile void*>(&body)));
+      tasks, [](void* context, int64_t task) { (*static_cast<const Body*>(context))(task); },
+      const_cast<Body*>(&body));
 }
 
 }  // namespace fastgan::cpu
