@@ -1,0 +1,89 @@
+// Every operator schema, and the module fastgan._C.
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+TORCH_LIBRARY(fastgan, m) {
+  // Public. Stems as in fastgan/ops, csrc/ops and tests.
+  m.def(
+      "conv2d_bn_act(Tensor input, Tensor weight, Tensor? bias=None, Tensor? bn_weight=None, Tensor? bn_bias=None, "
+      "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, *, int[2] stride=1, int[2] padding=0, "
+      "int[2] dilation=1, int groups=1, bool training=True, float momentum=0.1, float eps=1e-5, "
+      "str activation='leaky_relu', float negative_slope=0.2) -> Tensor");
+  m.def(
+      "conv_transpose2d_bn_act(Tensor input, Tensor weight, Tensor? bias=None, Tensor? bn_weight=None, "
+      "Tensor? bn_bias=None, Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, *, int[2] stride=1, "
+      "int[2] padding=0, int[2] output_padding=0, int groups=1, int[2] dilation=1, bool training=True, "
+      "float momentum=0.1, float eps=1e-5, str activation='relu', float negative_slope=0.2) -> Tensor");
+  m.def(
+      "conv2d_act(Tensor input, Tensor weight, Tensor? bias=None, *, int[2] stride=1, int[2] padding=0, "
+      "int[2] dilation=1, int groups=1, str activation='leaky_relu', float negative_slope=0.2) -> Tensor");
+  m.def(
+      "conv_transpose2d_act(Tensor input, Tensor weight, Tensor? bias=None, *, int[2] stride=1, int[2] padding=0, "
+      "int[2] output_padding=0, int groups=1, int[2] dilation=1, str activation='relu', float negative_slope=0.2) "
+      "-> Tensor");
+
+  // What the public operators dispatch to, one for both directions of convolution.
+  // forward: (output, conv_output, mean, invstd); conv_output has shape [0] unless save_for_backward.
+  // backward: gradients of (input, weight, bias, bn_weight, bn_bias); shape [0] where output_mask says false.
+  m.def(
+      "conv_bn_act_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, int[2] stride, int[2] padding, int[2] dilation, "
+      "bool transposed, int[2] output_padding, int groups, bool training, float momentum, float eps, str activation, "
+      "float negative_slope, bool save_for_backward) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "conv_bn_act_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor conv_output, Tensor mean, "
+      "Tensor invstd, Tensor? bn_weight, Tensor? bn_bias, int[2] stride, int[2] padding, int[2] dilation, "
+      "bool transposed, int[2] output_padding, int groups, bool training, str activation, float negative_slope, "
+      "bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "conv_act_forward(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
+      "bool transposed, int[2] output_padding, int groups, str activation, float negative_slope) -> Tensor");
+  m.def(
+      "conv_act_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, int[2] stride, "
+      "int[2] padding, int[2] dilation, bool transposed, int[2] output_padding, int groups, str activation, "
+      "float negative_slope, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+}
+
+namespace {
+
+using namespace fastgan::cpu;
+
+void run_on_torch_threads(int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) body(context, task);
+  });
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < kIsaCount; ++i)
+    if (isa_available(static_cast<Isa>(i))) names.push_back(isa_name(static_cast<Isa>(i)));
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  parallel_runner = run_on_torch_threads;
+  m.doc() = "The compiled part of fastgan: importing it registers torch.ops.fastgan.*";
+  m.def("cpu_info", [] {
+    pybind11::dict info;
+    pybind11::list isas;
+    for (const std::string& name : available_isas()) isas.append(name);
+    info["cpu_isas_available"] = isas;
+    info["cpu_isa"] = isa_name(active_isa());
+#if defined(__x86_64__)
+    info["cpu_isas_compiled"] = pybind11::make_tuple("baseline", "avx2", "avx512", "avx512_bf16", "amx");
+#else
+    info["cpu_isas_compiled"] = pybind11::make_tuple("baseline");
+#endif
+    return info;
+  });
+}

@@ -1,0 +1,489 @@
+// The convolution family as torch sees it: autocast, autograd, and the CPU path from tensors to kernels.
+//
+// Training forward:   y = conv(x); mean, var of y in one pass; output = act(scale * y + shift) in one pass.
+// Training backward:  one pass over (grad, y) for the activation mask and the two batch-norm sums, one pass that
+//                     writes dy, then the convolution's gradient. Saved: x, y and 2 numbers a channel.
+#include "conv_bn_act.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/batch_norm.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/leaky_relu.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include "../cpu/bn_act.h"
+
+namespace fastgan {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+bool defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
+OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+
+// ---- the CPU path ------------------------------------------------------------------------------------------------
+
+template <typename T> struct KernelType { using type = T; };
+template <> struct KernelType<at::BFloat16> { using type = cpu::BFloat16; };
+template <> struct KernelType<at::Half> { using type = cpu::Half; };
+
+// Calls f(T()) with the kernels' storage type of dtype.
+template <typename F>
+auto with_kernel_type(at::ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case at::kDouble: return f(double());
+    case at::kBFloat16: return f(cpu::BFloat16());
+    case at::kHalf: return f(cpu::Half());
+    default: TORCH_INTERNAL_ASSERT(dtype == at::kFloat); return f(float());
+  }
+}
+
+at::ScalarType accumulate_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+at::MemoryFormat dense_format(const Tensor& tensor) {
+  return tensor.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
+}
+
+Tensor dense(const Tensor& tensor) {
+  return tensor.contiguous(tensor.is_contiguous(at::MemoryFormat::ChannelsLast) ? at::MemoryFormat::ChannelsLast
+                                                                                 : at::MemoryFormat::Contiguous);
+}
+
+cpu::BnActShape kernel_shape(const Tensor& tensor) {  // [N, C, H, W], dense
+  const int64_t plane = tensor.size(2) * tensor.size(3);
+  if (dense_format(tensor) == at::MemoryFormat::Contiguous) return {tensor.size(0), tensor.size(1), plane};
+  return {tensor.size(0) * plane, tensor.size(1), 1};
+}
+
+template <typename T> const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
+template <typename T> T* mutable_data(const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); }
+template <typename T> const T* data_or_null(const Tensor& tensor) { return tensor.defined() ? data<T>(tensor) : nullptr; }
+
+Tensor as_accumulate(const OptionalTensor& array, at::ScalarType dtype) {
+  return defined(array) ? array->to(dtype).contiguous() : Tensor();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cpu(
+    const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
+    const OptionalTensor& bn_bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
+    int64_t groups, bool training, double momentum, double eps, c10::string_view activation, double negative_slope,
+    bool save_for_backward) {
+  const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
+  const cpu::ActivationSpec act{parse_activation("conv_bn_act_forward", activation), negative_slope};
+  const Tensor y = dense(convolution(input, weight, bias, layer));  // [N, C, H, W]
+  const Tensor output = save_for_backward ? at::empty_like(y) : y;
+  const auto options = y.options().dtype(accumulate_dtype(y.scalar_type()));
+  const int64_t C = y.size(1);
+  const Tensor statistics = at::zeros({4, C}, options);  // mean, invstd, scale, shift
+  const Tensor mean = statistics[0], invstd = statistics[1], scale = statistics[2], shift = statistics[3];
+  if (y.numel() > 0) {
+    const Tensor gamma = as_accumulate(bn_weight, options.dtype().toScalarType());
+    const Tensor beta = as_accumulate(bn_bias, options.dtype().toScalarType());
+    const Tensor new_mean = as_accumulate(running_mean, options.dtype().toScalarType());
+    const Tensor new_var = as_accumulate(running_var, options.dtype().toScalarType());
+    with_kernel_type(y.scalar_type(), [&](auto tag) {
+      using T = decltype(tag);
+      using A = cpu::Accumulate<T>;
+      const auto& kernels = cpu::bn_act_kernels<T>();
+      const cpu::BnActShape shape = kernel_shape(y);
+      Tensor var;
+      if (training) {
+        var = at::empty({C}, options);
+        const Tensor workspace = at::empty({cpu::bn_act_workspace_size(shape)}, options);
+        kernels.batch_statistics(shape, data<T>(y), mutable_data<A>(mean), mutable_data<A>(var),
+                                 mutable_data<A>(workspace));
+        if (new_mean.defined())
+          cpu::update_running_statistics<A>(C, shape.outer * shape.inner, momentum, data<A>(mean), data<A>(var),
+                                            mutable_data<A>(new_mean), mutable_data<A>(new_var));
+      } else {
+        mean.copy_(new_mean);
+        var = new_var;
+      }
+      cpu::fold_statistics<A>(C, data<A>(mean), data<A>(var), data_or_null<A>(gamma), data_or_null<A>(beta), eps,
+                              mutable_data<A>(invstd), mutable_data<A>(scale), mutable_data<A>(shift));
+      kernels.scale_shift_act(shape, data<T>(y), data<A>(scale), data<A>(shift), act, mutable_data<T>(output));
+    });
+    // In place already where as_accumulate had nothing to convert.
+    if (training && defined(running_mean) && !new_mean.is_same(*running_mean)) running_mean->copy_(new_mean);
+    if (training && defined(running_var) && !new_var.is_same(*running_var)) running_var->copy_(new_var);
+  }
+  const Tensor saved = save_for_backward ? y : at::empty({0}, y.options());
+  return {output, saved, mean.clone(), invstd.clone()};
+}
+
+// The gradients the mask does not ask for come back with shape [0].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cpu(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& conv_output,
+    const Tensor& mean, const Tensor& invstd, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
+    int64_t groups, bool training, c10::string_view activation, double negative_slope,
+    std::array<bool, 5> output_mask) {
+  const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
+  const cpu::ActivationSpec act{parse_activation("conv_bn_act_backward", activation), negative_slope};
+  const Tensor& y = conv_output;
+  const Tensor grad = grad_output.contiguous(dense_format(y));
+  const Tensor dy = at::empty_like(y);
+  const int64_t C = y.size(1);
+  const Tensor sums = at::zeros({2, C}, mean.options());  // sum of dz, sum of dz * xhat
+  const Tensor rows = at::zeros({5, C}, mean.options());  // scale, shift, and the coefficients of dy
+  if (y.numel() > 0) {
+    const Tensor gamma = as_accumulate(bn_weight, mean.scalar_type());
+    const Tensor beta = as_accumulate(bn_bias, mean.scalar_type());
+    with_kernel_type(y.scalar_type(), [&](auto tag) {
+      using T = decltype(tag);
+      using A = cpu::Accumulate<T>;
+      const auto& kernels = cpu::bn_act_kernels<T>();
+      const cpu::BnActShape shape = kernel_shape(y);
+      A* r = mutable_data<A>(rows);
+      A *scale = r, *shift = r + C, *a = r + 2 * C, *b = r + 3 * C, *c0 = r + 4 * C;
+      A *sum_dz = mutable_data<A>(sums), *sum_dz_xhat = sum_dz + C;
+      cpu::fold_scale_shift<A>(C, data<A>(mean), data<A>(invstd), data_or_null<A>(gamma), data_or_null<A>(beta), scale,
+                               shift);
+      const Tensor workspace = at::empty({cpu::bn_act_workspace_size(shape)}, mean.options());
+      kernels.bn_act_backward_reduce(shape, data<T>(grad), data<T>(y), scale, shift, data<A>(mean), data<A>(invstd),
+                                     act, sum_dz, sum_dz_xhat, mutable_data<A>(workspace));
+      cpu::backward_coefficients<A>(C, shape.outer * shape.inner, training, scale, data<A>(mean), data<A>(invstd),
+                                    sum_dz, sum_dz_xhat, a, b, c0);
+      if (output_mask[0] || output_mask[1])
+        kernels.bn_act_backward_apply(shape, data<T>(grad), data<T>(y), scale, shift, a, b, c0, act,
+                                      mutable_data<T>(dy));
+    });
+  }
+  const Tensor none = at::empty({0}, y.options());
+  Tensor grad_input, grad_weight;
+  if (output_mask[0] || output_mask[1])
+    std::tie(grad_input, grad_weight) = convolution_backward(dy, input, weight, layer, {output_mask[0], output_mask[1]});
+  // Batch statistics cancel the bias, so its gradient in training mode is exactly 0.
+  Tensor grad_bias = none;
+  if (output_mask[2])
+    grad_bias = training ? at::zeros({C}, y.options()) : (rows[0] * sums[0]).to(y.scalar_type());
+  const auto parameter = [&](int64_t row, const OptionalTensor& like) {
+    return defined(like) ? sums[row].to(like->scalar_type(), /*non_blocking=*/false, /*copy=*/true) : none;
+  };
+  return {output_mask[0] ? grad_input : none, output_mask[1] ? grad_weight : none.clone(),
+          output_mask[2] ? grad_bias : none.clone(), output_mask[3] ? parameter(1, bn_weight) : none.clone(),
+          output_mask[4] ? parameter(0, bn_bias) : none.clone()};
+}
+
+Tensor conv_act_forward_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
+                            IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
+                            int64_t groups, c10::string_view activation, double negative_slope) {
+  const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
+  const cpu::ActivationSpec act{parse_activation("conv_act_forward", activation), negative_slope};
+  const Tensor y = dense(convolution(input, weight, bias, layer));
+  if (act.kind == Activation::identity || y.numel() == 0) return y;
+  const auto options = y.options().dtype(accumulate_dtype(y.scalar_type()));
+  const Tensor scale = at::ones({y.size(1)}, options), shift = at::zeros({y.size(1)}, options);
+  with_kernel_type(y.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    using A = cpu::Accumulate<T>;
+    cpu::bn_act_kernels<T>().scale_shift_act(kernel_shape(y), data<T>(y), data<A>(scale), data<A>(shift), act,
+                                             mutable_data<T>(y));
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_act_backward_cpu(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& output, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups,
+    c10::string_view activation, double negative_slope, std::array<bool, 3> output_mask) {
+  const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
+  const cpu::ActivationSpec act{parse_activation("conv_act_backward", activation), negative_slope};
+  const Tensor y = dense(output);
+  const Tensor grad = grad_output.contiguous(dense_format(y));
+  const Tensor sum = at::zeros({y.size(1)}, y.options().dtype(accumulate_dtype(y.scalar_type())));
+  Tensor dy = grad;
+  if (y.numel() > 0 && (act.kind != Activation::identity || output_mask[2])) {
+    dy = at::empty_like(y);
+    with_kernel_type(y.scalar_type(), [&](auto tag) {
+      using T = decltype(tag);
+      using A = cpu::Accumulate<T>;
+      const cpu::BnActShape shape = kernel_shape(y);
+      const Tensor workspace = at::empty({cpu::bn_act_workspace_size(shape)}, sum.options());
+      cpu::bn_act_kernels<T>().act_backward(shape, data<T>(grad), data<T>(y), act, mutable_data<T>(dy),
+                                            mutable_data<A>(sum), mutable_data<A>(workspace));
+    });
+  }
+  const Tensor none = at::empty({0}, y.options());
+  Tensor grad_input, grad_weight;
+  if (output_mask[0] || output_mask[1])
+    std::tie(grad_input, grad_weight) = convolution_backward(dy, input, weight, layer, {output_mask[0], output_mask[1]});
+  return {output_mask[0] ? grad_input : none, output_mask[1] ? grad_weight : none.clone(),
+          output_mask[2] ? sum.to(y.scalar_type(), false, /*copy=*/true) : none.clone()};
+}
+
+// ---- autograd ----------------------------------------------------------------------------------------------------
+
+// The same function from differentiable ATen operators: what backward differentiates when it must itself be
+// differentiable (gradient penalties). Evaluation mode: mean and invstd are constants.
+Tensor activate(const Tensor& z, Activation activation, double negative_slope) {
+  switch (activation) {
+    case Activation::relu: return at::relu(z);
+    case Activation::leaky_relu: return at::leaky_relu(z, negative_slope);
+    case Activation::tanh: return at::tanh(z);
+    case Activation::sigmoid: return at::sigmoid(z);
+    case Activation::identity: return z;
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+Tensor differentiable_batch_norm(const Tensor& y, const Tensor& bn_weight, const Tensor& bn_bias, const Tensor& mean,
+                                 const Tensor& invstd, bool training, double eps) {
+  if (training)
+    return at::batch_norm(y, optional(bn_weight), optional(bn_bias), std::nullopt, std::nullopt, true, 0.0, eps, false);
+  const auto channels = [](const Tensor& array) { return array.view({1, -1, 1, 1}); };
+  Tensor z = (y - channels(mean)) * channels(invstd);
+  if (bn_weight.defined()) z = z * channels(bn_weight);
+  if (bn_bias.defined()) z = z + channels(bn_bias);
+  return z.to(y.scalar_type());
+}
+
+// Gradients of output with respect to the inputs that need one, with a graph of their own.
+variable_list differentiable_gradients(const Tensor& output, const variable_list& inputs,
+                                       const std::vector<bool>& needed, const Tensor& grad_output) {
+  variable_list wanted;
+  for (size_t i = 0; i < inputs.size(); ++i)
+    if (needed[i]) wanted.push_back(inputs[i]);
+  const variable_list found = torch::autograd::grad({output}, wanted, {grad_output}, /*retain_graph=*/true,
+                                                    /*create_graph=*/true, /*allow_unused=*/true);
+  variable_list gradients(inputs.size());
+  for (size_t i = 0, next = 0; i < inputs.size(); ++i)
+    if (needed[i]) gradients[i] = found[next++];
+  return gradients;
+}
+
+void save_layer(AutogradContext* ctx, const ConvLayer& layer, std::string_view activation, double negative_slope) {
+  ctx->saved_data["stride"] = layer.stride;
+  ctx->saved_data["padding"] = layer.padding;
+  ctx->saved_data["dilation"] = layer.dilation;
+  ctx->saved_data["transposed"] = layer.transposed;
+  ctx->saved_data["output_padding"] = layer.output_padding;
+  ctx->saved_data["groups"] = layer.groups;
+  ctx->saved_data["activation"] = std::string(activation);
+  ctx->saved_data["negative_slope"] = negative_slope;
+}
+
+// Owns the lists that a ConvLayer points to.
+struct SavedLayer {
+  explicit SavedLayer(AutogradContext* ctx)
+      : stride(ctx->saved_data["stride"].toIntVector()),
+        padding(ctx->saved_data["padding"].toIntVector()),
+        dilation(ctx->saved_data["dilation"].toIntVector()),
+        output_padding(ctx->saved_data["output_padding"].toIntVector()),
+        layer{stride, padding, dilation, ctx->saved_data["transposed"].toBool(), output_padding,
+              ctx->saved_data["groups"].toInt()},
+        activation(ctx->saved_data["activation"].toStringRef()),
+        negative_slope(ctx->saved_data["negative_slope"].toDouble()) {}
+  std::vector<int64_t> stride, padding, dilation, output_padding;
+  ConvLayer layer;
+  std::string activation;
+  double negative_slope;
+};
+
+// Which of the first `count` tensors want a gradient. The graph has an edge only for those that were given.
+template <size_t count>
+std::array<bool, count> needed_gradients(AutogradContext* ctx, const variable_list& saved) {
+  std::array<bool, count> needed;
+  for (size_t i = 0, edge = 0; i < count; ++i) needed[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
+  return needed;
+}
+
+class ConvBnAct : public torch::autograd::Function<ConvBnAct> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                        const OptionalTensor& running_mean,
+                        const OptionalTensor& running_var, const ConvLayer& layer, bool training, double momentum,
+                        double eps, std::string_view activation, double negative_slope, bool save_for_backward) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static auto op = c10::Dispatcher::singleton()
+                         .findSchemaOrThrow("fastgan::conv_bn_act_forward", "")
+                         .typed<decltype(conv_bn_act_forward_cpu)>();
+    auto [output, conv_output, mean, invstd] =
+        op.call(input, weight, bias, bn_weight, bn_bias, running_mean, running_var,
+                layer.stride, layer.padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups,
+                training, momentum, eps, activation, negative_slope, save_for_backward);
+    if (save_for_backward) {
+      ctx->save_for_backward({input, weight, or_undefined(bias), or_undefined(bn_weight), or_undefined(bn_bias),
+                              conv_output, mean, invstd});
+      save_layer(ctx, layer, activation, negative_slope);
+      ctx->saved_data["training"] = training;
+      ctx->saved_data["eps"] = eps;
+    }
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &weight = saved[1], &bias = saved[2], &bn_weight = saved[3], &bn_bias = saved[4],
+                 &conv_output = saved[5], &mean = saved[6], &invstd = saved[7];
+    const SavedLayer s(ctx);
+    const bool training = ctx->saved_data["training"].toBool();
+    const auto mask = needed_gradients<5>(ctx, saved);
+    variable_list gradients(14);  // one an argument of forward; undefined for all but the first five
+    if (at::GradMode::is_enabled()) {
+      const Tensor y = convolution(input, weight, optional(bias), s.layer);
+      const Tensor z = differentiable_batch_norm(y, bn_weight, bn_bias, mean, invstd, training,
+                                                 ctx->saved_data["eps"].toDouble());
+      const auto found = differentiable_gradients(
+          activate(z, parse_activation("conv_bn_act", s.activation), s.negative_slope),
+          {input, weight, bias, bn_weight, bn_bias}, std::vector<bool>(mask.begin(), mask.end()), grad_outputs[0]);
+      std::copy(found.begin(), found.end(), gradients.begin());
+      return gradients;
+    }
+    static auto op = c10::Dispatcher::singleton()
+                         .findSchemaOrThrow("fastgan::conv_bn_act_backward", "")
+                         .typed<decltype(conv_bn_act_backward_cpu)>();
+    auto [grad_input, grad_weight, grad_bias, grad_bn_weight, grad_bn_bias] =
+        op.call(grad_outputs[0], input, weight, conv_output, mean, invstd, optional(bn_weight), optional(bn_bias),
+                s.layer.stride, s.layer.padding, s.layer.dilation, s.layer.transposed, s.layer.output_padding,
+                s.layer.groups, training, s.activation, s.negative_slope, mask);
+    const Tensor all[5] = {grad_input, grad_weight, grad_bias, grad_bn_weight, grad_bn_bias};
+    for (size_t i = 0; i < 5; ++i)
+      if (mask[i]) gradients[i] = all[i];
+    return gradients;
+  }
+};
+
+class ConvAct : public torch::autograd::Function<ConvAct> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                        const ConvLayer& layer, std::string_view activation, double negative_slope) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static auto op = c10::Dispatcher::singleton()
+                         .findSchemaOrThrow("fastgan::conv_act_forward", "")
+                         .typed<decltype(conv_act_forward_cpu)>();
+    const Tensor output =
+        op.call(input, weight, bias, layer.stride, layer.padding, layer.dilation, layer.transposed,
+                layer.output_padding, layer.groups, activation, negative_slope);
+    ctx->save_for_backward({input, weight, or_undefined(bias), output});
+    save_layer(ctx, layer, activation, negative_slope);
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &weight = saved[1], &bias = saved[2], &output = saved[3];
+    const SavedLayer s(ctx);
+    const auto mask = needed_gradients<3>(ctx, saved);
+    variable_list gradients(6);
+    if (at::GradMode::is_enabled()) {
+      const Tensor z = convolution(input, weight, optional(bias), s.layer);
+      const auto found =
+          differentiable_gradients(activate(z, parse_activation("conv_act", s.activation), s.negative_slope),
+                                   {input, weight, bias}, std::vector<bool>(mask.begin(), mask.end()), grad_outputs[0]);
+      std::copy(found.begin(), found.end(), gradients.begin());
+      return gradients;
+    }
+    static auto op = c10::Dispatcher::singleton()
+                         .findSchemaOrThrow("fastgan::conv_act_backward", "")
+                         .typed<decltype(conv_act_backward_cpu)>();
+    auto [grad_input, grad_weight, grad_bias] =
+        op.call(grad_outputs[0], input, weight, output, s.layer.stride, s.layer.padding, s.layer.dilation,
+                s.layer.transposed, s.layer.output_padding, s.layer.groups, s.activation, s.negative_slope, mask);
+    const Tensor all[3] = {grad_input, grad_weight, grad_bias};
+    for (size_t i = 0; i < 3; ++i)
+      if (mask[i]) gradients[i] = all[i];
+    return gradients;
+  }
+};
+
+// Under autocast the convolution's own tensors are cast as ATen casts a convolution's; batch norm stays as it is.
+struct AutocastTensors {
+  AutocastTensors(const Tensor& input_, const Tensor& weight_, const OptionalTensor& bias_)
+      : input(input_), weight(weight_), bias(or_undefined(bias_)) {
+    const auto device = input.device().type();
+    if (!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device)) return;
+    const auto dtype = at::autocast::get_autocast_dtype(device);
+    input = at::autocast::cached_cast(dtype, input, device);
+    weight = at::autocast::cached_cast(dtype, weight, device);
+    if (bias.defined()) bias = at::autocast::cached_cast(dtype, bias, device);
+  }
+  Tensor input, weight, bias;
+};
+
+bool any_requires_grad(std::initializer_list<Tensor> tensors) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const Tensor& tensor : tensors)
+    if (tensor.defined() && tensor.requires_grad()) return true;
+  return false;
+}
+
+}  // namespace
+
+Tensor convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvLayer& layer) {
+  return at::convolution(input, weight, bias, layer.stride, layer.padding, layer.dilation, layer.transposed,
+                         layer.output_padding, layer.groups);
+}
+
+std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                                const ConvLayer& layer, std::array<bool, 2> output_mask) {
+  // PyTorch 2.13 writes out of bounds in the channels_last CPU backward of a transposed convolution with
+  // output_padding; its contiguous path does not.
+  const bool avoid_channels_last = layer.transposed && (layer.output_padding[0] > 0 || layer.output_padding[1] > 0);
+  const auto arrange = [&](const Tensor& tensor) { return avoid_channels_last ? tensor.contiguous() : tensor; };
+  auto [grad_input, grad_weight, grad_bias] = at::convolution_backward(
+      arrange(grad), arrange(input), arrange(weight), std::nullopt, layer.stride, layer.padding, layer.dilation,
+      layer.transposed, layer.output_padding, layer.groups, {output_mask[0], output_mask[1], false});
+  return {grad_input, grad_weight};
+}
+
+Tensor conv_bn_act(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                   const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
+                   const OptionalTensor& running_var, const ConvLayer& layer, bool training, double momentum,
+                   double eps, std::string_view activation, double negative_slope) {
+  parse_activation(op, activation);
+  const AutocastTensors t(input, weight, bias);
+  check_conv(op, t.input, t.weight, optional(t.bias), layer);
+  check_batch_norm(op, t.input, t.weight, bn_weight, bn_bias, running_mean, running_var, layer, training, momentum,
+                   eps);
+  const bool batched = t.input.dim() == 4;
+  const bool save = any_requires_grad({t.input, t.weight, t.bias, or_undefined(bn_weight), or_undefined(bn_bias)});
+  const Tensor output = ConvBnAct::apply(batched ? t.input : t.input.unsqueeze(0), t.weight, optional(t.bias),
+                                         bn_weight, bn_bias, running_mean, running_var, layer, training, momentum, eps,
+                                         activation, negative_slope, save);
+  return batched ? output : output.squeeze(0);
+}
+
+Tensor conv_act(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                const ConvLayer& layer, std::string_view activation, double negative_slope) {
+  const Activation kind = parse_activation(op, activation);
+  const AutocastTensors t(input, weight, bias);
+  check_conv(op, t.input, t.weight, optional(t.bias), layer);
+  const bool batched = t.input.dim() == 4;
+  const Tensor x = batched ? t.input : t.input.unsqueeze(0);
+  // With a negative slope below 0 the output does not tell the sign of its argument, which the fused backward needs.
+  const bool composed = kind == Activation::leaky_relu && !(negative_slope >= 0);
+  const Tensor output = composed ? at::leaky_relu(convolution(x, t.weight, optional(t.bias), layer), negative_slope)
+                                 : ConvAct::apply(x, t.weight, optional(t.bias), layer, activation, negative_slope);
+  return batched ? output : output.squeeze(0);
+}
+
+TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
+  m.impl("conv_bn_act_forward", &conv_bn_act_forward_cpu);
+  m.impl("conv_bn_act_backward", &conv_bn_act_backward_cpu);
+  m.impl("conv_act_forward", &conv_act_forward_cpu);
+  m.impl("conv_act_backward", &conv_act_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(fastgan, Autograd, m) {
+  for (const char* name : {"conv_bn_act_forward", "conv_bn_act_backward", "conv_act_forward", "conv_act_backward"})
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace fastgan

@@ -1,0 +1,53 @@
+// What conv2d_bn_act, conv_transpose2d_bn_act and their forms without batch norm share: one description of the
+// layer, one set of checks, one autograd function. The four public operators differ only in how they fill ConvLayer.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <string_view>
+#include <tuple>
+
+#include "../activation.h"
+
+namespace fastgan {
+
+using at::IntArrayRef;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// The arguments of a convolution after its tensors, two numbers each for height and width.
+struct ConvLayer {
+  IntArrayRef stride, padding, dilation;
+  bool transposed;
+  IntArrayRef output_padding;
+  int64_t groups;
+};
+
+// "relu" -> Activation::relu; an unknown name is an error that lists the known ones.
+Activation parse_activation(const char* op, std::string_view name);
+
+// Every check of shapes, dtypes, devices and numbers. Throws with the name of the argument at fault.
+void check_conv(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                const ConvLayer& layer);
+void check_batch_norm(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bn_weight,
+                      const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
+                      const OptionalTensor& running_var, const ConvLayer& layer, bool training, double momentum,
+                      double eps);
+
+// The convolution itself and its gradient. Today's main loop is ATen's (oneDNN on the CPU, cuDNN on CUDA); a kernel
+// of ours replaces it here.
+Tensor convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvLayer& layer);
+// grad_input, grad_weight; undefined where the mask says false
+std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                                const ConvLayer& layer, std::array<bool, 2> output_mask);
+
+// Differentiable entry points. Unbatched [C, H, W] input is accepted.
+Tensor conv_bn_act(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                   const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
+                   const OptionalTensor& running_var, const ConvLayer& layer, bool training, double momentum,
+                   double eps, std::string_view activation, double negative_slope);
+Tensor conv_act(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                const ConvLayer& layer, std::string_view activation, double negative_slope);
+
+}  // namespace fastgan

@@ -1,0 +1,40 @@
+// conv_transpose2d_bn_act and conv_transpose2d_act: transposed convolution [+ batch norm] + activation.
+#include <torch/library.h>
+
+#include "conv_bn_act.h"
+
+namespace fastgan {
+namespace {
+
+Tensor conv_transpose2d_bn_act(const Tensor& input,              // [N, C_in, H, W] or [C_in, H, W]
+                               const Tensor& weight,             // [C_in, C_out / groups, kH, kW]
+                               const OptionalTensor& bias,       // [C_out]
+                               const OptionalTensor& bn_weight,  // [C_out]
+                               const OptionalTensor& bn_bias,    // [C_out]
+                               const OptionalTensor& running_mean,  // [C_out], updated when training
+                               const OptionalTensor& running_var,   // [C_out], updated when training
+                               IntArrayRef stride, IntArrayRef padding, IntArrayRef output_padding, int64_t groups,
+                               IntArrayRef dilation, bool training, double momentum, double eps,
+                               c10::string_view activation, double negative_slope) {
+  const ConvLayer layer{stride, padding, dilation, /*transposed=*/true, output_padding, groups};
+  return conv_bn_act("conv_transpose2d_bn_act", input, weight, bias, bn_weight, bn_bias, running_mean, running_var,
+                     layer, training, momentum, eps, activation, negative_slope);
+}
+
+Tensor conv_transpose2d_act(const Tensor& input,         // [N, C_in, H, W] or [C_in, H, W]
+                            const Tensor& weight,        // [C_in, C_out / groups, kH, kW]
+                            const OptionalTensor& bias,  // [C_out]
+                            IntArrayRef stride, IntArrayRef padding, IntArrayRef output_padding, int64_t groups,
+                            IntArrayRef dilation, c10::string_view activation, double negative_slope) {
+  const ConvLayer layer{stride, padding, dilation, /*transposed=*/true, output_padding, groups};
+  return conv_act("conv_transpose2d_act", input, weight, bias, layer, activation, negative_slope);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastgan, CompositeImplicitAutograd, m) {
+  m.impl("conv_transpose2d_bn_act", &conv_transpose2d_bn_act);
+  m.impl("conv_transpose2d_act", &conv_transpose2d_act);
+}
+
+}  // namespace fastgan

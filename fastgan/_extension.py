@@ -1,0 +1,92 @@
+"""Loading of the compiled extension, and what is known about it."""
+
+import os
+import warnings
+
+import torch
+
+try:
+    from fastgan import _build_config
+except ImportError:
+    _build_config = None
+
+_C = None
+_missing_reason = None
+
+
+def _release(version):
+    return version.split("+")[0]
+
+
+if _build_config is None:
+    _missing_reason = "fastgan was not installed (no compiled extension beside the sources); run `pip install .`"
+elif _release(_build_config.TORCH_VERSION) != _release(torch.__version__):
+    raise ImportError(
+        f"fastgan {_build_config.VERSION} was built against PyTorch {_build_config.TORCH_VERSION}, but PyTorch "
+        f"{torch.__version__} is installed. Build it again against this one:\n"
+        "    pip install --force-reinstall --no-deps .      (in the folder of fastgan's sources)"
+    )
+else:
+    try:
+        from fastgan import _C
+    except ImportError as error:
+        _missing_reason = f"the compiled extension could not be loaded: {error}"
+
+_DEVICES = frozenset() if _C is None else frozenset({"cpu", "cuda"} if _build_config.CUDA_KERNELS else {"cpu"})
+_warned = set()
+
+
+def has_kernels(device_type):
+    """Whether compiled kernels exist for tensors on `device_type` ("cpu", "cuda", ...)."""
+    return device_type in _DEVICES
+
+
+def why_no_kernels(device_type):
+    """The cause, for warnings, errors and build_info(); None where there are kernels."""
+    if has_kernels(device_type):
+        return None
+    if _C is None:
+        return _missing_reason
+    if device_type == "cuda":
+        return f"the CUDA kernels were not built: {_build_config.CUDA_REASON}"
+    return f"fastgan has kernels for cpu and cuda, not for {device_type}"
+
+
+def leave_fast_path(op, reason):
+    """Called where plain PyTorch runs in place of a fused kernel: one warning a cause, or an error under
+    FASTGAN_STRICT=1."""
+    if os.environ.get("FASTGAN_STRICT") == "1":
+        raise RuntimeError(f"{op}: FASTGAN_STRICT=1 and this call would run plain PyTorch: {reason}")
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"fastgan runs {op} in plain PyTorch: {reason}", RuntimeWarning, stacklevel=3)
+
+
+def build_info():
+    """What this installation of fastgan is made of.
+
+    Returns:
+        dict: ``version``; ``torch_version`` and ``cuda_version`` it was built against (None: not built, or without
+        CUDA) and ``torch_running``; ``cpu_kernels``, ``cpu_isas_compiled``, ``cpu_isas_available`` (on this machine),
+        ``cpu_isa`` (the one in use; environment variable FASTGAN_CPU_ISA overrides it); ``cuda_kernels``,
+        ``cuda_architectures`` and ``cuda_reason``, which says why the CUDA kernels are there or not;
+        ``cpu_reason`` where the CPU kernels are missing.
+    """
+    config = _build_config
+    info = {
+        "version": config.VERSION if config else None,
+        "torch_version": config.TORCH_VERSION if config else None,
+        "torch_running": torch.__version__,
+        "cpu_kernels": _C is not None,
+        "cpu_reason": _missing_reason,
+        "cpu_isas_compiled": (),
+        "cpu_isas_available": (),
+        "cpu_isa": None,
+        "cuda_version": config.CUDA_VERSION if config else None,
+        "cuda_architectures": config.CUDA_ARCHITECTURES if config else (),
+        "cuda_kernels": has_kernels("cuda"),
+        "cuda_reason": config.CUDA_REASON if config else _missing_reason,
+    }
+    if _C is not None:
+        info.update(_C.cpu_info())
+    return info

@@ -1,0 +1,121 @@
+"""What the operators of the convolution family share: arguments, references, fake kernels."""
+
+import torch
+import torch.nn.functional as F
+
+from fastgan import _extension
+
+ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "identity")
+
+
+def activate(op, z, activation, negative_slope):
+    """The activation by name, in plain PyTorch."""
+    if activation == "relu":
+        return F.relu(z)
+    if activation == "leaky_relu":
+        return F.leaky_relu(z, negative_slope)
+    if activation == "tanh":
+        return torch.tanh(z)
+    if activation == "sigmoid":
+        return torch.sigmoid(z)
+    if activation == "identity":
+        return z
+    raise ValueError(f"{op}: activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+
+
+def batch_norm(y, running_mean, running_var, weight, bias, training, momentum, eps):
+    """F.batch_norm, also for unbatched [C, H, W]."""
+    batched = y if y.dim() == 4 else y.unsqueeze(0)
+    z = F.batch_norm(batched, running_mean, running_var, weight, bias, training, momentum, eps)
+    return z if y.dim() == 4 else z.squeeze(0)
+
+
+def explicit_padding(op, input, weight, stride, padding, dilation):
+    """Turns padding="same" / "valid" of F.conv2d into numbers. Returns (input, padding); input is padded here where
+    "same" is not symmetric."""
+    if padding == "valid":
+        return input, 0
+    if padding != "same":
+        raise ValueError(f"{op}: padding must be an integer, a pair of integers, 'same' or 'valid', got {padding!r}")
+    if any(step != 1 for step in _pair(stride)):
+        raise ValueError(f"{op}: padding='same' needs stride 1, got {stride}")
+    totals = [step * (size - 1) for step, size in zip(_pair(dilation), weight.shape[2:])]
+    if any(total % 2 for total in totals):
+        # F.pad takes (left, right, top, bottom); the odd row or column goes to the end, as in F.conv2d.
+        input = F.pad(input, [0, totals[1] % 2, 0, totals[0] % 2])
+    return input, [total // 2 for total in totals]
+
+
+def _pair(value):
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def fast_path(op, input):
+    """Whether the fused kernels run on `input`; where not, says so once."""
+    device_type = input.device.type
+    if _extension.has_kernels(device_type) or device_type == "meta":
+        return _extension.has_kernels("cpu")
+    _extension.leave_fast_path(op, _extension.why_no_kernels(device_type))
+    return False
+
+
+if _extension.has_kernels("cpu"):
+
+    def _fake_conv(input, weight, stride, padding, dilation, transposed, output_padding, groups):
+        """Shape of the output by ATen's own rule; its format is channels_last if that of input or weight is."""
+        y = torch.ops.aten.convolution(
+            input, weight, None, stride, padding, dilation, transposed, output_padding, groups
+        )
+        return y.contiguous(memory_format=torch._prims_common.suggest_memory_format(y))
+
+    def _statistics_dtype(y):
+        return torch.float64 if y.dtype == torch.float64 else torch.float32
+
+    @torch.library.register_fake("fastgan::conv_bn_act_forward")
+    def _(
+        input, weight, bias, bn_weight, bn_bias, running_mean, running_var,
+        stride, padding, dilation, transposed, output_padding, groups,
+        training, momentum, eps, activation, negative_slope, save_for_backward,
+    ):  # fmt: skip
+        y = _fake_conv(input, weight, stride, padding, dilation, transposed, output_padding, groups)
+        mean = y.new_empty([y.shape[1]], dtype=_statistics_dtype(y))
+        saved = torch.empty_like(y) if save_for_backward else y.new_empty([0])
+        return y, saved, mean, torch.empty_like(mean)
+
+    @torch.library.register_fake("fastgan::conv_bn_act_backward")
+    def _(
+        grad_output, input, weight, conv_output, mean, invstd, bn_weight, bn_bias,
+        stride, padding, dilation, transposed, output_padding, groups,
+        training, activation, negative_slope, output_mask,
+    ):  # fmt: skip
+        def like(tensor, wanted):
+            return torch.empty_like(tensor) if wanted and tensor is not None else conv_output.new_empty([0])
+
+        bias = conv_output.new_empty([conv_output.shape[1] if output_mask[2] else 0])
+        return (
+            *_fake_conv_gradients(conv_output, input, weight, output_mask),
+            bias,
+            like(bn_weight, output_mask[3]),
+            like(bn_bias, output_mask[4]),
+        )
+
+    @torch.library.register_fake("fastgan::conv_act_forward")
+    def _(
+        input, weight, bias, stride, padding, dilation, transposed, output_padding, groups, activation, negative_slope
+    ):
+        return _fake_conv(input, weight, stride, padding, dilation, transposed, output_padding, groups)
+
+    @torch.library.register_fake("fastgan::conv_act_backward")
+    def _(
+        grad_output, input, weight, output, stride, padding, dilation, transposed, output_padding, groups,
+        activation, negative_slope, output_mask,
+    ):  # fmt: skip
+        bias = output.new_empty([output.shape[1] if output_mask[2] else 0])
+        return (*_fake_conv_gradients(output, input, weight, output_mask), bias)
+
+    def _fake_conv_gradients(y, input, weight, output_mask):
+        none = y.new_empty([0])
+        return (
+            torch.empty_like(input) if output_mask[0] else none,
+            torch.empty_like(weight) if output_mask[1] else none.clone(),
+        )

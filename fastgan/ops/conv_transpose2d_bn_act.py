@@ -1,0 +1,83 @@
+"""Transposed convolution [+ batch norm] + activation: the layer of a DCGAN generator."""
+
+import torch
+import torch.nn.functional as F
+
+from fastgan.ops._conv import activate, batch_norm, fast_path
+
+
+def conv_transpose2d_bn_act(
+    input, weight, bias=None, bn_weight=None, bn_bias=None, running_mean=None, running_var=None, *,
+    stride=1, padding=0, output_padding=0, groups=1, dilation=1, training=True, momentum=0.1, eps=1e-5,
+    activation="relu", negative_slope=0.2,
+):  # fmt: skip
+    """``activation(batch_norm(conv_transpose2d(input)))`` as one operator.
+
+    Args:
+        input: ``[N, C_in, H, W]`` or ``[C_in, H, W]``; float32, bfloat16, float16 or float64; any strides.
+        weight: ``[C_in, C_out / groups, kH, kW]``, dtype of input.
+        bias: ``[C_out]``, dtype of input.
+        bn_weight, bn_bias: ``[C_out]``, scale and shift of batch norm; dtype of input, or float32 beside a lower
+            precision input. None: 1 and 0.
+        running_mean, running_var: ``[C_out]``, same dtypes. Updated in place when training (the variance unbiased);
+            used for normalisation when not.
+        stride, dilation: int or pair, at least 1.
+        padding: int or pair, at least 0.
+        output_padding: int or pair, at least 0 and smaller than stride or dilation.
+        groups: divides C_in and C_out.
+        training, momentum, eps, activation, negative_slope: as in :func:`fastgan.ops.conv2d_bn_act`.
+
+    Returns:
+        ``[N, C_out, H_out, W_out]`` (no N for unbatched input) with the dtype of input and the memory format that
+        ``F.conv_transpose2d`` gives; ``H_out = (H - 1) * stride - 2 * padding + dilation * (kH - 1) +
+        output_padding + 1``.
+
+    Derivatives and errors as in :func:`fastgan.ops.conv2d_bn_act`.
+
+    Batch normalisation: Ioffe and Szegedy 2015, algorithm 1. As generator layer: Radford et al. 2015, section 3.
+    """
+    op = "conv_transpose2d_bn_act"
+    run = torch.ops.fastgan.conv_transpose2d_bn_act if fast_path(op, input) else conv_transpose2d_bn_act_reference
+    return run(
+        input, weight, bias, bn_weight, bn_bias, running_mean, running_var,
+        stride=stride, padding=padding, output_padding=output_padding, groups=groups, dilation=dilation,
+        training=training, momentum=momentum, eps=eps, activation=activation, negative_slope=negative_slope,
+    )  # fmt: skip
+
+
+def conv_transpose2d_bn_act_reference(
+    input, weight, bias=None, bn_weight=None, bn_bias=None, running_mean=None, running_var=None, *,
+    stride=1, padding=0, output_padding=0, groups=1, dilation=1, training=True, momentum=0.1, eps=1e-5,
+    activation="relu", negative_slope=0.2,
+):  # fmt: skip
+    """conv_transpose2d_bn_act in plain PyTorch: the fallback where there are no kernels, and the tests' oracle."""
+    y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    z = batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    return activate("conv_transpose2d_bn_act", z, activation, negative_slope)
+
+
+def conv_transpose2d_act(
+    input, weight, bias=None, *, stride=1, padding=0, output_padding=0, groups=1, dilation=1,
+    activation="relu", negative_slope=0.2,
+):  # fmt: skip
+    """``activation(conv_transpose2d(input))`` as one operator: the generator's last layer. Arguments, errors and
+    derivatives as in :func:`conv_transpose2d_bn_act`.
+
+    Returns:
+        ``[N, C_out, H_out, W_out]`` (no N for unbatched input), dtype of input.
+    """
+    op = "conv_transpose2d_act"
+    run = torch.ops.fastgan.conv_transpose2d_act if fast_path(op, input) else conv_transpose2d_act_reference
+    return run(
+        input, weight, bias, stride=stride, padding=padding, output_padding=output_padding, groups=groups,
+        dilation=dilation, activation=activation, negative_slope=negative_slope,
+    )  # fmt: skip
+
+
+def conv_transpose2d_act_reference(
+    input, weight, bias=None, *, stride=1, padding=0, output_padding=0, groups=1, dilation=1,
+    activation="relu", negative_slope=0.2,
+):  # fmt: skip
+    """conv_transpose2d_act in plain PyTorch: the fallback where there are no kernels, and the tests' oracle."""
+    y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return activate("conv_transpose2d_act", y, activation, negative_slope)
