@@ -1,6 +1,7 @@
 """Fused operators. Each is a function of tensors with its plain-PyTorch reference beside it."""
 
+from fastgan.ops._conv import ACTIVATIONS
 from fastgan.ops.conv2d_bn_act import conv2d_act, conv2d_bn_act
 from fastgan.ops.conv_transpose2d_bn_act import conv_transpose2d_act, conv_transpose2d_bn_act
 
-__all__ = ["conv2d_act", "conv2d_bn_act", "conv_transpose2d_act", "conv_transpose2d_bn_act"]
+__all__ = ["ACTIVATIONS", "conv2d_act", "conv2d_bn_act", "conv_transpose2d_act", "conv_transpose2d_bn_act"]

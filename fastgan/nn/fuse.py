@@ -1,0 +1,156 @@
+"""fuse(): makes the convolution runs inside somebody's nn.Sequential run on the fused operators."""
+
+import copy
+import functools
+
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+from fastgan import _extension, ops
+from fastgan.nn.modules import conv_arguments, run_batch_norm_layer
+
+_ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fuse(module, inplace=False):
+    """Makes every run ``ConvTranspose2d | Conv2d [+ BatchNorm2d] [+ ReLU | LeakyReLU | Tanh | Sigmoid]`` inside any
+    ``nn.Sequential`` of `module`, at any depth, run on the fused operators.
+
+    Only the way the Sequentials compute changes. All layers stay where they were, with their names, parameters,
+    buffers, hooks and modes: state_dict keys, initialisation by ``apply``, ``train()``/``eval()``, optimizers built
+    before or after, deep copies, pickles and ``torch.func.functional_call`` work as before, and outputs, gradients
+    and running statistics agree with the plain module's to rounding. What cannot be fused runs as it did: layers with
+    hooks, parametrizations (spectral or weight norm), subclasses of the layers named above, padding modes other than
+    zeros. That is decided at each call, so hooks added later are honoured.
+
+    Args:
+        module: the ``nn.Module`` to fuse.
+        inplace: change `module` itself and return it. Otherwise a new module is returned and `module` is left as it
+            is; the two **share parameters and buffers**, so an optimizer built on `module` trains both. For an
+            independent network pass ``copy.deepcopy(module)``.
+
+    Returns:
+        The fused module. Fusing it again changes nothing.
+
+    Raises:
+        TypeError: `module` is not an ``nn.Module``.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"fuse: module must be a torch.nn.Module, got {type(module).__name__}")
+    if not inplace:
+        tensors = [*module.parameters(), *module.buffers()]
+        module = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    for child in module.modules():
+        if isinstance(child, nn.Sequential) and type(child).forward is nn.Sequential.forward:
+            child.__class__ = _fused_class(type(child))
+    return module
+
+
+class FusedSequential:
+    """What fuse() mixes into the class of an nn.Sequential."""
+
+    def forward(self, input):
+        children = list(self)
+        position = 0
+        while position < len(children):
+            layers = []
+            if _fusable_input(input):
+                while (layer := _match(children, position)) is not None:
+                    layers.append(layer)
+                    position += layer.length
+            if layers:
+                input = _run(layers, input)
+            else:
+                input = children[position](input)
+                position += 1
+        return input
+
+    def __reduce__(self):
+        return _rebuild, (type(self).__bases__[1],), self.__dict__
+
+
+@functools.cache
+def _fused_class(base):
+    return type(f"Fused{base.__name__}", (FusedSequential, base), {"__module__": base.__module__})
+
+
+def _rebuild(base):
+    cls = _fused_class(base)
+    return cls.__new__(cls)
+
+
+class _Layer:
+    """One convolution with what is fused to it: children[position : position + length]."""
+
+    def __init__(self, conv, bn, activation):
+        self.conv, self.bn, self.activation = conv, bn, activation
+        self.length = 1 + (bn is not None) + (activation is not None)
+
+    def run(self, input):
+        transposed = type(self.conv) is nn.ConvTranspose2d
+        arguments = conv_arguments(self.conv)
+        arguments["activation"] = "identity" if self.activation is None else _ACTIVATIONS[type(self.activation)]
+        if isinstance(self.activation, nn.LeakyReLU):
+            arguments["negative_slope"] = self.activation.negative_slope
+        if self.bn is None:
+            operator = ops.conv_transpose2d_act if transposed else ops.conv2d_act
+            return operator(input, self.conv.weight, self.conv.bias, **arguments)
+        operator = ops.conv_transpose2d_bn_act if transposed else ops.conv2d_bn_act
+        return run_batch_norm_layer(operator, input, self.conv, self.bn, arguments)
+
+
+def _run(layers, input):
+    """A run of fused layers. On the CPU they work in channels_last between themselves, where the convolutions are
+    faster; what leaves has the format that the plain layers would have given it."""
+    convert = (
+        input.device.type == "cpu"
+        and input.is_contiguous()
+        and not input.is_contiguous(memory_format=torch.channels_last)
+    )
+    if convert:
+        input = input.contiguous(memory_format=torch.channels_last)
+    for layer in layers:
+        input = layer.run(input)
+    return input.contiguous() if convert else input
+
+
+def _fusable_input(input):
+    return (
+        isinstance(input, torch.Tensor)
+        and input.dim() == 4
+        and input.dtype in _DTYPES
+        and input.layout == torch.strided
+        and _extension.has_kernels(input.device.type)
+    )
+
+
+def _match(children, position):
+    """The fusable layer that starts at children[position], or None."""
+    if position >= len(children):
+        return None
+    conv = children[position]
+    if type(conv) not in (nn.Conv2d, nn.ConvTranspose2d) or conv.padding_mode != "zeros" or not _plain(conv):
+        return None
+    bn = activation = None
+    position += 1
+    if position < len(children) and type(children[position]) is nn.BatchNorm2d and _plain(children[position]):
+        bn = children[position]
+        position += 1
+    if position < len(children) and type(children[position]) in _ACTIVATIONS and _plain(children[position]):
+        activation = children[position]
+    return _Layer(conv, bn, activation)
+
+
+def _plain(child):
+    """Whether calling `child` does nothing but its own class's forward."""
+    if any(getattr(child, hooks, None) for hooks in _HOOKS) or "forward" in child.__dict__:
+        return False
+    return not (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )

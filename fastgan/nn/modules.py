@@ -1,0 +1,112 @@
+"""Modules over the fused operators of the convolution family."""
+
+from torch import nn
+
+from fastgan import ops
+
+
+def run_batch_norm_layer(operator, input, conv, bn, arguments):
+    """Calls a *_bn_act operator with the tensors of `conv` and the state of `bn`, keeping nn.BatchNorm2d's rules for
+    running statistics. Nothing is changed if the operator raises."""
+    uses_batch = bn.training or (bn.running_mean is None and bn.running_var is None)
+    tracks = not bn.training or bn.track_running_stats
+    counts = bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
+    if bn.momentum is not None:
+        momentum = bn.momentum
+    else:  # cumulative average
+        momentum = 1.0 / float(bn.num_batches_tracked + 1) if counts else 0.0
+    output = operator(
+        input, conv.weight, conv.bias, bn.weight, bn.bias,
+        bn.running_mean if tracks else None, bn.running_var if tracks else None,
+        training=uses_batch, momentum=momentum, eps=bn.eps, **arguments,
+    )  # fmt: skip
+    if counts:
+        bn.num_batches_tracked.add_(1)
+    return output
+
+
+class _ConvBNAct2d(nn.Module):
+    """Convolution `conv`, batch norm `bn` and an activation, run as one operator."""
+
+    def extra_repr(self):
+        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
+        return f"activation={self.activation!r}{slope}"
+
+    def _build(self, conv, eps, momentum, affine, track_running_stats, device, dtype, activation, negative_slope):
+        if activation not in ops.ACTIVATIONS:
+            raise ValueError(
+                f"{type(self).__name__}: activation must be one of {', '.join(map(repr, ops.ACTIVATIONS))}, "
+                f"got {activation!r}"
+            )
+        if conv.padding_mode != "zeros":
+            raise ValueError(f"{type(self).__name__}: padding_mode must be 'zeros', got {conv.padding_mode!r}")
+        self.conv = conv
+        self.bn = nn.BatchNorm2d(conv.out_channels, eps, momentum, affine, track_running_stats, device, dtype)
+        self.activation = activation
+        self.negative_slope = negative_slope
+
+
+class ConvBNAct2d(_ConvBNAct2d):
+    """``activation(BatchNorm2d(Conv2d(input)))`` as one operator, :func:`fastgan.ops.conv2d_bn_act`.
+
+    Arguments are those of :class:`torch.nn.Conv2d` (bias defaults to False: batch norm cancels it), then those of
+    :class:`torch.nn.BatchNorm2d`, then ``activation`` ("relu", "leaky_relu", "tanh", "sigmoid", "identity") and
+    ``negative_slope``. The children are ``conv`` and ``bn``, plain PyTorch layers that hold the parameters.
+
+    Shapes: input ``[N, in_channels, H, W]``, output ``[N, out_channels, H_out, W_out]``.
+    """
+
+    def __init__(
+        self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=False,
+        padding_mode="zeros", device=None, dtype=None, *, eps=1e-5, momentum=0.1, affine=True,
+        track_running_stats=True, activation="leaky_relu", negative_slope=0.2,
+    ):  # fmt: skip
+        super().__init__()
+        conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self._build(conv, eps, momentum, affine, track_running_stats, device, dtype, activation, negative_slope)
+
+    def forward(self, input):
+        return run_batch_norm_layer(
+            ops.conv2d_bn_act, input, self.conv, self.bn,
+            dict(conv_arguments(self.conv), activation=self.activation, negative_slope=self.negative_slope),
+        )  # fmt: skip
+
+
+class ConvTransposeBNAct2d(_ConvBNAct2d):
+    """``activation(BatchNorm2d(ConvTranspose2d(input)))`` as one operator,
+    :func:`fastgan.ops.conv_transpose2d_bn_act`.
+
+    Arguments are those of :class:`torch.nn.ConvTranspose2d` (bias defaults to False: batch norm cancels it), then
+    those of :class:`torch.nn.BatchNorm2d`, then ``activation`` and ``negative_slope``. The children are ``conv`` and
+    ``bn``, plain PyTorch layers that hold the parameters.
+
+    Shapes: input ``[N, in_channels, H, W]``, output ``[N, out_channels, H_out, W_out]``.
+    """
+
+    def __init__(
+        self, in_channels, out_channels, kernel_size, stride=1, padding=0, output_padding=0, groups=1, bias=False,
+        dilation=1, padding_mode="zeros", device=None, dtype=None, *, eps=1e-5, momentum=0.1, affine=True,
+        track_running_stats=True, activation="relu", negative_slope=0.2,
+    ):  # fmt: skip
+        super().__init__()
+        conv = nn.ConvTranspose2d(
+            in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
+            padding_mode, device, dtype,
+        )  # fmt: skip
+        self._build(conv, eps, momentum, affine, track_running_stats, device, dtype, activation, negative_slope)
+
+    def forward(self, input):
+        return run_batch_norm_layer(
+            ops.conv_transpose2d_bn_act, input, self.conv, self.bn,
+            dict(conv_arguments(self.conv), activation=self.activation, negative_slope=self.negative_slope),
+        )  # fmt: skip
+
+
+def conv_arguments(conv):
+    """The keyword arguments of the operator that does what `conv` (nn.Conv2d or nn.ConvTranspose2d) does."""
+    arguments = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups)
+    if isinstance(conv, nn.ConvTranspose2d):
+        arguments["output_padding"] = conv.output_padding
+    return arguments
