@@ -57,7 +57,8 @@ def load_checkpoint(path: Path, family: str) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     # torch.load raises RuntimeError, UnpicklingError, EOFError, OSError and more on damaged files.
     except Exception as error:
-        raise TrainingError(f"{path}: damaged, or not a checkpoint ({str(error).splitlines()[0]})") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise TrainingError(f"{path}: damaged, or not a checkpoint ({reason})") from error
     if not isinstance(state, dict) or "family" not in state:
         raise TrainingError(f"{path}: not a checkpoint of a fastgan run")
     if state["family"] != family:

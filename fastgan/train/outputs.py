@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,15 @@ def prepare_folder(folder: Path) -> None:
             print(f"{folder} held an earlier run: moved to {aside}")
     except OSError as error:
         raise TrainingError(f"--output {folder}: cannot be written to ({error.strerror or error})") from error
+
+
+def copy_history(source: Path, folder: Path) -> None:
+    """Copy the metrics and sample grids of a run that goes on in another folder. Raises TrainingError."""
+    try:
+        shutil.copytree(source / "samples", folder / "samples")
+        shutil.copy(source / "metrics.jsonl", folder)
+    except OSError as error:
+        raise TrainingError(f"{source} cannot be copied to {folder}: {error.strerror or error}") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import math
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,9 @@ from fastgan.data import Batch, Batches, ImageDataset
 from fastgan.losses import discriminator_loss, generator_loss
 from fastgan.train.checkpoint import TrainingError, save_checkpoint
 from fastgan.train.config import PRECISIONS, TrainConfig
+from fastgan.train.nonfinite import locate_nonfinite
 from fastgan.train.outputs import (
-    Metrics, Progress, prepare_folder, save_animation, save_curves, save_grid, write_json,
+    Metrics, Progress, copy_history, prepare_folder, save_animation, save_curves, save_grid, write_json,
 )
 
 GRID_IMAGES = 64
@@ -120,45 +122,49 @@ class Trainer:
             KeyboardInterrupt, SystemExit: the run was interrupted and saved.
         """
         steps_per_epoch = len(self.batches)
+        checkpoint_every = self.config.checkpoint_every or steps_per_epoch
         progress = Progress(self.step, self.total_steps)
-        drawn = clock = time.monotonic()
-        timed_steps = 0
+        drawn = time.monotonic()
+        timed_steps, seconds = 0, 0.0
         with _deferred_signals() as received, contextlib.closing(progress):
-            while self.step < self.total_steps and not received:
-                epoch, start = divmod(self.step, steps_per_epoch)
-                for batch in self.batches.epoch(epoch, start):
-                    figures = self.train_step(batch)
-                    self.step += 1
-                    timed_steps += 1
-                    progress.advance()
-                    epoch_ends = self.step % steps_per_epoch == 0
-                    run_ends = self.step == self.total_steps or bool(received)
-                    if epoch_ends or run_ends or self.step % self.config.log_every == 0:
-                        record = {"step": self.step, "epoch": epoch + 1}
-                        record |= {name: float(figure) for name, figure in figures.items()}
-                        speed = timed_steps * self.config.batch_size / (time.monotonic() - clock)
-                        if epoch_ends:
-                            record |= self.objective.evaluate(self)
-                        record["images_per_second"] = round(speed, 1)
-                        self.metrics.append(record)
-                        progress.show(record, always=epoch_ends or run_ends)
-                        clock, timed_steps = time.monotonic(), 0
-                    if epoch_ends or run_ends:
-                        save_grid(self.output / "samples" / f"epoch_{epoch + 1:04d}.png", self.samples(self.grid_noise))
-                        if run_ends or time.monotonic() - drawn > DRAWING_INTERVAL:
-                            self._draw()
-                            drawn = time.monotonic()
-                    every = self.config.checkpoint_every
-                    if run_ends or (self.step % every == 0 if every else epoch_ends):
-                        self.save()
-                        clock, timed_steps = time.monotonic(), 0
-                    if run_ends:
-                        break
+            for epoch, batch in self._remaining_batches():
+                started = time.monotonic()
+                figures = self.train_step(batch)
+                seconds += time.monotonic() - started
+                timed_steps += 1
+                self.step += 1
+                progress.advance()
+                run_ends = self.step == self.total_steps or bool(received)
+                epoch_ends = self.step % steps_per_epoch == 0
+                if run_ends or epoch_ends or self.step % self.config.log_every == 0:
+                    record = {"step": self.step, "epoch": epoch + 1}
+                    record |= {name: float(figure) for name, figure in figures.items()}
+                    record |= self.objective.evaluate(self) if epoch_ends else {}
+                    record["images_per_second"] = round(timed_steps * self.config.batch_size / seconds, 1)
+                    timed_steps, seconds = 0, 0.0
+                    self.metrics.append(record)
+                    progress.show(record, always=run_ends or epoch_ends)
+                if run_ends or epoch_ends:
+                    save_grid(self.output / "samples" / f"epoch_{epoch + 1:04d}.png", self.samples(self.grid_noise))
+                if run_ends or epoch_ends and time.monotonic() - drawn > DRAWING_INTERVAL:
+                    self._draw()
+                    drawn = time.monotonic()
+                if run_ends or self.step % checkpoint_every == 0:
+                    self.save()
+                if run_ends:
+                    break
         if received:
             print(f"stopped at step {self.step} of {self.total_steps} and saved; to go on:\n  {self._resume_command()}")
             if received[0] == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(128 + received[0])
+
+    def _remaining_batches(self) -> Iterator[tuple[int, Batch]]:
+        """The epoch's number from 0 and the batch, from the current step to the last."""
+        while self.step < self.total_steps:
+            epoch, position = divmod(self.step, len(self.batches))
+            for batch in self.batches.epoch(epoch, position):
+                yield epoch, batch
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of each network (Goodfellow et al. 2014, algorithm 1, with k = 1).
@@ -253,9 +259,11 @@ class Trainer:
 
     def _prepare_output(self, anew: bool) -> None:
         self.output = Path(self.config.output)
-        # A resumed run that goes on in another folder starts that folder anew.
-        if anew or Path(self.config.resume).resolve() != self.output.resolve():
+        if anew:
             prepare_folder(self.output)
+        elif Path(self.config.resume).resolve() != self.output.resolve():
+            prepare_folder(self.output)
+            copy_history(Path(self.config.resume), self.output)
         write_json(self.output / "config.json", {"family": self.config.family} | dataclasses.asdict(self.config))
         (self.output / "samples").mkdir(exist_ok=True)
         self.metrics = Metrics(self.output / "metrics.jsonl", self.step)
@@ -292,43 +300,6 @@ def frozen(network: nn.Module) -> Iterator[None]:
             buffer.copy_(before)
 
 
-@torch.no_grad()
-def locate_nonfinite(generator: nn.Module, discriminator: nn.Module, images: Tensor, z: Tensor) -> str:
-    """Where the first value that is not finite arises, in the order in which the values are computed."""
-    if not images.isfinite().all():
-        return "the training images"
-    layer = _first_nonfinite_layer(generator, z)
-    if layer:
-        return f"generator, {layer}"
-    for name, batch in (("real images", images), ("fakes", generator(z))):
-        layer = _first_nonfinite_layer(discriminator, batch)
-        if layer:
-            return f"discriminator on {name}, {layer}"
-    return "the loss itself"
-
-
-def _first_nonfinite_layer(network: nn.Module, batch: Tensor) -> str | None:
-    for name, parameter in network.named_parameters():
-        if not parameter.isfinite().all():
-            layer, _, kind = name.rpartition(".")
-            return f"layer {layer} ({kind} of {type(network.get_submodule(layer)).__name__})"
-    found: list[str] = []
-
-    def hook(name: str, module: nn.Module, output: Any) -> None:
-        if not found and isinstance(output, Tensor) and not output.isfinite().all():
-            found.append(f"layer {name} (output of {type(module).__name__})")
-
-    handles = [
-        module.register_forward_hook(lambda module, _, output, name=name: hook(name, module, output))
-        for name, module in network.named_modules()
-        if not any(module.children())
-    ]
-    network(batch)
-    for handle in handles:
-        handle.remove()
-    return found[0] if found else None
-
-
 def _fused(network: nn.Module) -> nn.Module:
     try:
         from fastgan.nn.fuse import fuse
@@ -353,6 +324,10 @@ def _deferred_signals() -> Iterator[list[int]]:
     a second one acts at once.
     """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread can take signals.
+        yield received
+        return
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
