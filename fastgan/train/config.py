@@ -115,7 +115,7 @@ def parse_arguments(config_class: type[TrainConfig], arguments: list[str] | None
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
         else:
-            metavar = None if field.metadata["choices"] else kind.__name__.upper().replace("STR", "NAME")
+            metavar = None if field.metadata["choices"] else "DIR" if kind is str else kind.__name__.upper()
             parser.add_argument(flag, type=kind, choices=field.metadata["choices"], help=help, metavar=metavar)
     return vars(parser.parse_args(arguments))
 
