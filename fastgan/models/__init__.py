@@ -1,0 +1,5 @@
+"""The model families: each function returns its pair of networks, initialised for training."""
+
+from fastgan.models.dcgan import dcgan
+
+__all__ = ["dcgan"]

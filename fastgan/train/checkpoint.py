@@ -1,0 +1,66 @@
+"""Files that are either the old or the new version, whatever happens while they are written."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start or go on; the message says why and what to do."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file in one step that also survives a power cut.
+
+    Raises:
+        TrainingError: the file cannot be written; the old one is still there.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        kept = " (the previous one is kept)" if path.exists() else ""
+        raise TrainingError(f"{path} cannot be written: {error.strerror or error}{kept}") from error
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint atomically. Raises TrainingError."""
+    # Into memory first: a full disk then meets plain file writing and not torch's zip writer,
+    # which cannot give up cleanly.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load_checkpoint(path: Path, family: str) -> dict[str, Any]:
+    """Read a checkpoint of a model family onto the CPU.
+
+    Raises:
+        TrainingError: there is none, it is damaged, or it is of another family.
+    """
+    if not path.is_file():
+        raise TrainingError(f"{path}: no checkpoint to resume from; start the run without --resume")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # torch.load raises RuntimeError, UnpicklingError, EOFError, OSError and more on damaged files.
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise TrainingError(f"{path}: damaged, or not a checkpoint ({reason})") from error
+    if not isinstance(state, dict) or "family" not in state:
+        raise TrainingError(f"{path}: not a checkpoint of a fastgan run")
+    if state["family"] != family:
+        raise TrainingError(f"{path}: a checkpoint of family {state['family']!r}, expected {family!r}")
+    return state

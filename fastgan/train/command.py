@@ -1,0 +1,48 @@
+"""A training run from a command line."""
+
+import sys
+from pathlib import Path
+
+from fastgan.data import load_dataset
+from fastgan.train.checkpoint import TrainingError, load_checkpoint
+from fastgan.train.config import TrainConfig, parse_arguments, resumed_config
+from fastgan.train.trainer import Trainer
+
+
+def run(config_class: type[TrainConfig], arguments: list[str] | None = None) -> int:
+    """Train as the command line says.
+
+    Args:
+        config_class: the settings of a model family.
+        arguments: the command line without the program's name; None takes the process's.
+
+    Returns:
+        Exit status: 0 when trained to the end, 1 for an error (one line on standard error), 130 after
+        an interrupt. Wrong flags exit with 2, as argparse does.
+    """
+    given = parse_arguments(config_class, arguments)
+    try:
+        if given.get("resume"):
+            checkpoint = load_checkpoint(Path(given["resume"]) / "checkpoint.pt", config_class.family)
+            config = resumed_config(config_class, given, checkpoint["config"], checkpoint["step"])
+        else:
+            checkpoint, config = None, config_class(**given)
+        dataset = load_dataset(
+            config.dataset, config.data_root, image_size=config.image_size, channels=config.channels
+        )
+        trainer = Trainer(config, dataset, checkpoint)
+    except (ValueError, TrainingError) as error:
+        return _failed(error)
+    try:
+        trainer.train()
+    except TrainingError as error:
+        return _failed(error)
+    except KeyboardInterrupt:
+        return 130
+    print(f"step {trainer.step} of {trainer.total_steps}: results in {trainer.output}")
+    return 0
+
+
+def _failed(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1

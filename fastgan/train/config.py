@@ -1,0 +1,144 @@
+"""Settings of a training run as a dataclass, and the command line made from it."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from fastgan.data import DATASETS, ImageDataset
+from fastgan.losses import GENERATOR_LOSSES
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def option(default: Any, help: str, *, choices: tuple | None = None, minimum: float | None = None,
+           below: float | None = None, may_change: bool = False) -> Any:
+    """A setting with its help text and limits.
+
+    ``may_change`` marks what a resumed run may set anew: everything else decides the numbers it computes.
+    """
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "below": below, "may_change": may_change}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig:
+    """What all examples share. A model family adds its own settings and says how its networks are built.
+
+    Raises:
+        ValueError: a setting outside its choices or limits.
+    """
+
+    family: ClassVar[str]
+
+    dataset: str = option("digits", "data set", choices=DATASETS)
+    data_root: str | None = option(None, "folder of the data files, or of the images for 'folder'", may_change=True)
+    image_size: int = option(32, "height and width of the images in pixels", minimum=1)
+    channels: int | None = option(None, "1 for grey, 3 for RGB; by default what the data set has", choices=(1, 3))
+    epochs: int = option(5, "passes over the training images", minimum=1, may_change=True)
+    max_steps: int | None = option(None, "stop after this many steps, counted from the start of the run",
+                                   minimum=1, may_change=True)
+    batch_size: int = option(128, "images in a batch", minimum=1)
+    latent_dim: int = option(100, "length of the generator's input", minimum=1)
+    learning_rate: float = option(2e-4, "Adam's step size, of both networks", minimum=0)
+    beta1: float = option(0.5, "Adam's decay of the mean gradient", minimum=0, below=1)
+    beta2: float = option(0.999, "Adam's decay of the mean squared gradient", minimum=0, below=1)
+    generator_loss: str = option("non_saturating", "loss of the generator; the discriminator's goes with it",
+                                 choices=GENERATOR_LOSSES)
+    ema: float = option(0.0, "decay of the averaged weights that samples are drawn from; 0 for none",
+                        minimum=0, below=1)
+    device: str = option("auto", "where to train; auto takes the GPU where there is one",
+                         choices=("auto", "cpu", "cuda"), may_change=True)
+    precision: str = option("fp32", "arithmetic of the networks, by autocast", choices=tuple(PRECISIONS))
+    fuse: bool = option(True, "run the networks on fastgan's fused ops")
+    threads: int | None = option(None, "CPU threads; by default PyTorch's choice", minimum=1, may_change=True)
+    seed: int = option(0, "seed of weights, noise and the order of the images", minimum=0, below=2**32)
+    log_every: int = option(10, "steps between two lines of metrics.jsonl", minimum=1, may_change=True)
+    checkpoint_every: int | None = option(None, "steps between two checkpoints; by default one an epoch",
+                                          minimum=1, may_change=True)
+    output: str = option("runs/train", "folder the results are written to", may_change=True)
+    resume: str | None = option(None, "folder of a run to continue, with that run's settings", may_change=True)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, limits = getattr(self, field.name), field.metadata
+            flag = f"--{field.name.replace('_', '-')}"
+            if value is None and field.default is None:
+                continue
+            if limits["choices"] and value not in limits["choices"]:
+                raise ValueError(f"{flag} must be one of {', '.join(map(str, limits['choices']))}, got {value}")
+            if limits["minimum"] is not None and not value >= limits["minimum"]:
+                raise ValueError(f"{flag} must be at least {limits['minimum']}, got {value}")
+            if limits["below"] is not None and not value < limits["below"]:
+                raise ValueError(f"{flag} must be below {limits['below']}, got {value}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: this PyTorch sees no GPU; use --device cpu")
+        if self.precision == "fp16" and self.torch_device.type == "cpu":
+            raise ValueError("--precision fp16 needs a GPU; on a CPU use bf16")
+
+    @property
+    def torch_device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    def latent(self, count: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """``count`` inputs of the generator network, [count, latent_dim] from N(0, 1).
+
+        Drawn on the device, or on the CPU from ``generator`` where one is given.
+        """
+        device = self.torch_device if generator is None else generator.device
+        return torch.randn(count, self.latent_dim, device=device, generator=generator)
+
+    def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Any]:
+        """The generator, the discriminator and the :class:`~fastgan.train.trainer.Objective`."""
+        raise NotImplementedError
+
+
+def parse_arguments(config_class: type[TrainConfig], arguments: list[str] | None = None) -> dict[str, Any]:
+    """The settings given on the command line, and only those."""
+    parser = argparse.ArgumentParser(
+        description=config_class.__doc__.splitlines()[0], argument_default=argparse.SUPPRESS
+    )
+    kinds = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        flag, help = f"--{field.name.replace('_', '-')}", field.metadata["help"]
+        if field.default is not None:
+            help += f" (default: {field.default})"
+        kind = kinds[field.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(part for part in kind.__args__ if part is not type(None))
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+        else:
+            metavar = None if field.metadata["choices"] else "DIR" if kind is str else kind.__name__.upper()
+            parser.add_argument(flag, type=kind, choices=field.metadata["choices"], help=help, metavar=metavar)
+    return vars(parser.parse_args(arguments))
+
+
+def resumed_config(
+    config_class: type[TrainConfig], given: dict[str, Any], saved: dict[str, Any], step: int
+) -> TrainConfig:
+    """The settings of a checkpoint with those given anew put over them.
+
+    A limit of steps that the checkpoint already reached no longer holds.
+
+    Raises:
+        ValueError: a setting given that differs from the checkpoint's and may not change.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    differing = [
+        f"--{name.replace('_', '-')} is {saved[name]} in the checkpoint, {value} was asked for"
+        for name, value in given.items()
+        if name in saved and value != saved[name] and not fields[name].metadata["may_change"]
+    ]
+    if differing:
+        raise ValueError(f"the checkpoint is of another configuration: {'; '.join(differing)}")
+    kept = {name: value for name, value in saved.items() if name in fields}
+    if (kept.get("max_steps") or 0) <= step:
+        kept["max_steps"] = None
+    return config_class(**{**kept, "output": given["resume"], **given})

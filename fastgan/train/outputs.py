@@ -1,0 +1,168 @@
+"""What a run leaves in its folder beside the checkpoint, and what it shows while it runs."""
+
+import io
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from tqdm import tqdm
+
+from fastgan.train.checkpoint import TrainingError, write_atomically
+
+# Everything a run writes; an earlier run's files are moved aside by these names.
+FILES = ("config.json", "metrics.jsonl", "losses.png", "samples", "samples.gif", "checkpoint.pt")
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the output folder; the files of an earlier run go into its subfolder ``previous_N``.
+
+    Raises:
+        TrainingError: the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = [folder / name for name in FILES if (folder / name).exists()]
+        if earlier:
+            number = 1
+            while (folder / f"previous_{number}").exists():
+                number += 1
+            aside = folder / f"previous_{number}"
+            aside.mkdir()
+            for path in earlier:
+                path.rename(aside / path.name)
+            print(f"{folder} held an earlier run: moved to {aside}")
+    except OSError as error:
+        raise TrainingError(f"--output {folder}: cannot be written to ({error.strerror or error})") from error
+
+
+def copy_history(source: Path, folder: Path) -> None:
+    """Copy the metrics and sample grids of a run that goes on in another folder. Raises TrainingError."""
+    try:
+        shutil.copytree(source / "samples", folder / "samples")
+        shutil.copy(source / "metrics.jsonl", folder)
+    except OSError as error:
+        raise TrainingError(f"{source} cannot be copied to {folder}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+class Metrics:
+    """metrics.jsonl: one line a logged step.
+
+    Args:
+        path: the file; lines beyond ``step`` (written after the checkpoint that a run resumes from, the
+            last one perhaps cut short) are dropped.
+        step: the step the run starts from.
+    """
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        kept = [record for record in self.read() if record["step"] <= step]
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+    def read(self) -> list[dict[str, Any]]:
+        records = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break
+        return records
+
+    def append(self, record: dict[str, Any]) -> None:
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise TrainingError(f"{self.path} cannot be written: {error.strerror or error}") from error
+
+
+class Progress:
+    """A progress bar; plain lines, ten seconds or more apart, where there is no terminal."""
+
+    def __init__(self, step: int, total: int):
+        self.bar = tqdm(initial=step, total=total, unit="it", disable=None, dynamic_ncols=True)
+        self.first, self.total = step, total
+        self.started = self.printed = time.monotonic()
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def show(self, record: dict[str, Any], *, always: bool = False) -> None:
+        """Show the figures of a logged step; ``always`` prints the plain line whatever the time."""
+        figures = {name: value for name, value in record.items() if name not in ("step", "images_per_second")}
+        if not self.bar.disable:
+            self.bar.set_postfix(figures, refresh=False)
+            return
+        now = time.monotonic()
+        if always or now - self.printed >= 10:
+            self.printed = now
+            rate = (record["step"] - self.first) / (now - self.started)
+            left = tqdm.format_interval((self.total - record["step"]) / rate)
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            print(f"step {record['step']}/{self.total}  {shown}  {rate:.3g} it/s  {left} left", flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def save_grid(path: Path, images: torch.Tensor) -> None:
+    """Write images [N, 1 or 3, H, W] in [-1, 1] as one square grid; small ones enlarged to be seen.
+
+    Raises:
+        TrainingError: the file cannot be written.
+    """
+    count, channels, height, width = images.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    border = 2
+    grid = torch.zeros(channels, rows * (height + border) + border, columns * (width + border) + border)
+    for i, image in enumerate(images.detach().float().cpu()):
+        top, left = (border + k * (size + border) for k, size in zip(divmod(i, columns), (height, width)))
+        grid[:, top : top + height, left : left + width] = (image + 1) / 2
+    pixels = grid.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+    enlarged = max(1, 64 // height)
+    buffer = io.BytesIO()
+    picture.resize((picture.width * enlarged, picture.height * enlarged), Image.Resampling.NEAREST).save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+def save_animation(path: Path, frames: list[Path]) -> None:
+    """Write an animated GIF of the sample grids; the last one stays longer."""
+    pictures = [Image.open(frame).convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
+    durations = [max(50, min(500, 6000 // len(frames)))] * (len(frames) - 1) + [2000]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    write_atomically(path, buffer.getvalue())
+
+
+def save_curves(path: Path, records: list[dict[str, Any]]) -> None:
+    """Draw the logged figures over the steps; names that begin alike (``loss_d``, ``loss_g``) share a panel."""
+    panels: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for record in records for name in record):
+        if name not in ("step", "epoch", "images_per_second"):
+            panels.setdefault(name.partition("_")[0], []).append(name)
+    figure = Figure(figsize=(8, 2.8 * max(1, len(panels))), layout="constrained")
+    axes = figure.subplots(max(1, len(panels)), sharex=True, squeeze=False)[:, 0]
+    labels = {"loss": "loss", "d": "probability of being real"}
+    for axis, (prefix, names) in zip(axes, panels.items()):
+        for name in names:
+            points = [(record["step"], record[name]) for record in records if name in record]
+            axis.plot(*zip(*points), linewidth=0.9, label={"d_real": "D(x)", "d_fake": "D(G(z))"}.get(name, name))
+        axis.set_ylabel(labels.get(prefix, names[0].replace("_", " ") if len(names) == 1 else prefix))
+        axis.grid(alpha=0.3)
+        axis.legend(loc="upper right")
+    axes[-1].set_xlabel("step")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_atomically(path, buffer.getvalue())

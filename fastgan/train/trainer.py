@@ -1,0 +1,342 @@
+"""The training loop that all model families share."""
+
+import contextlib
+import dataclasses
+import math
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fastgan.data import Batch, Batches, ImageDataset
+from fastgan.losses import discriminator_loss, generator_loss
+from fastgan.train.checkpoint import TrainingError, save_checkpoint
+from fastgan.train.config import PRECISIONS, TrainConfig
+from fastgan.train.nonfinite import locate_nonfinite
+from fastgan.train.outputs import (
+    Metrics, Progress, copy_history, prepare_folder, save_animation, save_curves, save_grid, write_json,
+)
+
+GRID_IMAGES = 64
+# Curves and animation take about a second to draw: at most every so many seconds, and at the end.
+DRAWING_INTERVAL = 30.0
+
+
+class Objective:
+    """What the two networks of a family minimise: the adversarial losses, unless a family says otherwise.
+
+    Each method returns a scalar loss and figures for the log, detached scalars by name. ``d_real`` and
+    ``d_fake`` are the mean probabilities D(x) and D(G(z)).
+    """
+
+    def __init__(self, kind: str = "non_saturating"):
+        self.kind = kind
+
+    def discriminator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
+        """Loss of the discriminator; ``fake`` [N, C, H, W] is detached from the generator."""
+        real_logits, fake_logits = discriminator(batch.images), discriminator(fake)
+        kind = "minimax" if self.kind == "non_saturating" else self.kind
+        probabilities = {"d_real": real_logits, "d_fake": fake_logits}
+        figures = {name: logits.detach().float().sigmoid().mean() for name, logits in probabilities.items()}
+        return discriminator_loss(real_logits, fake_logits, kind), figures
+
+    def generator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
+        """Loss of the generator; the discriminator's weights take no gradients."""
+        return generator_loss(discriminator(fake), self.kind), {}
+
+    def evaluate(self, trainer: "Trainer") -> dict[str, float]:
+        """Figures for the log at the end of every epoch, such as a test error."""
+        return {}
+
+
+class Trainer:
+    """One run: networks, optimizers, data position and output folder.
+
+    Args:
+        config: the settings.
+        dataset: the training images.
+        checkpoint: contents of a checkpoint to go on from, or None to start anew.
+
+    Attributes:
+        step: updates done; each is one of the discriminator and one of the generator.
+        averaged: exponential averages of both networks by name, where ``config.ema`` is not 0.
+
+    Raises:
+        TrainingError: an output folder that cannot be written to, a checkpoint that does not fit.
+        ValueError: settings the networks cannot be built with.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, checkpoint: dict[str, Any] | None = None):
+        self.config = config
+        self.device = config.torch_device
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.batches = Batches(dataset, config.batch_size, config.seed, self.device)
+        self.fingerprint = dataset.fingerprint()
+        generator, discriminator, self.objective = config.build(dataset)
+        if config.fuse:
+            generator, discriminator = _fused(generator), _fused(discriminator)
+        self.networks = {"generator": generator.to(self.device), "discriminator": discriminator.to(self.device)}
+        self.optimizers = {
+            name: torch.optim.Adam(
+                network.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
+            )
+            for name, network in self.networks.items()
+        }
+        self.scalers = {
+            name: torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16") for name in self.networks
+        }
+        self.averaged = {
+            name: AveragedModel(network, multi_avg_fn=_ramped_average(config.ema), use_buffers=True).requires_grad_(False)
+            for name, network in self.networks.items()
+            if config.ema
+        }
+        self.step = 0
+        # From a generator of its own and on the CPU: the same noise before and after a resume, and on any device.
+        noise = config.latent(GRID_IMAGES, torch.Generator().manual_seed(config.seed))
+        self.grid_noise = noise.to(self.device)
+        if checkpoint:
+            self._restore(checkpoint)
+        self._prepare_output(anew=checkpoint is None)
+
+    @property
+    def total_steps(self) -> int:
+        steps = self.config.epochs * len(self.batches)
+        return min(steps, self.config.max_steps or steps)
+
+    def train(self) -> None:
+        """Train up to the last step. SIGINT and SIGTERM end the run after the current step, with a checkpoint.
+
+        Raises:
+            TrainingError: a loss that is not finite, or an output that cannot be written; the last
+                checkpoint is intact.
+            KeyboardInterrupt, SystemExit: the run was interrupted and saved.
+        """
+        steps_per_epoch = len(self.batches)
+        checkpoint_every = self.config.checkpoint_every or steps_per_epoch
+        progress = Progress(self.step, self.total_steps)
+        drawn = time.monotonic()
+        timed_steps, seconds = 0, 0.0
+        with _deferred_signals() as received, contextlib.closing(progress):
+            for epoch, batch in self._remaining_batches():
+                started = time.monotonic()
+                figures = self.train_step(batch)
+                seconds += time.monotonic() - started
+                timed_steps += 1
+                self.step += 1
+                progress.advance()
+                run_ends = self.step == self.total_steps or bool(received)
+                epoch_ends = self.step % steps_per_epoch == 0
+                if run_ends or epoch_ends or self.step % self.config.log_every == 0:
+                    record = {"step": self.step, "epoch": epoch + 1}
+                    record |= {name: float(figure) for name, figure in figures.items()}
+                    record |= self.objective.evaluate(self) if epoch_ends else {}
+                    record["images_per_second"] = round(timed_steps * self.config.batch_size / seconds, 1)
+                    timed_steps, seconds = 0, 0.0
+                    self.metrics.append(record)
+                    progress.show(record, always=run_ends or epoch_ends)
+                if run_ends or epoch_ends:
+                    save_grid(self.output / "samples" / f"epoch_{epoch + 1:04d}.png", self.samples(self.grid_noise))
+                if run_ends or epoch_ends and time.monotonic() - drawn > DRAWING_INTERVAL:
+                    self._draw()
+                    drawn = time.monotonic()
+                if run_ends or self.step % checkpoint_every == 0:
+                    self.save()
+                if run_ends:
+                    break
+        if received:
+            print(f"stopped at step {self.step} of {self.total_steps} and saved; to go on:\n  {self._resume_command()}")
+            if received[0] == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + received[0])
+
+    def _remaining_batches(self) -> Iterator[tuple[int, Batch]]:
+        """The epoch's number from 0 and the batch, from the current step to the last."""
+        while self.step < self.total_steps:
+            epoch, position = divmod(self.step, len(self.batches))
+            for batch in self.batches.epoch(epoch, position):
+                yield epoch, batch
+
+    def train_step(self, batch: Batch) -> dict[str, Tensor]:
+        """One update of each network (Goodfellow et al. 2014, algorithm 1, with k = 1).
+
+        Args:
+            batch: images [N, C, H, W] in [-1, 1], labels [N] or None.
+
+        Returns:
+            Figures for the log: ``loss_d``, ``loss_g`` and the objective's own.
+        """
+        generator, discriminator = self.networks.values()
+        z = self.config.latent(len(batch.images))
+
+        # Discriminator: real images against fakes that carry no gradient back to the generator.
+        with self.autocast():
+            fake = generator(z)
+            loss_d, figures_d = self.objective.discriminator_loss(discriminator, batch, fake.detach())
+        self._descend("discriminator", loss_d, batch, z)
+
+        # Generator: the same fakes, judged by the discriminator as it now is and as it stays.
+        with frozen(discriminator):
+            with self.autocast():
+                loss_g, figures_g = self.objective.generator_loss(discriminator, batch, fake)
+            self._descend("generator", loss_g, batch, z)
+
+        for name, averaged in self.averaged.items():
+            averaged.update_parameters(self.networks[name])
+        return {"loss_d": loss_d.detach(), "loss_g": loss_g.detach()} | figures_d | figures_g
+
+    def _descend(self, name: str, loss: Tensor, batch: Batch, z: Tensor) -> None:
+        """One optimizer step of a network, unless its loss is not finite: then the run ends here."""
+        if not math.isfinite(loss.item()):
+            with self.autocast():
+                culprit = locate_nonfinite(*self.networks.values(), batch.images, z)
+            raise TrainingError(
+                f"step {self.step + 1}: the loss of the {name} is {loss.item()}; first value that is not finite: "
+                f"{culprit}. The checkpoint in {self.output} is from before it; a lower --learning-rate often helps"
+            )
+        optimizer, scaler = self.optimizers[name], self.scalers[name]
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    def autocast(self) -> torch.autocast:
+        precision = PRECISIONS[self.config.precision]
+        return torch.autocast(self.device.type, precision, enabled=precision != torch.float32)
+
+    @torch.no_grad()
+    def samples(self, z: Tensor) -> Tensor:
+        """Images [N, C, H, W] in [-1, 1] from noise z, by the averaged weights where there are any.
+
+        In eval mode: an image then does not depend on the others of its batch.
+        """
+        generator = self.averaged.get("generator", self.networks["generator"])
+        generator.eval()
+        with self.autocast():
+            images = generator(z)
+        generator.train()
+        return images.float()
+
+    def save(self) -> None:
+        """Write checkpoint.pt. Raises TrainingError, with the previous checkpoint intact."""
+        epoch, position = divmod(self.step, len(self.batches))
+        state = {
+            "family": self.config.family,
+            "config": dataclasses.asdict(self.config),
+            "step": self.step,
+            "data": {"epoch": epoch, "position": position, "fingerprint": self.fingerprint},
+            "random": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            },
+        }
+        save_checkpoint(self.output / "checkpoint.pt", state | {
+            part: {name: item.state_dict() for name, item in getattr(self, part).items()} for part in _STATEFUL
+        })
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state["data"]["fingerprint"] != self.fingerprint:
+            raise TrainingError("the checkpoint was trained on other images than those found now")
+        try:
+            for part in _STATEFUL:
+                for name, item in getattr(self, part).items():
+                    item.load_state_dict(state[part][name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise TrainingError(f"the checkpoint does not fit these networks: {error}") from error
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.device.type == "cuda" and state["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        self.step = state["step"]
+
+    def _prepare_output(self, anew: bool) -> None:
+        self.output = Path(self.config.output)
+        if anew:
+            prepare_folder(self.output)
+        elif Path(self.config.resume).resolve() != self.output.resolve():
+            prepare_folder(self.output)
+            copy_history(Path(self.config.resume), self.output)
+        write_json(self.output / "config.json", {"family": self.config.family} | dataclasses.asdict(self.config))
+        (self.output / "samples").mkdir(exist_ok=True)
+        self.metrics = Metrics(self.output / "metrics.jsonl", self.step)
+        # So that a run killed before its first checkpoint can be resumed too, and a folder that is too
+        # small for a checkpoint is found out before an hour of training.
+        self.save()
+
+    def _draw(self) -> None:
+        save_curves(self.output / "losses.png", self.metrics.read())
+        save_animation(self.output / "samples.gif", sorted((self.output / "samples").glob("epoch_*.png")))
+
+    def _resume_command(self) -> str:
+        return f"{shlex.join(['python', sys.argv[0], '--resume', str(self.output)])}"
+
+
+_STATEFUL = ("networks", "optimizers", "scalers", "averaged")
+
+
+@contextlib.contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Inside, a network passes gradients on but none are computed for its weights; its buffers (running
+    statistics) are at the end what they were before.
+    """
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+def _fused(network: nn.Module) -> nn.Module:
+    try:
+        from fastgan.nn.fuse import fuse
+    except ImportError:
+        return network
+    return fuse(network, inplace=True)
+
+
+def _ramped_average(decay: float):
+    """An exponential average that forgets its beginning: decay (1 + n) / (10 + n) until that exceeds ``decay``."""
+
+    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        n = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, count)
+
+    return average
+
+
+@contextlib.contextmanager
+def _deferred_signals() -> Iterator[list[int]]:
+    """Collect the first SIGINT or SIGTERM instead of acting on it, so that a step is never left half done;
+    a second one acts at once.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread can take signals.
+        yield received
+        return
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,520 @@
+import dataclasses
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fastgan.data import load_dataset
+from fastgan.train import DCGANConfig, Objective, Trainer, TrainingError, run
+from fastgan.train.checkpoint import load_checkpoint, write_atomically
+from fastgan.train.config import parse_arguments
+from fastgan.train.nonfinite import locate_nonfinite
+from fastgan.train.outputs import save_animation, save_grid
+from fastgan.train.trainer import frozen
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "train_dcgan.py"
+# 40 images of 8 x 8 pixels in batches of 8: an epoch has 5 steps and takes a few hundredths of a second.
+TINY = ["--dataset", "folder", "--image-size", "8", "--channels", "1", "--batch-size", "8", "--base-channels", "2",
+        "--latent-dim", "5", "--device", "cpu", "--epochs", "4", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def same_thread_count_after_the_test():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(40):
+        pixels = torch.randint(0, 256, (8, 8), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def tiny(images):
+    return [*TINY, "--data-root", str(images)]
+
+
+def trainer_in(folder, images, **settings):
+    config = DCGANConfig(dataset="folder", data_root=str(images), image_size=8, channels=1, batch_size=8,
+                         base_channels=2, latent_dim=5, device="cpu", output=str(folder), **settings)
+    return Trainer(config, load_dataset("folder", images, image_size=8, channels=1))
+
+
+def checkpoint(folder):
+    return load_checkpoint(Path(folder) / "checkpoint.pt", "dcgan")
+
+
+def tensors(state, prefix=""):
+    """All tensors of a nested state by their path."""
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    return {path: tensor for key, value in items for path, tensor in tensors(value, f"{prefix}/{key}").items()}
+
+
+def assert_bit_identical(one, other):
+    assert one["step"] == other["step"] and one["data"] == other["data"]
+    one, other = tensors(one), tensors(other)
+    assert one.keys() == other.keys() and len(one) >= 10
+    assert [path for path in one if not torch.equal(one[path], other[path])] == []
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- outputs
+
+
+def test_a_run_writes_every_promised_file(tmp_path, tiny, capsys):
+    out = tmp_path / "deep" / "run"
+    assert run(DCGANConfig, [*tiny, "--output", str(out), "--log-every", "2"]) == 0
+    grids = sorted(path.name for path in (out / "samples").iterdir())
+    assert grids == [f"epoch_000{i}.png" for i in (1, 2, 3, 4)]
+    assert Image.open(out / "samples.gif").n_frames == 4
+    assert Image.open(out / "losses.png").width > 500
+    config = json.loads((out / "config.json").read_text())
+    assert config["family"] == "dcgan" and config["base_channels"] == 2 and config["seed"] == 0
+    records = metrics(out)
+    # Every second step, and the last of every epoch of five.
+    assert [record["step"] for record in records] == [2, 4, 5, 6, 8, 10, 12, 14, 15, 16, 18, 20]
+    assert records[-1]["epoch"] == 4
+    for record in records:
+        assert set(record) == {"step", "epoch", "loss_d", "loss_g", "d_real", "d_fake", "images_per_second"}
+        assert 0 < record["d_real"] < 1 and 0 < record["d_fake"] < 1 and record["images_per_second"] > 0
+    # Without a terminal: plain lines with speed and time left, no progress bar.
+    printed = capsys.readouterr()
+    assert "it/s" in printed.out and "left" in printed.out and "\r" not in printed.out + printed.err
+
+
+def test_checkpoint_is_loadable_with_weights_only_and_holds_the_whole_state(tmp_path, tiny):
+    assert run(DCGANConfig, [*tiny, "--output", str(tmp_path), "--max-steps", "7", "--ema", "0.9"]) == 0
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 7 and (state["data"]["epoch"], state["data"]["position"]) == (1, 2)
+    assert set(state["networks"]) == set(state["optimizers"]) == set(state["averaged"]) == {"generator", "discriminator"}
+    assert state["random"]["cpu"].dtype == torch.uint8
+    generator, discriminator, _ = DCGANConfig(**state["config"]).build(load_dataset("digits", image_size=8))
+    generator.load_state_dict(state["networks"]["generator"])
+    discriminator.load_state_dict(state["networks"]["discriminator"])
+
+
+def test_grid_shows_each_image_in_its_place(tmp_path):
+    images = torch.full((4, 3, 64, 64), -1.0)
+    images[1, 0] = 1
+    images[2, 1] = 1
+    save_grid(tmp_path / "grid.png", images)
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.size == (134, 134)
+    assert [grid.getpixel(at) for at in ((30, 30), (100, 30), (30, 100))] == [(0, 0, 0), (255, 0, 0), (0, 255, 0)]
+    save_animation(tmp_path / "samples.gif", [tmp_path / "grid.png"])
+    assert Image.open(tmp_path / "samples.gif").size == (134, 134)
+
+
+def test_a_second_run_keeps_the_files_of_the_first(tmp_path, tiny, capsys):
+    arguments = [*tiny, "--output", str(tmp_path), "--max-steps", "2"]
+    assert run(DCGANConfig, arguments) == 0
+    first = checkpoint(tmp_path)
+    assert run(DCGANConfig, [*arguments, "--seed", "1"]) == 0
+    assert "held an earlier run: moved to" in capsys.readouterr().out
+    assert_bit_identical(checkpoint(tmp_path / "previous_1"), first)
+    assert checkpoint(tmp_path)["config"]["seed"] == 1
+
+
+# --- resume
+
+
+def test_same_seed_same_run_other_seed_other_run(tmp_path, tiny):
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        run(DCGANConfig, [*tiny, "--output", str(tmp_path / name), "--max-steps", "6", "--seed", seed])
+    assert_bit_identical(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
+    weight = "main.0.weight"
+    a, c = (checkpoint(tmp_path / name)["networks"]["generator"][weight] for name in "ac")
+    assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("extra", [[], ["--ema", "0.99"], ["--precision", "bf16"]], ids=["plain", "ema", "bf16"])
+@pytest.mark.parametrize("stop", [3, 5, 12])
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, tiny, stop, extra):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    assert run(DCGANConfig, [*tiny, *extra, "--output", whole, "--log-every", "1"]) == 0
+    assert run(DCGANConfig, [*tiny, *extra, "--output", parts, "--log-every", "1", "--max-steps", str(stop)]) == 0
+    # The settings come from the checkpoint; the limit it reached is lifted.
+    assert run(DCGANConfig, ["--resume", parts]) == 0
+    assert_bit_identical(checkpoint(whole), checkpoint(parts))
+    without_speed = [[{**record, "images_per_second": 0} for record in metrics(folder)] for folder in (whole, parts)]
+    assert without_speed[0] == without_speed[1]
+    assert (Path(whole) / "samples" / "epoch_0004.png").read_bytes() == (
+        Path(parts) / "samples" / "epoch_0004.png"
+    ).read_bytes()
+
+
+def test_resume_into_another_folder_takes_the_history_along(tmp_path, tiny):
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    run(DCGANConfig, [*tiny, "--output", a, "--max-steps", "6"])
+    before = (tmp_path / "a" / "checkpoint.pt").read_bytes()
+    assert run(DCGANConfig, [*tiny, "--resume", a, "--output", b]) == 0
+    assert (tmp_path / "a" / "checkpoint.pt").read_bytes() == before
+    assert metrics(b)[0] == metrics(a)[0] and metrics(b)[-1]["step"] == 20
+    assert len(list((tmp_path / "b" / "samples").iterdir())) == 4
+
+
+def test_metrics_after_the_checkpoint_and_half_a_line_are_dropped_on_resume(tmp_path, tiny):
+    run(DCGANConfig, [*tiny, "--output", str(tmp_path), "--log-every", "1", "--max-steps", "6"])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics(tmp_path)[-1] | {"step": 7}) + '\n{"step": 8, "epo')
+    assert run(DCGANConfig, ["--resume", str(tmp_path), "--max-steps", "8"]) == 0
+    assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"the run ended early: {process.communicate()}"
+        assert time.monotonic() < end, "the run made no progress"
+        time.sleep(0.002)
+
+
+def start(arguments):
+    # A session of its own, so that a signal meant for it alone reaches it alone.
+    return subprocess.Popen([sys.executable, str(EXAMPLE), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True)
+
+
+def lines(path):
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_killed_twice_and_resumed_equals_uninterrupted(tmp_path, tiny):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    # So frequent checkpoints that a kill often hits the writing of one.
+    run_forever = [*tiny, "--epochs", "100000", "--checkpoint-every", "2", "--log-every", "1"]
+    for arguments, more in (([], 20), (["--resume", str(killed)], 25)):
+        already = lines(killed / "metrics.jsonl")
+        process = start([*run_forever, *arguments, "--output", str(killed)])
+        wait_for(lambda: lines(killed / "metrics.jsonl") > already + more, process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    steps = checkpoint(killed)["step"]
+    assert steps >= 40
+    last = ["--max-steps", str(steps + 3)]
+    assert run(DCGANConfig, ["--resume", str(killed), *last]) == 0
+    assert run(DCGANConfig, [*run_forever, *last, "--output", str(whole)]) == 0
+    assert_bit_identical(checkpoint(killed), checkpoint(whole))
+    assert [record["step"] for record in metrics(killed)] == list(range(1, steps + 4))
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_saves_and_says_how_to_resume(tmp_path, tiny, number, status):
+    out = tmp_path / "run"
+    process = start([*tiny, "--epochs", "100000", "--log-every", "1", "--output", str(out)])
+    wait_for(lambda: lines(out / "metrics.jsonl") > 3, process)
+    os.kill(process.pid, number)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert f"--resume {out}" in printed and "Traceback" not in errors
+    # Saved at the very step it stopped at, not at the last checkpoint.
+    assert checkpoint(out)["step"] == metrics(out)[-1]["step"]
+    assert (out / "samples.gif").exists()
+
+
+def test_resume_refuses_another_configuration_by_name(tmp_path, tiny, capsys):
+    run(DCGANConfig, [*tiny, "--output", str(tmp_path), "--max-steps", "1"])
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    assert run(DCGANConfig, ["--resume", str(tmp_path), "--base-channels", "4", "--learning-rate", "1"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the checkpoint is of another configuration: ") and error.count("\n") == 1
+    assert "--base-channels is 2 in the checkpoint, 4 was asked for" in error and "--learning-rate" in error
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_resume_refuses_other_images(tmp_path, tiny, capsys):
+    run(DCGANConfig, [*tiny, "--output", str(tmp_path / "run"), "--max-steps", "1"])
+    others = tmp_path / "others"
+    others.mkdir()
+    for i in range(40):
+        Image.new("L", (8, 8), i).save(others / f"{i}.png")
+    assert run(DCGANConfig, ["--resume", str(tmp_path / "run"), "--data-root", str(others)]) == 1
+    assert "trained on other images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "no checkpoint to resume from"),
+        (b"", "damaged, or not a checkpoint"),
+        (b"PK\x03\x04 truncated", "damaged, or not a checkpoint"),
+        ({"weights": torch.zeros(3)}, "not a checkpoint of a fastgan run"),
+        ({"family": "catgan"}, "of family 'catgan', expected 'dcgan'"),
+    ],
+)
+def test_resume_from_an_unfit_file_is_one_line(tmp_path, content, message, capsys):
+    if isinstance(content, dict):
+        torch.save(content, tmp_path / "checkpoint.pt")
+    elif content is not None:
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+    assert run(DCGANConfig, ["--resume", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+# --- what goes wrong while running
+
+
+def test_truncated_checkpoint_write_leaves_the_previous_one(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    write_atomically(path, b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TrainingError, match="No space left on device .the previous one is kept."):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_disk_that_fills_up_during_training_keeps_the_last_checkpoint(tmp_path, images):
+    trainer = trainer_in(tmp_path, images, epochs=2)
+    before = checkpoint(tmp_path)
+    size = (tmp_path / "checkpoint.pt").stat().st_size
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Grids and metrics still fit, the next checkpoint does not.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+    try:
+        with pytest.raises(TrainingError, match="checkpoint.pt cannot be written: .*previous one is kept"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert_bit_identical(checkpoint(tmp_path), before)
+
+
+def test_output_that_is_a_file_is_refused_before_training(tmp_path, tiny, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(DCGANConfig, [*tiny, "--output", str(tmp_path / "file")]) == 1
+    assert f"--output {tmp_path / 'file'}: cannot be written to" in capsys.readouterr().err
+
+
+def test_read_only_output_is_refused_before_training(tmp_path, tiny, capsys):
+    # The kernel's own read-only folder: a mode without write permission does not stop root.
+    out = "/proc/self/fdinfo" if os.geteuid() == 0 else str(tmp_path)
+    os.chmod(tmp_path, 0o500)
+    try:
+        assert run(DCGANConfig, [*tiny, "--output", out]) == 1
+    finally:
+        os.chmod(tmp_path, 0o700)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "cannot be written" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("network, layer", [("generator", 3), ("discriminator", 2)])
+def test_nan_weight_stops_the_run_with_step_network_and_layer(tmp_path, images, network, layer):
+    trainer = trainer_in(tmp_path, images, epochs=4)
+    step = trainer.train_step
+
+    def poisoned_in_the_seventh_step(batch):
+        if trainer.step == 6:
+            with torch.no_grad():
+                trainer.networks[network].main[layer].weight[0] = float("nan")
+        return step(batch)
+
+    trainer.train_step = poisoned_in_the_seventh_step
+    with pytest.raises(TrainingError, match=rf"step 7: the loss of the discriminator is nan; .*: {network}.* layer main\.{layer} "):
+        trainer.train()
+    # The checkpoint of the end of epoch 1 is whole and finite.
+    saved = checkpoint(tmp_path)
+    assert saved["step"] == 5
+    assert all(tensor.isfinite().all() for tensor in tensors(saved["networks"]).values())
+
+
+def test_nan_that_arises_in_a_layer_without_weights_is_located():
+    class Logarithm(nn.Module):
+        def forward(self, x):
+            return x.log()
+
+    discriminator = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), Logarithm()), nn.Linear(4, 1))
+    found = locate_nonfinite(nn.Linear(3, 4), discriminator, torch.randn(8, 4), torch.randn(8, 3))
+    assert found == "discriminator on real images, layer 1.1 (output of Logarithm)"
+    assert locate_nonfinite(nn.Linear(3, 4), nn.Linear(4, 1), torch.full((8, 4), torch.inf), torch.randn(8, 3)) == (
+        "the training images"
+    )
+
+
+def test_learning_rate_that_explodes_is_reported_in_one_line(tmp_path, tiny, capsys):
+    arguments = [*tiny, "--learning-rate", "1e38", "--generator-loss", "wasserstein", "--output", str(tmp_path)]
+    assert run(DCGANConfig, arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: step ") and "layer" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--batch-size", "41"], "batch_size must be between 1 and the number of images, 40"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--beta1", "1"], "--beta1 must be below 1, got 1.0"),
+        (["--image-size", "30"], "image_size must be 4 * 2**n"),
+        (["--data-root", "/no/such/place"], "no such folder: /no/such/place"),
+        (["--precision", "fp16"], "--precision fp16 needs a GPU"),
+    ],
+)
+def test_wrong_settings_are_one_line_and_no_output(tmp_path, tiny, arguments, message, capsys):
+    out = tmp_path / "out"
+    assert run(DCGANConfig, [*tiny, "--output", str(out), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_unknown_flag_and_choice_exit_with_2(capsys):
+    for arguments in (["--batchsize", "3", "--no-such-flag"], ["--dataset", "cifar"]):
+        with pytest.raises(SystemExit) as error:
+            run(DCGANConfig, arguments)
+        assert error.value.code == 2
+
+
+# --- one step
+
+
+def test_parser_knows_every_setting_and_returns_only_what_was_given():
+    assert parse_arguments(DCGANConfig, []) == {}
+    given = parse_arguments(DCGANConfig, ["--image-size", "64", "--no-fuse", "--beta1", "0.9", "--resume", "x"])
+    assert given == {"image_size": 64, "fuse": False, "beta1": 0.9, "resume": "x"}
+    for field in dataclasses.fields(DCGANConfig):
+        assert field.metadata["help"]
+
+
+def state_of(network):
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def test_each_network_is_bit_identical_while_the_other_learns(tmp_path, images):
+    trainer = trainer_in(tmp_path, images)
+    generator, discriminator = trainer.networks.values()
+    seen = {}
+
+    class Watching(Objective):
+        def discriminator_loss(self, network, batch, fake):
+            assert not fake.requires_grad
+            seen["generator"], seen["discriminator"] = state_of(generator), state_of(discriminator)
+            return super().discriminator_loss(network, batch, fake)
+
+        def generator_loss(self, network, batch, fake):
+            assert all(torch.equal(tensor, seen["generator"][name]) for name, tensor in generator.state_dict().items())
+            changed = [name for name, parameter in discriminator.named_parameters()
+                       if not torch.equal(parameter, seen["discriminator"][name])]
+            assert len(changed) == len(list(discriminator.parameters()))
+            seen["discriminator"] = state_of(discriminator)
+            seen["gradients"] = {name: p.grad.clone() for name, p in discriminator.named_parameters()}
+            assert not any(parameter.requires_grad for parameter in discriminator.parameters())
+            return super().generator_loss(network, batch, fake)
+
+    trainer.objective = Watching()
+    trainer.train_step(next(trainer.batches.epoch(0)))
+    for name, tensor in discriminator.state_dict().items():
+        assert torch.equal(tensor, seen["discriminator"][name]), name
+    # No weight gradient was computed for the discriminator in the generator's step.
+    assert all(torch.equal(p.grad, seen["gradients"][name]) for name, p in discriminator.named_parameters())
+    assert any(not torch.equal(p, seen["generator"][name]) for name, p in generator.named_parameters())
+
+
+def test_frozen_leaves_a_parameter_that_was_frozen_before_frozen():
+    network = nn.Linear(2, 2)
+    network.weight.requires_grad_(False)
+    with frozen(network):
+        assert not network.bias.requires_grad
+    assert network.bias.requires_grad and not network.weight.requires_grad
+
+
+def test_training_follows_the_plain_loop_of_the_paper(tmp_path, images):
+    """Twelve steps of the trainer against the algorithm written out with PyTorch alone."""
+    trainer = trainer_in(tmp_path, images, seed=5, fuse=False)
+    torch.manual_seed(5)
+    generator, discriminator, _ = trainer.config.build(load_dataset("folder", images, image_size=8, channels=1))
+    adam = [torch.optim.Adam(n.parameters(), lr=2e-4, betas=(0.5, 0.999)) for n in (discriminator, generator)]
+    criterion = nn.BCEWithLogitsLoss()
+    epochs = [batch for epoch in range(3) for batch in trainer.batches.epoch(epoch)][:12]
+    state = torch.get_rng_state()
+    expected = []
+    for batch in epochs:
+        fake = generator(torch.randn(8, 5))
+        loss_d = criterion(discriminator(batch.images), torch.ones(8)) + criterion(
+            discriminator(fake.detach()), torch.zeros(8)
+        )
+        adam[0].zero_grad()
+        loss_d.backward()
+        adam[0].step()
+        loss_g = criterion(discriminator(fake), torch.ones(8))
+        adam[1].zero_grad()
+        loss_g.backward()
+        adam[1].step()
+        expected.append((loss_d.item(), loss_g.item()))
+    torch.set_rng_state(state)
+    figures = [trainer.train_step(batch) for batch in epochs]
+    found = [(figure["loss_d"].item(), figure["loss_g"].item()) for figure in figures]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_averaged_weights_lie_between_the_old_and_the_new_and_make_the_samples(tmp_path, images):
+    trainer = trainer_in(tmp_path, images, ema=0.9, learning_rate=0.1)
+    for batch in trainer.batches.epoch(0):
+        trainer.train_step(batch)
+    averaged = trainer.averaged["generator"].module
+    current = trainer.networks["generator"]
+    assert not torch.equal(averaged.main[0].weight, current.main[0].weight)
+    expected = averaged.eval()(trainer.grid_noise)
+    torch.testing.assert_close(trainer.samples(trainer.grid_noise), expected, rtol=0, atol=0)
+
+
+def test_sampling_changes_nothing(tmp_path, images):
+    trainer = trainer_in(tmp_path, images)
+    before, random = state_of(trainer.networks["generator"]), torch.get_rng_state()
+    trainer.samples(trainer.grid_noise)
+    assert trainer.networks["generator"].training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.networks["generator"].state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_figures_of_an_objective_reach_metrics_and_curves(tmp_path, images):
+    class WithTestError(Objective):
+        def evaluate(self, trainer):
+            return {"test_error": 1 / trainer.step}
+
+    trainer = trainer_in(tmp_path, images, epochs=2, log_every=3)
+    trainer.objective = WithTestError()
+    trainer.train()
+    assert [(r["step"], r.get("test_error")) for r in metrics(tmp_path)] == [
+        (3, None), (5, 0.2), (6, None), (9, None), (10, 0.1)
+    ]
+
+
+def test_trainer_runs_in_a_thread_other_than_the_main_one(tmp_path, images):
+    trainer = trainer_in(tmp_path, images, epochs=1)
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join(60)
+    assert trainer.step == 5 and checkpoint(tmp_path)["step"] == 5
+
+
+def test_wrong_networks_for_a_checkpoint_are_refused(tmp_path, images):
+    trainer = trainer_in(tmp_path / "a", images)
+    config = dataclasses.replace(trainer.config, base_channels=4, output=str(tmp_path / "b"))
+    with pytest.raises(TrainingError, match="does not fit these networks"):
+        Trainer(config, load_dataset("folder", images, image_size=8, channels=1), checkpoint(tmp_path / "a"))
