@@ -136,6 +136,26 @@ void bn_act_backward_apply(const BnActShape& shape, const T* grad_output, const 
   });
 }
 
+// Contiguous layout: f(offset, lane) for every element of channel c in the outer indices [begin, end).
+template <typename F>
+void for_each_in_channel(const BnActShape& shape, int64_t begin, int64_t end, int64_t c, const F& f) {
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t offset = (n * shape.channels + c) * shape.inner;
+    int64_t i = 0;
+    for (; i + kLanes <= shape.inner; i += kLanes)
+#pragma GCC ivdep
+      for (int k = 0; k < kLanes; ++k) f(offset + i + k, k);
+    for (; i < shape.inner; ++i) f(offset + i, 0);
+  }
+}
+
+template <typename A>
+A add_lanes(const A (&lanes)[kLanes]) {
+  A sum = 0;
+  for (int k = 0; k < kLanes; ++k) sum += lanes[k];
+  return sum;
+}
+
 // Two sums a channel over the whole tensor. term(offset, channel, sum0, sum1) adds one element's share.
 // Partial sums of a block: workspace[block][0 or 1][channel]; blocks are added in order, in double.
 template <typename T, typename Term>
@@ -158,18 +178,9 @@ void reduce_two(const BnActShape& shape, const Term& term, Accumulate<T>* sum0, 
     }
     for (int64_t c = 0; c < C; ++c) {
       A l0[kLanes] = {}, l1[kLanes] = {};
-      for (int64_t n = begin; n < end; ++n) {
-        const int64_t offset = (n * C + c) * shape.inner;
-        int64_t i = 0;
-        for (; i + kLanes <= shape.inner; i += kLanes)
-#pragma GCC ivdep
-          for (int k = 0; k < kLanes; ++k) term(offset + i + k, c, l0[k], l1[k]);
-        for (; i < shape.inner; ++i) term(offset + i, c, l0[0], l1[0]);
-      }
-      A s0 = 0, s1 = 0;
-      for (int k = 0; k < kLanes; ++k) s0 += l0[k], s1 += l1[k];
-      p0[c] = s0;
-      p1[c] = s1;
+      for_each_in_channel(shape, begin, end, c, [&](int64_t offset, int k) { term(offset, c, l0[k], l1[k]); });
+      p0[c] = add_lanes(l0);
+      p1[c] = add_lanes(l1);
     }
   });
   for (int64_t c = 0; c < C; ++c) {
@@ -218,7 +229,9 @@ void act_backward(const BnActShape& shape, const T* grad_output, const T* output
   });
 }
 
-// Mean and sum of squared deviations (M2) of one block, then Chan's merge over the blocks in double.
+// Mean and sum of squared deviations (M2) of one block, then Chan's merge over the blocks in double. The sum of the
+// deviations themselves, 0 but for rounding, corrects both: a constant channel gets its exact mean and variance 0.
+// workspace[block][mean, M2, sum of deviations][channel]
 template <typename T>
 void batch_statistics(const BnActShape& shape, const T* input, Accumulate<T>* mean, Accumulate<T>* var,
                       Accumulate<T>* workspace) {
@@ -226,13 +239,14 @@ void batch_statistics(const BnActShape& shape, const T* input, Accumulate<T>* me
   const int64_t C = shape.channels;
   const ReductionBlocks blocks = reduction_blocks(shape);
   parallel_for(blocks.count, [&](int64_t block) {
-    A* block_mean = workspace + 2 * block * C;
+    A* block_mean = workspace + 3 * block * C;
     A* block_m2 = block_mean + C;
+    A* deviation = block_m2 + C;
     const int64_t begin = block * blocks.size;
     const int64_t end = begin + blocks.size < shape.outer ? begin + blocks.size : shape.outer;
     const A count = static_cast<A>((end - begin) * shape.inner);
     if (shape.inner == 1) {
-      for (int64_t c = 0; c < C; ++c) block_mean[c] = block_m2[c] = A(0);
+      for (int64_t c = 0; c < C; ++c) block_mean[c] = block_m2[c] = deviation[c] = A(0);
       for (int64_t n = begin; n < end; ++n)
 #pragma GCC ivdep
         for (int64_t c = 0; c < C; ++c) block_mean[c] += Load<T>::from(input[n * C + c]);
@@ -241,27 +255,27 @@ void batch_statistics(const BnActShape& shape, const T* input, Accumulate<T>* me
 #pragma GCC ivdep
         for (int64_t c = 0; c < C; ++c) {
           const A d = Load<T>::from(input[n * C + c]) - block_mean[c];
+          deviation[c] += d;
           block_m2[c] += d * d;
         }
-      return;
-    }
-    const auto sum = [&](int64_t c, auto value) {
-      A lanes[kLanes] = {};
-      for (int64_t n = begin; n < end; ++n) {
-        const T* x = input + (n * C + c) * shape.inner;
-        int64_t i = 0;
-        for (; i + kLanes <= shape.inner; i += kLanes)
-          for (int k = 0; k < kLanes; ++k) lanes[k] += value(Load<T>::from(x[i + k]));
-        for (; i < shape.inner; ++i) lanes[0] += value(Load<T>::from(x[i]));
+    } else {
+      for (int64_t c = 0; c < C; ++c) {
+        A sums[kLanes] = {}, squares[kLanes] = {}, deviations[kLanes] = {};
+        for_each_in_channel(shape, begin, end, c, [&](int64_t offset, int k) { sums[k] += Load<T>::from(input[offset]); });
+        const A m = add_lanes(sums) / count;
+        for_each_in_channel(shape, begin, end, c, [&](int64_t offset, int k) {
+          const A d = Load<T>::from(input[offset]) - m;
+          deviations[k] += d;
+          squares[k] += d * d;
+        });
+        block_mean[c] = m;
+        block_m2[c] = add_lanes(squares);
+        deviation[c] = add_lanes(deviations);
       }
-      A total = 0;
-      for (int k = 0; k < kLanes; ++k) total += lanes[k];
-      return total;
-    };
+    }
     for (int64_t c = 0; c < C; ++c) {
-      const A m = sum(c, [](A v) { return v; }) / count;
-      block_mean[c] = m;
-      block_m2[c] = sum(c, [m](A v) { return (v - m) * (v - m); });
+      block_mean[c] += deviation[c] / count;
+      block_m2[c] -= deviation[c] * (deviation[c] / count);
     }
   });
   for (int64_t c = 0; c < C; ++c) {
@@ -269,14 +283,14 @@ void batch_statistics(const BnActShape& shape, const T* input, Accumulate<T>* me
     for (int64_t block = 0; block < blocks.count; ++block) {
       const int64_t left = shape.outer - block * blocks.size;
       const double n = static_cast<double>((left < blocks.size ? left : blocks.size) * shape.inner);
-      const double delta = workspace[2 * block * C + c] - m;
+      const double delta = workspace[3 * block * C + c] - m;
       const double total = count + n;
       m += delta * (n / total);
-      m2 += workspace[(2 * block + 1) * C + c] + delta * delta * (count * n / total);
+      m2 += workspace[(3 * block + 1) * C + c] + delta * delta * (count * n / total);
       count = total;
     }
     mean[c] = static_cast<A>(m);
-    var[c] = static_cast<A>(count > 0 ? m2 / count : 0.0);
+    var[c] = static_cast<A>(count > 0 && m2 > 0 ? m2 / count : m2 * 0);
   }
 }
 

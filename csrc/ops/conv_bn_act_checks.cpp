@@ -57,7 +57,7 @@ SymInt output_size(const Tensor& input, const Tensor& weight, const ConvLayer& l
   if (layer.transposed)
     return (in - 1) * layer.stride[dim] - 2 * layer.padding[dim] + reach + layer.output_padding[dim];
   const SymInt room = in + 2 * layer.padding[dim] - reach;
-  return room < 0 ? SymInt(0) : room / layer.stride[dim] + 1;
+  return room < 0 ? SymInt(-1) : room / layer.stride[dim] + 1;
 }
 
 }  // namespace
@@ -103,9 +103,9 @@ void check_conv(const char* op, const Tensor& input, const Tensor& weight, const
     check_channel_array(op, "bias", bias, out_channels(weight, layer), out_channels_are(layer), input);
   }
   for (int dim = 0; dim < 2; ++dim)
-    TORCH_CHECK_VALUE(output_size(input, weight, layer, dim) > 0, op, ": input of height and width [",
+    TORCH_CHECK_VALUE(output_size(input, weight, layer, dim) >= 0, op, ": input of height and width [",
                       input.sym_size(-2), ", ", input.sym_size(-1), "] is too small for weight of shape ",
-                      weight.sym_sizes(), ": the output would be empty");
+                      weight.sym_sizes(), " with padding ", layer.padding, " and dilation ", layer.dilation);
 }
 
 void check_batch_norm(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bn_weight,

@@ -37,17 +37,20 @@ def explicit_padding(op, input, weight, stride, padding, dilation):
         return input, 0
     if padding != "same":
         raise ValueError(f"{op}: padding must be an integer, a pair of integers, 'same' or 'valid', got {padding!r}")
-    if any(step != 1 for step in _pair(stride)):
+    if any(step != 1 for step in pair(stride)):
         raise ValueError(f"{op}: padding='same' needs stride 1, got {stride}")
-    totals = [step * (size - 1) for step, size in zip(_pair(dilation), weight.shape[2:])]
+    totals = [step * (size - 1) for step, size in zip(pair(dilation), weight.shape[2:])]
     if any(total % 2 for total in totals):
         # F.pad takes (left, right, top, bottom); the odd row or column goes to the end, as in F.conv2d.
         input = F.pad(input, [0, totals[1] % 2, 0, totals[0] % 2])
     return input, [total // 2 for total in totals]
 
 
-def _pair(value):
-    return (value, value) if isinstance(value, int) else tuple(value)
+def pair(value):
+    """2 -> (2, 2), as torch.nn.functional reads an int where height and width each take one."""
+    values = (value,) if isinstance(value, (int, torch.SymInt)) else tuple(value)
+    values = tuple(int(v) if isinstance(v, torch.SymInt) else v for v in values)  # torch.compile: specialise
+    return values * 2 if len(values) == 1 else values
 
 
 def fast_path(op, input):

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fastgan.ops._conv import activate, batch_norm, explicit_padding, fast_path
+from fastgan.ops._conv import activate, batch_norm, explicit_padding, fast_path, pair
 
 
 def conv2d_bn_act(
@@ -53,7 +53,7 @@ def conv2d_bn_act(
     run = torch.ops.fastgan.conv2d_bn_act if fast_path(op, input) else conv2d_bn_act_reference
     return run(
         input, weight, bias, bn_weight, bn_bias, running_mean, running_var,
-        stride=stride, padding=padding, dilation=dilation, groups=groups, training=training, momentum=momentum, eps=eps,
+        stride=pair(stride), padding=pair(padding), dilation=pair(dilation), groups=groups, training=training, momentum=momentum, eps=eps,
         activation=activation, negative_slope=negative_slope,
     )  # fmt: skip
 
@@ -85,7 +85,7 @@ def conv2d_act(
         input, padding = explicit_padding(op, input, weight, stride, padding, dilation)
     run = torch.ops.fastgan.conv2d_act if fast_path(op, input) else conv2d_act_reference
     return run(
-        input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
+        input, weight, bias, stride=pair(stride), padding=pair(padding), dilation=pair(dilation), groups=groups,
         activation=activation, negative_slope=negative_slope,
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fastgan.ops._conv import activate, batch_norm, fast_path
+from fastgan.ops._conv import activate, batch_norm, fast_path, pair
 
 
 def conv_transpose2d_bn_act(
@@ -40,7 +40,7 @@ def conv_transpose2d_bn_act(
     run = torch.ops.fastgan.conv_transpose2d_bn_act if fast_path(op, input) else conv_transpose2d_bn_act_reference
     return run(
         input, weight, bias, bn_weight, bn_bias, running_mean, running_var,
-        stride=stride, padding=padding, output_padding=output_padding, groups=groups, dilation=dilation,
+        stride=pair(stride), padding=pair(padding), output_padding=pair(output_padding), groups=groups, dilation=pair(dilation),
         training=training, momentum=momentum, eps=eps, activation=activation, negative_slope=negative_slope,
     )  # fmt: skip
 
@@ -69,8 +69,8 @@ def conv_transpose2d_act(
     op = "conv_transpose2d_act"
     run = torch.ops.fastgan.conv_transpose2d_act if fast_path(op, input) else conv_transpose2d_act_reference
     return run(
-        input, weight, bias, stride=stride, padding=padding, output_padding=output_padding, groups=groups,
-        dilation=dilation, activation=activation, negative_slope=negative_slope,
+        input, weight, bias, stride=pair(stride), padding=pair(padding), output_padding=pair(output_padding), groups=groups,
+        dilation=pair(dilation), activation=activation, negative_slope=negative_slope,
     )  # fmt: skip
 
 
