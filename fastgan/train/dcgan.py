@@ -17,7 +17,7 @@ class DCGANConfig(TrainConfig):
 
     family: ClassVar[str] = "dcgan"
 
-    base_channels: int = option(64, "channels of the layers next to the image; they double inwards", minimum=1)
+    base_channels: int = option(32, "channels of the layers next to the image; they double inwards", minimum=1)
     output: str = option("runs/dcgan", "folder the results are written to", may_change=True)
 
     def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Objective]:

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastgan.data import Batch, Batches, ImageDataset
 from fastgan.losses import discriminator_loss, generator_loss
+from fastgan.nn import fuse
 from fastgan.train.checkpoint import TrainingError, save_checkpoint
 from fastgan.train.config import PRECISIONS, TrainConfig
 from fastgan.train.nonfinite import locate_nonfinite
@@ -84,7 +85,7 @@ class Trainer:
         self.fingerprint = dataset.fingerprint()
         generator, discriminator, self.objective = config.build(dataset)
         if config.fuse:
-            generator, discriminator = _fused(generator), _fused(discriminator)
+            generator, discriminator = fuse(generator, inplace=True), fuse(discriminator, inplace=True)
         self.networks = {"generator": generator.to(self.device), "discriminator": discriminator.to(self.device)}
         self.optimizers = {
             name: torch.optim.Adam(
@@ -298,14 +299,6 @@ def frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for buffer, before in buffers:
             buffer.copy_(before)
-
-
-def _fused(network: nn.Module) -> nn.Module:
-    try:
-        from fastgan.nn.fuse import fuse
-    except ImportError:
-        return network
-    return fuse(network, inplace=True)
 
 
 def _ramped_average(decay: float):
