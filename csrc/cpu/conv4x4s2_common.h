@@ -10,6 +10,8 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
+constexpr int64_t kLineFloats = 16;  // a cache line
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -18,8 +20,10 @@ inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 // ---- operands
 
 // dst[0, channels) = the operand's elements at `offset`, channels c0 and up; channels is a multiple of kLanes.
-inline void read_operand(const ConvOperand& operand, int64_t offset, int64_t c0, int64_t channels, float* dst) {
+// Prefetches the elements to_next further on: what the next of equal steps will read.
+inline void read_operand(const ConvOperand& operand, int64_t offset, int64_t to_next, int64_t c0, int64_t channels, float* dst) {
   const float* data = static_cast<const float*>(operand.data) + offset;
+  for (int64_t c = 0; c < channels; c += kLineFloats) __builtin_prefetch(data + to_next + c, 0, 2);
   switch (operand.mode) {
     case ConvOperand::Mode::plain:
       for (int64_t c = 0; c < channels; c += kLanes) store(dst + c, load(data + c));
@@ -33,6 +37,7 @@ inline void read_operand(const ConvOperand& operand, int64_t offset, int64_t c0,
       return;
     case ConvOperand::Mode::batch_norm_backward: {
       const float* other = static_cast<const float*>(operand.other) + offset;
+      for (int64_t c = 0; c < channels; c += kLineFloats) __builtin_prefetch(other + to_next + c, 0, 2);
       for (int64_t c = 0; c < channels; c += kLanes)
         store(dst + c, load(operand.scale + c0 + c) * load(data + c) +
                            (load(operand.other_scale + c0 + c) * load(other + c) + load(operand.shift + c0 + c)));
@@ -88,8 +93,12 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
     const float* p = src;
     for (int64_t n = 0; n < box.images; ++n) {
       Vec sum[kVectors] = {};
-      for (int64_t i = 0; i < pixels; ++i, p += ld)
-        for (int v = 0; v < kVectors; ++v) sum[v] += load(p + c + v * kLanes);
+      for (int64_t i = 0; i < box.rows; ++i)
+        for (int64_t j = 0; j < box.columns; ++j, p += ld)
+          for (int v = 0; v < kVectors; ++v) {
+            __builtin_prefetch(out + box.offset(n, i, j) + c + v * kLanes, 1, 2);
+            sum[v] += load(p + c + v * kLanes);
+          }
       for (int v = 0; v < kVectors; ++v) mean[v] += sum[v];
     }
     for (int v = 0; v < kVectors; ++v) {

@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kChunk = 64;           // reduction channels transformed and multiplied at a time
 constexpr int64_t kOutputBlock = 128;    // output channels of a task
 constexpr int64_t kProductRows = 1664;   // rows of all 16 product matrices of a block, about 100 each
+constexpr int64_t kFewTasks = 8;
 constexpr int64_t kGradientRows = 1024;  // the same for the weight gradient, which also holds its accumulators
 constexpr int64_t kGradientLarge = 128;  // block of the weight a weight_gradient task owns
 constexpr int64_t kGradientSmall = 64;
@@ -91,9 +92,10 @@ struct Blocks {
   }
 };
 
-// One image's inputs of one parity, zero padded: stage[length + 1][width + 1][kChunk]
+// One image's inputs of one parity, zero padded: stage[length + 1][width + 1][kChunk]. Asks for the next image meanwhile.
 void stage_inputs(const ConvOperand& operand, const Geometry& g, const Axis& rows, const Axis& columns, int64_t row_parity,
-                  int64_t column_parity, int64_t image, int64_t c0, int64_t channels, float* stage) {
+                  int64_t column_parity, int64_t image, bool next, int64_t c0, int64_t channels, float* stage) {
+  const int64_t to_next = next ? g.input_height * g.input_width * g.input_channels : 0;
   for (int64_t i = 0; i <= rows.length; ++i) {
     const int64_t y = g.step * (rows.first + i) - 1 + row_parity;
     for (int64_t j = 0; j <= columns.length; ++j, stage += kChunk) {
@@ -101,7 +103,8 @@ void stage_inputs(const ConvOperand& operand, const Geometry& g, const Axis& row
       if (y < 0 || y >= g.input_height || x < 0 || x >= g.input_width)
         for (int64_t c = 0; c < channels; c += kLanes) store(stage + c, Vec{});
       else
-        read_operand(operand, ((image * g.input_height + y) * g.input_width + x) * g.input_channels + c0, c0, channels, stage);
+        read_operand(operand, ((image * g.input_height + y) * g.input_width + x) * g.input_channels + c0, to_next, c0, channels,
+                     stage);
     }
   }
 }
@@ -121,7 +124,8 @@ void transform_inputs(const ConvOperand& operand, const Geometry& g, const Produ
                       float* products) {
   const int64_t row = (at.columns.length + 1) * kChunk;
   for (int64_t n = 0; n < at.images; ++n) {
-    stage_inputs(operand, g, at.rows, at.columns, row_parity, column_parity, first_image + n, c0, channels, stage);
+    stage_inputs(operand, g, at.rows, at.columns, row_parity, column_parity, first_image + n, n + 1 < at.images, c0, channels,
+                 stage);
     for (int r = 0; r < at.rows.count; ++r)
       for (int c = 0; c < at.columns.count; ++c) {
         const Segment &rs = at.rows.segments[r], &cs = at.columns.segments[c];
@@ -250,12 +254,16 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
   float* partials = static_cast<float*>(workspace);
   const ScratchSlots slots(static_cast<char*>(workspace) + partials_bytes(g, blocks), threads, sizes.bytes());
   const int64_t output_blocks = ceil_div(g.output_channels, kOutputBlock), phases = g.up ? 4 : 1;
+  // up: the four phases read the same inputs, so a task does all of them, unless that would leave too few tasks
+  const int64_t phase_tasks = g.up && output_blocks * blocks.count() < kFewTasks ? phases : 1;
 
   // Blocks of images run innermost, so that consecutive tasks of a thread read the same weights.
-  parallel_for(phases * output_blocks * blocks.count(), [&](int64_t task) {
+  parallel_for(phase_tasks * output_blocks * blocks.count(), [&](int64_t task) {
     const int64_t block = task % blocks.count(), k0 = task / blocks.count() % output_blocks * kOutputBlock;
-    const int64_t phase = task / blocks.count() / output_blocks, ld = weights.block_channels(k0);
-    const int64_t first_image = blocks.first_image(block), images = blocks.image_count(block, g.batch);
+    const int64_t ld = weights.block_channels(k0), first_image = blocks.first_image(block);
+    const int64_t images = blocks.image_count(block, g.batch);
+    const int64_t first_parities = phase_tasks == 1 ? 0 : task / blocks.count() / output_blocks;
+    const int64_t end_parities = phase_tasks == 1 ? 4 : first_parities + 1;
     const ScratchSlots::Lease lease(slots);
     float* inputs = lease.memory();
     float* transformed = inputs + sizes.inputs;
@@ -263,8 +271,7 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
     float* result = products + sizes.products;
     float* stage = result + sizes.result;
 
-    OutputBox box{};
-    for (int64_t parities = g.up ? phase : 0; parities < (g.up ? phase + 1 : 4); ++parities) {
+    for (int64_t parities = first_parities; parities < end_parities; ++parities) {
       const int64_t a = parities / 2, b = parities % 2;
       const Axis rows = g.row_axis(a, blocks.strip(block), blocks.strips), columns = g.column_axis(b);
       const ProductRows at(rows, columns, images);
@@ -279,12 +286,14 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
                                         at.base[p + 1] - at.base[p], c0 > 0);
       }
       transform_outputs(at, products, ld, result, !g.up && parities > 0);
-      box = {g.output_height, g.output_width, g.output_channels, first_image, images,
-             g.up ? 2 * rows.first + a : rows.first, rows.length, g.up ? b : 0, columns.length, g.step == 1 ? 2 : 1,
-             k0, min64(kOutputBlock, g.output_channels - k0)};
+      if (!g.up && parities < 3) continue;  // down: the four parities add up to one result
+      const int64_t part = (g.up ? parities * blocks.count() : 0) + block;
+      float* partial = partials + 2 * part * g.output_channels;
+      const OutputBox box{g.output_height, g.output_width, g.output_channels, first_image, images,
+                          g.up ? 2 * rows.first + a : rows.first, rows.length, g.up ? b : 0, columns.length, g.up ? 2 : 1,
+                          k0, min64(kOutputBlock, g.output_channels - k0)};
+      finish_box(epilogue, box, result, ld, {partial, partial + g.output_channels});
     }
-    float* partial = partials + 2 * (phase * blocks.count() + block) * g.output_channels;
-    finish_box(epilogue, box, result, ld, {partial, partial + g.output_channels});
   });
 
   merge_partials(epilogue, partials, phases * blocks.count(), g.output_channels, [&](int64_t part) {
@@ -311,10 +320,11 @@ void transform_gradients(const ConvOperand& operand, const Geometry& g, const Pr
                          int64_t c0, int64_t channels, float* stage, float* products) {
   const int64_t row = at.columns.length * kGradientSmall;
   for (int64_t n = 0; n < at.images; ++n) {
+    const int64_t to_next = n + 1 < at.images ? g.output_height * g.output_width * g.output_channels : 0;
     for (int64_t i = 0; i < at.rows.length; ++i)
       for (int64_t j = 0; j < at.columns.length; ++j) {
         const int64_t y = at.rows.first + i, pixel = ((first_image + n) * g.output_height + y) * g.output_width + j;
-        read_operand(operand, pixel * g.output_channels + c0, c0, channels, stage + i * row + j * kGradientSmall);
+        read_operand(operand, pixel * g.output_channels + c0, to_next, c0, channels, stage + i * row + j * kGradientSmall);
       }
     for (int r = 0; r < at.rows.count; ++r)
       for (int c = 0; c < at.columns.count; ++c) {
