@@ -88,7 +88,8 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
   }
 
   if (e.mode == ConvEpilogue::Mode::statistics) {
-    // Sums are taken image by image, then over images: rounding grows with the longer of the two counts only.
+    // Sums are taken image by image, then over images: rounding grows with the longer of the two counts only. The bias
+    // joins the mean in merge_partials: a large one would take digits from the differences between the tasks' means.
     Vec mean[kVectors] = {};
     const float* p = src;
     for (int64_t n = 0; n < box.images; ++n) {
@@ -102,7 +103,7 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
       for (int v = 0; v < kVectors; ++v) mean[v] += sum[v];
     }
     for (int v = 0; v < kVectors; ++v) {
-      mean[v] = mean[v] / static_cast<float>(box.images * pixels) + bias[v];
+      mean[v] = mean[v] / static_cast<float>(box.images * pixels);
       store(partial.first + box.c0 + c + v * kLanes, mean[v]);
     }
     Vec m2[kVectors] = {};
@@ -112,10 +113,9 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
         for (int64_t j = 0; j < box.columns; ++j, src += ld) {
           float* q = out + box.offset(n, i, j) + c;
           for (int v = 0; v < kVectors; ++v) {
-            const Vec x = load(src + c + v * kLanes) + bias[v];
-            const Vec deviation = x - mean[v];
+            const Vec x = load(src + c + v * kLanes), deviation = x - mean[v];
             sum[v] += deviation * deviation;
-            store(q + v * kLanes, x);
+            store(q + v * kLanes, x + bias[v]);
           }
         }
       for (int v = 0; v < kVectors; ++v) m2[v] += sum[v];
@@ -189,7 +189,7 @@ void merge_partials(const ConvEpilogue& e, const float* partials, int64_t parts,
       }
     }
     if (e.mode == ConvEpilogue::Mode::statistics) {
-      e.mean[c] = static_cast<float>(first);
+      e.mean[c] = static_cast<float>(e.bias != nullptr ? first + e.bias[c] : first);
       e.m2[c] = static_cast<float>(second);
     } else {
       if (e.sum_dz != nullptr) e.sum_dz[c] = static_cast<float>(first);

@@ -282,7 +282,7 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
         const float* u = transformed;
         for (int p = 0; p < kPairs; ++p)
           for (int64_t k = 0; k < ld; k += kPanel, u += chunk * kPanel)
-            multiply<kChunk, 1, kPanel>(inputs + at.base[p] * kChunk, u, chunk, products + at.base[p] * ld + k, ld,
+            multiply<2, kChunk, 1, kPanel>(inputs + at.base[p] * kChunk, u, chunk, products + at.base[p] * ld + k, ld,
                                         at.base[p + 1] - at.base[p], c0 > 0);
       }
       transform_outputs(at, products, ld, result, !g.up && parities > 0);
@@ -417,7 +417,7 @@ void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large,
           transform_inputs(large, g, at, a, b, first_image, c0 + c, chunk, stage, inputs);
           for (int p = 0; p < kPairs; ++p)
             for (int64_t k = 0; k < small_channels; k += kPanel)
-              multiply<1, kChunk, kGradientSmall>(inputs + at.base[p] * kChunk, gradients + at.base[p] * kGradientSmall + k,
+              multiply<2, 1, kChunk, kGradientSmall>(inputs + at.base[p] * kChunk, gradients + at.base[p] * kGradientSmall + k,
                                                   at.base[p + 1] - at.base[p],
                                                   sums + (p * kGradientLarge + c) * kGradientSmall + k, kGradientSmall, chunk,
                                                   block > first_block);
