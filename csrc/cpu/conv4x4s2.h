@@ -1,0 +1,113 @@
+// Kernel-4, stride-2, padding-1 convolutions: every middle layer of a DCGAN, in all three directions.
+//
+// Both networks are described by one geometry. The *large* tensor is the image side (input of a convolution, output of
+// a transposed convolution), the *small* tensor the other one, and the weight is [small_channels, large_channels, 4, 4]
+// either way: that is PyTorch's layout for Conv2d ([out, in, 4, 4]) and for ConvTranspose2d ([in, out, 4, 4]) alike.
+//
+//   loop              reads           writes   used as
+//   down              large           small    Conv2d forward, ConvTranspose2d input gradient
+//   up                small           large    ConvTranspose2d forward, Conv2d input gradient
+//   weight_gradient   large, small    weight   weight gradient of both
+//
+// All tensors but the weight are NHWC (channels_last), dense. Typical use, a convolution followed by batch norm:
+//
+//   conv4x4s2_pack(shape, Conv4x4s2Loop::down, weight, packed);               // after every weight update
+//   ConvOperand x;  x.data = y_before;  x.scale = ...;  x.shift = ...;        // batch norm + activation of the layer before
+//   ConvEpilogue e; e.mode = ConvEpilogue::Mode::statistics;  e.out = y;  e.mean = mean;  e.m2 = m2;
+//   conv4x4s2_down(shape, x, packed, e, workspace, threads);
+//
+// The kernels allocate nothing. Results are the same from run to run and for every number of threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../activation.h"
+
+namespace fastgan::cpu {
+
+// Element type of the large and small tensors. Weights, per-channel parameters and statistics are always float.
+enum class ConvDType : int32_t { float32 = 0, bfloat16 };
+
+struct Conv4x4s2Shape {
+  int64_t batch;
+  int64_t large_height, large_width, large_channels;
+  int64_t small_height, small_width, small_channels;  // small_height = large_height / 2, rounded down; width alike
+  ConvDType dtype = ConvDType::float32;
+};
+
+enum class Conv4x4s2Loop { down, up, weight_gradient };
+
+// A tensor a loop reads, and what happens to each element on the way in. Padding is 0 after that.
+struct ConvOperand {
+  enum class Mode {
+    plain,                // data
+    activated,            // activation(scale[c] * data + shift[c])
+    batch_norm_backward,  // scale[c] * data + other_scale[c] * other + shift[c]: data is the gradient after the
+                          // normalisation, other the raw convolution output that was normalised
+  };
+  const void* data = nullptr;   // [batch, height, width, channels]
+  Mode mode = Mode::plain;
+  const float* scale = nullptr;  // [channels]; activated: scale and shift may both be null, meaning 1 and 0
+  const float* shift = nullptr;  // [channels]
+  Activation activation = Activation::identity;
+  float negative_slope = 0.2f;
+  const void* other = nullptr;         // like data
+  const float* other_scale = nullptr;  // [channels]
+};
+
+// What happens to the result r of down and up. One mode a call.
+struct ConvEpilogue {
+  enum class Mode {
+    store,       // out = r + bias
+    activate,    // out = activation(r + bias)
+    statistics,  // out = r + bias; mean[c] of out and m2[c] = sum of (out - mean)^2, over batch and pixels
+    gradient,    // r is the gradient of a = activation(z), z = scale[c] * y + shift[c]:
+                 // out = dz = r * activation'(z); sum_dz[c] = sum of dz;
+                 // sum_dz_xhat[c] = sum of dz * (y - y_mean[c]) * y_invstd[c]
+  };
+  Mode mode = Mode::store;
+  void* out = nullptr;          // [batch, height, width, channels]
+  const float* bias = nullptr;  // [channels] or null; not used by gradient
+  Activation activation = Activation::identity;
+  float negative_slope = 0.2f;
+
+  float* mean = nullptr;  // [channels], written by statistics
+  float* m2 = nullptr;    // [channels], written by statistics
+
+  const void* y = nullptr;         // like out; read by gradient
+  const float* scale = nullptr;    // [channels]; scale and shift may both be null, meaning 1 and 0
+  const float* shift = nullptr;    // [channels]
+  const float* y_mean = nullptr;   // [channels]; null: there is no batch norm, sum_dz_xhat is not computed
+  const float* y_invstd = nullptr;
+  float* sum_dz = nullptr;       // [channels], written by gradient; may be null
+  float* sum_dz_xhat = nullptr;  // [channels], written by gradient if y_mean is given
+};
+
+// Whether the loop can run on this shape; if not, the caller takes another road. Supported: dtype float32;
+// small_channels and the channels of the large side multiples of 16, or 1 to 4 large channels (images).
+bool conv4x4s2_supported(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop);
+
+// Bytes for the packed weights of down or up (0 for weight_gradient). Aligned to 64 bytes or more by the caller.
+size_t conv4x4s2_packed_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop);
+
+// Transforms the weight, float [small_channels, large_channels, 4, 4] contiguous, into what `loop` reads.
+// Does not depend on the batch size: one packed weight serves every batch of the same image size.
+void conv4x4s2_pack(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* weight, void* packed);
+
+// Bytes of scratch for a call that at most `threads` threads work on. Aligned to 64 bytes or more by the caller; its
+// content need not be set before a call and means nothing after it.
+size_t conv4x4s2_workspace_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, int threads);
+
+void conv4x4s2_down(const Conv4x4s2Shape& shape, const ConvOperand& large, const void* packed,
+                    const ConvEpilogue& small, void* workspace, int threads);
+
+void conv4x4s2_up(const Conv4x4s2Shape& shape, const ConvOperand& small, const void* packed,
+                  const ConvEpilogue& large, void* workspace, int threads);
+
+// For a convolution, large is its input and small the gradient of its output; for a transposed convolution, large is
+// the gradient of its output and small its input. Writes float [small_channels, large_channels, 4, 4].
+void conv4x4s2_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
+                               float* weight_gradient, void* workspace, int threads);
+
+}  // namespace fastgan::cpu

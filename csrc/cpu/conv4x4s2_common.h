@@ -1,0 +1,247 @@
+// What the conv4x4s2 kernel files share: reading operands, writing results with their epilogue, scratch slots.
+#pragma once
+
+#include <sched.h>
+
+#include "conv4x4s2.h"
+#include "conv4x4s2_vec.h"
+#include "parallel.h"
+
+namespace fastgan::cpu::FASTGAN_ISA {
+namespace {
+
+constexpr int64_t kLineFloats = 16;  // a cache line
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- operands
+
+// dst[0, channels) = the operand's elements at `offset`, channels c0 and up; channels is a multiple of kLanes.
+// Prefetches the elements to_next further on: what the next of equal steps will read.
+inline void read_operand(const ConvOperand& operand, int64_t offset, int64_t to_next, int64_t c0, int64_t channels, float* dst) {
+  const float* data = static_cast<const float*>(operand.data) + offset;
+  for (int64_t c = 0; c < channels; c += kLineFloats) __builtin_prefetch(data + to_next + c, 0, 2);
+  switch (operand.mode) {
+    case ConvOperand::Mode::plain:
+      for (int64_t c = 0; c < channels; c += kLanes) store(dst + c, load(data + c));
+      return;
+    case ConvOperand::Mode::activated:
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        Vec z = load(data + c);
+        if (operand.scale != nullptr) z = load(operand.scale + c0 + c) * z + load(operand.shift + c0 + c);
+        store(dst + c, activate(z, operand.activation, operand.negative_slope));
+      }
+      return;
+    case ConvOperand::Mode::batch_norm_backward: {
+      const float* other = static_cast<const float*>(operand.other) + offset;
+      for (int64_t c = 0; c < channels; c += kLineFloats) __builtin_prefetch(other + to_next + c, 0, 2);
+      for (int64_t c = 0; c < channels; c += kLanes)
+        store(dst + c, load(operand.scale + c0 + c) * load(data + c) +
+                           (load(operand.other_scale + c0 + c) * load(other + c) + load(operand.shift + c0 + c)));
+      return;
+    }
+  }
+}
+
+// ---- results
+
+// A box of output pixels: images [n0, n0 + images), rows y0 + i * step, columns x0 + j * step, channels [c0, c0 + channels).
+struct OutputBox {
+  int64_t height, width, all_channels;  // of the whole output tensor
+  int64_t n0, images;
+  int64_t y0, rows, x0, columns, step;
+  int64_t c0, channels;
+
+  int64_t offset(int64_t n, int64_t i, int64_t j) const {
+    return (((n0 + n) * height + y0 + i * step) * width + x0 + j * step) * all_channels + c0;
+  }
+};
+
+// Two float rows of statistics a task leaves behind: mean and m2, or sum_dz and sum_dz_xhat.
+struct Partial {
+  float* first;   // [all_channels]
+  float* second;  // [all_channels]
+};
+
+// kVectors vectors of channels from channel c of the box: src [images, rows, columns, ld] -> out, with the epilogue.
+template <int kVectors>
+void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* src, int64_t ld, int64_t c,
+                     const Partial& partial) {
+  float* out = static_cast<float*>(e.out);
+  const int64_t pixels = box.rows * box.columns;
+  Vec bias[kVectors] = {};
+  if (e.bias != nullptr && e.mode != ConvEpilogue::Mode::gradient)
+    for (int v = 0; v < kVectors; ++v) bias[v] = load(e.bias + box.c0 + c + v * kLanes);
+
+  if (e.mode == ConvEpilogue::Mode::store || e.mode == ConvEpilogue::Mode::activate) {
+    const Activation activation = e.mode == ConvEpilogue::Mode::store ? Activation::identity : e.activation;
+    for (int64_t n = 0; n < box.images; ++n)
+      for (int64_t i = 0; i < box.rows; ++i)
+        for (int64_t j = 0; j < box.columns; ++j, src += ld)
+          for (int v = 0; v < kVectors; ++v)
+            store(out + box.offset(n, i, j) + c + v * kLanes,
+                  activate(load(src + c + v * kLanes) + bias[v], activation, e.negative_slope));
+    return;
+  }
+
+  if (e.mode == ConvEpilogue::Mode::statistics) {
+    // Sums are taken image by image, then over images: rounding grows with the longer of the two counts only. The bias
+    // joins the mean in merge_partials: a large one would take digits from the differences between the tasks' means.
+    Vec mean[kVectors] = {};
+    const float* p = src;
+    for (int64_t n = 0; n < box.images; ++n) {
+      Vec sum[kVectors] = {};
+      for (int64_t i = 0; i < box.rows; ++i)
+        for (int64_t j = 0; j < box.columns; ++j, p += ld)
+          for (int v = 0; v < kVectors; ++v) {
+            __builtin_prefetch(out + box.offset(n, i, j) + c + v * kLanes, 1, 2);
+            sum[v] += load(p + c + v * kLanes);
+          }
+      for (int v = 0; v < kVectors; ++v) mean[v] += sum[v];
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      mean[v] = mean[v] / static_cast<float>(box.images * pixels);
+      store(partial.first + box.c0 + c + v * kLanes, mean[v]);
+    }
+    Vec m2[kVectors] = {};
+    for (int64_t n = 0; n < box.images; ++n) {
+      Vec sum[kVectors] = {};
+      for (int64_t i = 0; i < box.rows; ++i)
+        for (int64_t j = 0; j < box.columns; ++j, src += ld) {
+          float* q = out + box.offset(n, i, j) + c;
+          for (int v = 0; v < kVectors; ++v) {
+            const Vec x = load(src + c + v * kLanes), deviation = x - mean[v];
+            sum[v] += deviation * deviation;
+            store(q + v * kLanes, x + bias[v]);
+          }
+        }
+      for (int v = 0; v < kVectors; ++v) m2[v] += sum[v];
+    }
+    for (int v = 0; v < kVectors; ++v) store(partial.second + box.c0 + c + v * kLanes, m2[v]);
+    return;
+  }
+
+  const float* y = static_cast<const float*>(e.y);
+  Vec scale[kVectors], shift[kVectors], y_mean[kVectors], y_invstd[kVectors];
+  Vec total_dz[kVectors] = {}, total_dz_xhat[kVectors] = {};
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t at = box.c0 + c + v * kLanes;
+    scale[v] = e.scale != nullptr ? load(e.scale + at) : splat(1.0f);
+    shift[v] = e.shift != nullptr ? load(e.shift + at) : Vec{};
+    y_mean[v] = e.y_mean != nullptr ? load(e.y_mean + at) : Vec{};
+    y_invstd[v] = e.y_mean != nullptr ? load(e.y_invstd + at) : Vec{};
+  }
+  for (int64_t n = 0; n < box.images; ++n) {
+    Vec sum_dz[kVectors] = {}, sum_dz_xhat[kVectors] = {};
+    for (int64_t i = 0; i < box.rows; ++i)
+      for (int64_t j = 0; j < box.columns; ++j, src += ld) {
+        const int64_t at = box.offset(n, i, j) + c;
+        for (int v = 0; v < kVectors; ++v) {
+          const Vec raw = load(y + at + v * kLanes);
+          const Vec dz = activate_backward(load(src + c + v * kLanes), scale[v] * raw + shift[v], e.activation, e.negative_slope);
+          sum_dz[v] += dz;
+          sum_dz_xhat[v] += dz * (raw - y_mean[v]);
+          store(out + at + v * kLanes, dz);
+        }
+      }
+    for (int v = 0; v < kVectors; ++v) {
+      total_dz[v] += sum_dz[v];
+      total_dz_xhat[v] += sum_dz_xhat[v];
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    store(partial.first + box.c0 + c + v * kLanes, total_dz[v]);
+    store(partial.second + box.c0 + c + v * kLanes, total_dz_xhat[v] * y_invstd[v]);
+  }
+}
+
+// src [images, rows, columns, ld], the first box.channels of ld used.
+inline void finish_box(const ConvEpilogue& e, const OutputBox& box, const float* src, int64_t ld, const Partial& partial) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= box.channels; c += 4 * kLanes) finish_channels<4>(e, box, src, ld, c, partial);
+  for (; c < box.channels; c += kLanes) finish_channels<1>(e, box, src, ld, c, partial);
+}
+
+inline bool has_partials(const ConvEpilogue& e) {
+  return e.mode == ConvEpilogue::Mode::statistics ||
+         (e.mode == ConvEpilogue::Mode::gradient && (e.sum_dz != nullptr || e.y_mean != nullptr));
+}
+
+// Merges the partial statistics of `parts` tasks, in task order. partials: [parts, 2, channels]; count(i) pixels in part i.
+template <typename Count>
+void merge_partials(const ConvEpilogue& e, const float* partials, int64_t parts, int64_t channels, const Count& count) {
+  if (!has_partials(e)) return;
+  for (int64_t c = 0; c < channels; ++c) {
+    double first = 0, second = 0, n = 0;
+    for (int64_t i = 0; i < parts; ++i) {
+      const double a = partials[(2 * i) * channels + c], b = partials[(2 * i + 1) * channels + c];
+      if (e.mode == ConvEpilogue::Mode::statistics) {
+        const double m = static_cast<double>(count(i)), delta = a - first;
+        second += b + delta * delta * (n * m / (n + m));
+        n += m;
+        first += delta * (m / n);
+      } else {
+        first += a;
+        second += b;
+      }
+    }
+    if (e.mode == ConvEpilogue::Mode::statistics) {
+      e.mean[c] = static_cast<float>(e.bias != nullptr ? first + e.bias[c] : first);
+      e.m2[c] = static_cast<float>(second);
+    } else {
+      if (e.sum_dz != nullptr) e.sum_dz[c] = static_cast<float>(first);
+      if (e.y_mean != nullptr) e.sum_dz_xhat[c] = static_cast<float>(second);
+    }
+  }
+}
+
+// ---- workspace
+
+// One scratch area per thread, handed from task to task: parallel_for does not say which thread runs a task.
+class ScratchSlots {
+ public:
+  static constexpr int64_t kAlignment = 256;
+
+  static int64_t bytes(int threads, int64_t slot_bytes) {
+    return round_up(threads * static_cast<int64_t>(sizeof(int)), kAlignment) + threads * round_up(slot_bytes, kAlignment);
+  }
+  ScratchSlots(void* memory, int threads, int64_t slot_bytes)
+      : busy_(static_cast<int*>(memory)),
+        slots_(static_cast<char*>(memory) + round_up(threads * static_cast<int64_t>(sizeof(int)), kAlignment)),
+        slot_bytes_(round_up(slot_bytes, kAlignment)),
+        threads_(threads) {
+    for (int i = 0; i < threads; ++i) busy_[i] = 0;
+  }
+
+  // Holds a slot for the time of one task.
+  class Lease {
+   public:
+    explicit Lease(const ScratchSlots& slots) : slots_(slots) {
+      for (index_ = 0; __atomic_exchange_n(&slots_.busy_[index_], 1, __ATOMIC_ACQUIRE) != 0;)
+        if (++index_ == slots_.threads_) {
+          index_ = 0;
+          sched_yield();
+        }
+    }
+    ~Lease() { __atomic_store_n(&slots_.busy_[index_], 0, __ATOMIC_RELEASE); }
+    Lease(const Lease&) = delete;
+    Lease& operator=(const Lease&) = delete;
+    float* memory() const { return reinterpret_cast<float*>(slots_.slots_ + index_ * slots_.slot_bytes_); }
+
+   private:
+    const ScratchSlots& slots_;
+    int index_;
+  };
+
+ private:
+  int* busy_;
+  char* slots_;
+  int64_t slot_bytes_;
+  int threads_;
+};
+
+}  // namespace
+}  // namespace fastgan::cpu::FASTGAN_ISA

@@ -1,0 +1,69 @@
+// The register-blocked matrix product all conv4x4s2 loops stand on.
+#pragma once
+
+#include "conv4x4s2_vec.h"
+
+namespace fastgan::cpu::FASTGAN_ISA {
+namespace {
+
+constexpr int kPanel = 2 * kLanes;  // columns of one call, but for narrow results
+
+// c[r][0, columns) (+)= sum over k of a[r * kARow + k * kADepth] * b[k * kBDepth + [0, columns)], r in [0, kRows),
+// columns = kVectors * kLanes. Strides are compile-time constants so that all row addresses share one base register.
+template <int kVectors, int kRows, int kARow, int kADepth, int kBDepth>
+void multiply_rows(const float* a, const float* b, int64_t depth, float* c, int64_t ldc, bool accumulate) {
+  Vec sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = Vec{};
+      __builtin_prefetch(c + r * ldc + v * kLanes, 1);
+    }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec right[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec left = splat(a[r * kARow]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += left * right[v];
+    }
+    a += kADepth;
+    b += kBDepth;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      float* p = c + r * ldc + v * kLanes;
+      store(p, accumulate ? load(p) + sum[r][v] : sum[r][v]);
+    }
+}
+
+// Any number of rows, in groups of nearly equal size: a short last group would wait on the latency of its few sums.
+template <int kVectors, int kARow, int kADepth, int kBDepth>
+void multiply(const float* a, const float* b, int64_t depth, float* c, int64_t ldc, int64_t rows, bool accumulate) {
+  const int64_t groups = (rows + kMaxRows - 1) / kMaxRows;
+  for (int64_t g = 0, r = 0; g < groups; ++g) {
+    const int64_t next = rows * (g + 1) / groups;
+    const float* x = a + r * kARow;
+    float* y = c + r * ldc;
+    switch (next - r) {
+#define FASTGAN_ROWS(n)                                                                        \
+  case n:                                                                                      \
+    if constexpr (n <= kMaxRows)                                                               \
+      multiply_rows<kVectors, n, kARow, kADepth, kBDepth>(x, b, depth, y, ldc, accumulate);    \
+    break;
+      FASTGAN_ROWS(1) FASTGAN_ROWS(2) FASTGAN_ROWS(3) FASTGAN_ROWS(4) FASTGAN_ROWS(5) FASTGAN_ROWS(6) FASTGAN_ROWS(7)
+      FASTGAN_ROWS(8) FASTGAN_ROWS(9) FASTGAN_ROWS(10) FASTGAN_ROWS(11) FASTGAN_ROWS(12) FASTGAN_ROWS(13)
+      FASTGAN_ROWS(14)
+#undef FASTGAN_ROWS
+    }
+    r = next;
+  }
+}
+
+}  // namespace
+}  // namespace fastgan::cpu::FASTGAN_ISA

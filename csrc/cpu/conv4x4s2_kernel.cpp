@@ -1,0 +1,481 @@
+// The three loops of conv4x4s2.h for layers with many channels on both sides, by minimal filtering (conv4x4s2_tiles.h).
+//
+// A task takes a block of images (or a strip of rows of one image, where images are large) through everything: read the
+// operand with its prologue, transform, multiply, transform back, epilogue; what lies between stays in the core's cache.
+//
+//   down: for each of the four input parities: products += ..., result += transformed back; then the epilogue
+//   up:   for each of the four output phases (each a task of its own): result = transformed back; then the epilogue
+//   weight_gradient: a task owns a block of the weight; for each input parity, sum over all tiles of (data side)^T
+//         (gradient side) in the transformed domain, then back to four taps
+#include "conv4x4s2_gemm.h"
+#include "conv4x4s2_kernel.h"
+#include "conv4x4s2_tiles.h"
+
+namespace fastgan::cpu::FASTGAN_ISA {
+namespace {
+
+constexpr int64_t kChunk = 64;           // reduction channels transformed and multiplied at a time
+constexpr int64_t kOutputBlock = 128;    // output channels of a task
+constexpr int64_t kProductRows = 1664;   // rows of all 16 product matrices of a block, about 100 each
+constexpr int64_t kFewTasks = 8;
+constexpr int64_t kGradientRows = 1024;  // the same for the weight gradient, which also holds its accumulators
+constexpr int64_t kGradientLarge = 128;  // block of the weight a weight_gradient task owns
+constexpr int64_t kGradientSmall = 64;
+constexpr int64_t kGradientTasks = 16;   // the sum over images is split to reach about this many tasks
+constexpr int kPairs = kPoints * kPoints;
+
+// down, and the data side of weight_gradient, read the large tensor in steps of 2; up reads the small one in steps of 1.
+struct Geometry {
+  bool up;
+  int64_t batch, step;
+  int64_t input_height, input_width, input_channels;
+  int64_t output_height, output_width, output_channels;
+
+  Geometry(const Conv4x4s2Shape& s, Conv4x4s2Loop loop) : up(loop == Conv4x4s2Loop::up), batch(s.batch), step(up ? 1 : 2) {
+    input_height = up ? s.small_height : s.large_height;
+    input_width = up ? s.small_width : s.large_width;
+    input_channels = up ? s.small_channels : s.large_channels;
+    output_height = up ? s.large_height : s.small_height;
+    output_width = up ? s.large_width : s.small_width;
+    output_channels = up ? s.large_channels : s.small_channels;
+  }
+
+  // Outputs of one phase along an axis; down has a single phase.
+  int64_t phase_rows(int64_t phase) const { return up ? (output_height - phase + 1) / 2 : output_height; }
+  int64_t phase_columns(int64_t phase) const { return up ? (output_width - phase + 1) / 2 : output_width; }
+
+  Axis row_axis(int64_t parity, int64_t strip, int64_t strips) const {
+    const int64_t all = phase_rows(parity), first = strip_start(all, strip, strips);
+    return Axis(first, strip_start(all, strip + 1, strips) - first, step, parity, input_height);
+  }
+  Axis column_axis(int64_t parity) const { return Axis(0, phase_columns(parity), step, parity, input_width); }
+
+  static int64_t strip_start(int64_t all, int64_t strip, int64_t strips) {
+    return all / strips * strip + min64(strip, all % strips);
+  }
+};
+
+// How the batch is cut into blocks that fit the cache.
+struct Blocks {
+  int64_t strips;           // an image
+  int64_t images, batches;  // images a block, blocks a strip
+  int64_t product_rows;     // most rows of all product matrices of a block
+  int64_t pixels;           // most outputs (of one phase) of a block
+  int64_t stage_pixels;     // most inputs of one parity of one image's strip
+
+  Blocks(const Geometry& g, int64_t target_rows) {
+    const int64_t whole = image_rows(g, 1);
+    strips = max64(1, min64(ceil_div(whole, target_rows), g.phase_rows(1) / 4));
+    const int64_t rows = strips == 1 ? whole : image_rows(g, strips);
+    images = max64(1, min64(g.batch, target_rows / rows));
+    batches = ceil_div(g.batch, images);
+    images = ceil_div(g.batch, batches);
+    product_rows = images * rows;
+    const int64_t height = ceil_div(g.phase_rows(0), strips), width = g.phase_columns(0);
+    pixels = images * height * width;
+    stage_pixels = (height + 1) * (width + 1);
+  }
+  int64_t count() const { return strips * batches; }
+  int64_t first_image(int64_t block) const { return block % batches * images; }
+  int64_t image_count(int64_t block, int64_t batch) const { return min64(images, batch - first_image(block)); }
+  int64_t strip(int64_t block) const { return block / batches; }
+
+ private:
+  static int64_t image_rows(const Geometry& g, int64_t strips) {
+    int64_t most = 0;
+    for (int64_t b = 0; b < 2; ++b) {
+      const int64_t columns = g.column_axis(b).multiplications();
+      for (int64_t a = 0; a < 2; ++a)
+        for (int64_t s = 0; s < strips; ++s) most = max64(most, g.row_axis(a, s, strips).multiplications() * columns);
+    }
+    return most;
+  }
+};
+
+// One image's inputs of one parity, zero padded: stage[length + 1][width + 1][kChunk]. Asks for the next image meanwhile.
+void stage_inputs(const ConvOperand& operand, const Geometry& g, const Axis& rows, const Axis& columns, int64_t row_parity,
+                  int64_t column_parity, int64_t image, bool next, int64_t c0, int64_t channels, float* stage) {
+  const int64_t to_next = next ? g.input_height * g.input_width * g.input_channels : 0;
+  for (int64_t i = 0; i <= rows.length; ++i) {
+    const int64_t y = g.step * (rows.first + i) - 1 + row_parity;
+    for (int64_t j = 0; j <= columns.length; ++j, stage += kChunk) {
+      const int64_t x = g.step * (columns.first + j) - 1 + column_parity;
+      if (y < 0 || y >= g.input_height || x < 0 || x >= g.input_width)
+        for (int64_t c = 0; c < channels; c += kLanes) store(stage + c, Vec{});
+      else
+        read_operand(operand, ((image * g.input_height + y) * g.input_width + x) * g.input_channels + c0, to_next, c0, channels,
+                     stage);
+    }
+  }
+}
+
+struct InputTile {
+  const float* src;
+  int64_t row;
+  float* const* dst;
+  int64_t channels;
+  template <int kR, int kC>
+  void run() const { input_tile<kR, kC>(src, row, kChunk, dst, channels); }
+};
+
+// products[row][kChunk] = transformed inputs of all tiles of a block
+void transform_inputs(const ConvOperand& operand, const Geometry& g, const ProductRows& at, int64_t row_parity,
+                      int64_t column_parity, int64_t first_image, int64_t c0, int64_t channels, float* stage,
+                      float* products) {
+  const int64_t row = (at.columns.length + 1) * kChunk;
+  for (int64_t n = 0; n < at.images; ++n) {
+    stage_inputs(operand, g, at.rows, at.columns, row_parity, column_parity, first_image + n, n + 1 < at.images, c0, channels,
+                 stage);
+    for (int r = 0; r < at.rows.count; ++r)
+      for (int c = 0; c < at.columns.count; ++c) {
+        const Segment &rs = at.rows.segments[r], &cs = at.columns.segments[c];
+        float* dst[kPairs];
+        at.addresses(products, kChunk, n, rs, cs, dst);
+        for_tile_shape(rs.points, cs.points, InputTile{stage + rs.input * row + cs.input * kChunk, row, dst, channels});
+      }
+  }
+}
+
+struct OutputTile {
+  float* const* src;
+  float* dst;
+  int64_t row, column, channels;
+  bool accumulate;
+  template <int kR, int kC>
+  void run() const { output_tile<kR, kC>(src, dst, row, column, channels, accumulate); }
+};
+
+// result[images][rows][columns][ld] (+)= products transformed back
+void transform_outputs(const ProductRows& at, float* products, int64_t ld, float* result, bool accumulate) {
+  const int64_t row = at.columns.length * ld;
+  for (int64_t n = 0; n < at.images; ++n, result += at.rows.length * row)
+    for (int r = 0; r < at.rows.count; ++r)
+      for (int c = 0; c < at.columns.count; ++c) {
+        const Segment &rs = at.rows.segments[r], &cs = at.columns.segments[c];
+        float* src[kPairs];
+        at.addresses(products, ld, n, rs, cs, src);
+        for_tile_shape(rs.points, cs.points, OutputTile{src, result + rs.output * row + cs.output * ld, row, ld, ld, accumulate});
+      }
+}
+
+// ---- packed weights: [parity pair][output block][input chunk][panel][chunk channels][4 taps][kPanel]
+//
+// Plain taps, in the order the products need them. A task transforms the 4 taps to 16 when it has them in cache: that
+// costs 2% of the products they take part in, and a quarter of the memory traffic of transformed weights.
+
+struct PackedWeights {
+  int64_t input_channels, output_channels;  // the latter rounded up to whole panels
+  explicit PackedWeights(const Geometry& g)
+      : input_channels(g.input_channels), output_channels(round_up(g.output_channels, kPanel)) {}
+  int64_t size() const { return 16 * input_channels * output_channels; }
+  int64_t block_channels(int64_t k0) const { return min64(kOutputBlock, output_channels - k0); }
+  int64_t chunk_channels(int64_t c0) const { return min64(kChunk, input_channels - c0); }
+  // Start of a parity pair, output block and input chunk
+  int64_t offset(int64_t parities, int64_t k0, int64_t c0) const {
+    return 4 * (parities * input_channels * output_channels + k0 * input_channels + c0 * block_channels(k0));
+  }
+};
+
+void pack_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* weight, float* packed) {
+  const Geometry g(shape, loop);
+  const PackedWeights to(g);
+  // weight[small][large][16]: strides of an input and of an output channel
+  const int64_t input_stride = g.up ? shape.large_channels * 16 : 16, output_stride = g.up ? 16 : shape.large_channels * 16;
+  const int64_t vectors = to.output_channels / kLanes, chunks = ceil_div(g.input_channels, kChunk);
+  parallel_for(vectors * chunks, [&](int64_t task) {
+    const int64_t k = task / chunks * kLanes, c0 = task % chunks * kChunk;
+    const int64_t k0 = k / kOutputBlock * kOutputBlock, chunk = to.chunk_channels(c0);
+    const int64_t lanes = max64(0, min64(kLanes, g.output_channels - k));
+    for (int64_t c = 0; c < chunk; ++c) {
+      float taps[16][kLanes] = {};
+      const float* w = weight + (c0 + c) * input_stride + k * output_stride;
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        for (int t = 0; t < 16; ++t) taps[t][lane] = w[lane * output_stride + t];
+      const int64_t in_block = ((k - k0) / kPanel * chunk + c) * 4 * kPanel + (k - k0) % kPanel;
+      for (int a = 0; a < 2; ++a)
+        for (int b = 0; b < 2; ++b) {
+          float* dst = packed + to.offset(a * 2 + b, k0, c0) + in_block;
+          // the two taps of each axis, in the order of the inputs they meet
+          const int r[2] = {g.up ? 3 - a : a, g.up ? 1 - a : a + 2}, s[2] = {g.up ? 3 - b : b, g.up ? 1 - b : b + 2};
+          for (int t = 0; t < 4; ++t) store(dst + t * kPanel, load(taps[r[t / 2] * 4 + s[t % 2]]));
+        }
+    }
+  });
+}
+
+// taps[count][4][kPanel] -> transformed[16][count][kPanel], count = panels * channels
+void transform_weights(const float* taps, int64_t count, float* transformed) {
+  for (int64_t i = 0; i < count; ++i, taps += 4 * kPanel, transformed += kPanel)
+    for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+      Vec rows[kPoints][2];
+      for (int s = 0; s < 2; ++s) {
+        const Vec g0 = load(taps + s * kPanel + lane), g1 = load(taps + (2 + s) * kPanel + lane);
+        rows[0][s] = g0;
+        rows[1][s] = (g0 + g1) * 0.5f;
+        rows[2][s] = (g0 - g1) * 0.5f;
+        rows[3][s] = g1;
+      }
+      for (int p = 0; p < kPoints; ++p) {
+        float* out = transformed + p * kPoints * count * kPanel + lane;
+        store(out, rows[p][0]);
+        store(out + count * kPanel, (rows[p][0] + rows[p][1]) * 0.5f);
+        store(out + 2 * count * kPanel, (rows[p][0] - rows[p][1]) * 0.5f);
+        store(out + 3 * count * kPanel, rows[p][1]);
+      }
+    }
+}
+
+// ---- down and up
+
+struct ForwardScratch {
+  int64_t inputs, weights, products, result, stage;  // floats
+  ForwardScratch(const PackedWeights& packed, const Blocks& blocks) {
+    const int64_t ld = min64(kOutputBlock, packed.output_channels);
+    inputs = blocks.product_rows * kChunk;
+    weights = kPairs * min64(kChunk, packed.input_channels) * ld;
+    products = blocks.product_rows * ld;
+    result = blocks.pixels * ld;
+    stage = blocks.stage_pixels * kChunk;
+  }
+  int64_t bytes() const { return (inputs + weights + products + result + stage) * static_cast<int64_t>(sizeof(float)); }
+};
+
+int64_t partials_bytes(const Geometry& g, const Blocks& blocks) {
+  return round_up(2 * (g.up ? 4 : 1) * blocks.count() * g.output_channels * static_cast<int64_t>(sizeof(float)),
+                  ScratchSlots::kAlignment);
+}
+
+void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand& input, const float* packed,
+              const ConvEpilogue& epilogue, void* workspace, int threads) {
+  const Geometry g(shape, loop);
+  const Blocks blocks(g, kProductRows);
+  const PackedWeights weights(g);
+  const ForwardScratch sizes(weights, blocks);
+  float* partials = static_cast<float*>(workspace);
+  const ScratchSlots slots(static_cast<char*>(workspace) + partials_bytes(g, blocks), threads, sizes.bytes());
+  const int64_t output_blocks = ceil_div(g.output_channels, kOutputBlock), phases = g.up ? 4 : 1;
+  // up: the four phases read the same inputs, so a task does all of them, unless that would leave too few tasks
+  const int64_t phase_tasks = g.up && output_blocks * blocks.count() < kFewTasks ? phases : 1;
+
+  // Blocks of images run innermost, so that consecutive tasks of a thread read the same weights.
+  parallel_for(phase_tasks * output_blocks * blocks.count(), [&](int64_t task) {
+    const int64_t block = task % blocks.count(), k0 = task / blocks.count() % output_blocks * kOutputBlock;
+    const int64_t ld = weights.block_channels(k0), first_image = blocks.first_image(block);
+    const int64_t images = blocks.image_count(block, g.batch);
+    const int64_t first_parities = phase_tasks == 1 ? 0 : task / blocks.count() / output_blocks;
+    const int64_t end_parities = phase_tasks == 1 ? 4 : first_parities + 1;
+    const ScratchSlots::Lease lease(slots);
+    float* inputs = lease.memory();
+    float* transformed = inputs + sizes.inputs;
+    float* products = transformed + sizes.weights;
+    float* result = products + sizes.products;
+    float* stage = result + sizes.result;
+
+    for (int64_t parities = first_parities; parities < end_parities; ++parities) {
+      const int64_t a = parities / 2, b = parities % 2;
+      const Axis rows = g.row_axis(a, blocks.strip(block), blocks.strips), columns = g.column_axis(b);
+      const ProductRows at(rows, columns, images);
+      for (int64_t c0 = 0; c0 < g.input_channels; c0 += kChunk) {
+        const int64_t chunk = weights.chunk_channels(c0);
+        transform_inputs(input, g, at, a, b, first_image, c0, chunk, stage, inputs);
+        transform_weights(packed + weights.offset(parities, k0, c0), ld / kPanel * chunk, transformed);
+        const float* u = transformed;
+        for (int p = 0; p < kPairs; ++p)
+          for (int64_t k = 0; k < ld; k += kPanel, u += chunk * kPanel)
+            multiply<2, kChunk, 1, kPanel>(inputs + at.base[p] * kChunk, u, chunk, products + at.base[p] * ld + k, ld,
+                                        at.base[p + 1] - at.base[p], c0 > 0);
+      }
+      transform_outputs(at, products, ld, result, !g.up && parities > 0);
+      if (!g.up && parities < 3) continue;  // down: the four parities add up to one result
+      const int64_t part = (g.up ? parities * blocks.count() : 0) + block;
+      float* partial = partials + 2 * part * g.output_channels;
+      const OutputBox box{g.output_height, g.output_width, g.output_channels, first_image, images,
+                          g.up ? 2 * rows.first + a : rows.first, rows.length, g.up ? b : 0, columns.length, g.up ? 2 : 1,
+                          k0, min64(kOutputBlock, g.output_channels - k0)};
+      finish_box(epilogue, box, result, ld, {partial, partial + g.output_channels});
+    }
+  });
+
+  merge_partials(epilogue, partials, phases * blocks.count(), g.output_channels, [&](int64_t part) {
+    const int64_t phase = part / blocks.count(), block = part % blocks.count(), strip = blocks.strip(block);
+    const int64_t rows = g.phase_rows(phase / 2);
+    return blocks.image_count(block, g.batch) * g.phase_columns(phase % 2) *
+           (Geometry::strip_start(rows, strip + 1, blocks.strips) - Geometry::strip_start(rows, strip, blocks.strips));
+  });
+}
+
+// ---- weight gradient
+
+struct GradientTile {
+  const float* src;
+  int64_t row, column;
+  float* const* dst;
+  int64_t channels;
+  template <int kR, int kC>
+  void run() const { gradient_tile<kR, kC>(src, row, column, dst, channels); }
+};
+
+// products[row][kGradientSmall] = transformed output gradients of all tiles of a block
+void transform_gradients(const ConvOperand& operand, const Geometry& g, const ProductRows& at, int64_t first_image,
+                         int64_t c0, int64_t channels, float* stage, float* products) {
+  const int64_t row = at.columns.length * kGradientSmall;
+  for (int64_t n = 0; n < at.images; ++n) {
+    const int64_t to_next = n + 1 < at.images ? g.output_height * g.output_width * g.output_channels : 0;
+    for (int64_t i = 0; i < at.rows.length; ++i)
+      for (int64_t j = 0; j < at.columns.length; ++j) {
+        const int64_t y = at.rows.first + i, pixel = ((first_image + n) * g.output_height + y) * g.output_width + j;
+        read_operand(operand, pixel * g.output_channels + c0, to_next, c0, channels, stage + i * row + j * kGradientSmall);
+      }
+    for (int r = 0; r < at.rows.count; ++r)
+      for (int c = 0; c < at.columns.count; ++c) {
+        const Segment &rs = at.rows.segments[r], &cs = at.columns.segments[c];
+        float* dst[kPairs];
+        at.addresses(products, kGradientSmall, n, rs, cs, dst);
+        for_tile_shape(rs.points, cs.points,
+                       GradientTile{stage + rs.output * row + cs.output * kGradientSmall, row, kGradientSmall, dst, channels});
+      }
+  }
+}
+
+struct GradientPlan {
+  Geometry g;
+  Blocks blocks;
+  int64_t large_blocks, small_blocks, splits;
+  int64_t inputs, gradients, accumulators, taps, stage;  // floats
+
+  explicit GradientPlan(const Conv4x4s2Shape& shape)
+      : g(shape, Conv4x4s2Loop::weight_gradient), blocks(g, kGradientRows) {
+    large_blocks = ceil_div(g.input_channels, kGradientLarge);
+    small_blocks = ceil_div(g.output_channels, kGradientSmall);
+    splits = min64(blocks.count(), max64(1, kGradientTasks / (large_blocks * small_blocks)));
+    inputs = blocks.product_rows * kGradientLarge;
+    gradients = blocks.product_rows * kGradientSmall;
+    accumulators = kPairs * kGradientLarge * kGradientSmall;
+    taps = 16 * kGradientLarge * kGradientSmall;
+    stage = blocks.stage_pixels * kChunk;
+  }
+  int64_t weights() const { return 16 * g.input_channels * g.output_channels; }
+  int64_t slot_bytes() const {
+    return (inputs + gradients + accumulators + taps + stage) * static_cast<int64_t>(sizeof(float));
+  }
+  int64_t partials_bytes() const {
+    return splits == 1 ? 0 : round_up(splits * weights() * static_cast<int64_t>(sizeof(float)), ScratchSlots::kAlignment);
+  }
+};
+
+// Four taps of each weight from its 16 transformed sums: rows [large][kGradientSmall] of sums and taps
+void transform_weight_gradients(const float* sums, int64_t large, int64_t row_parity, int64_t column_parity, float* taps) {
+  const int64_t matrix = kGradientLarge * kGradientSmall;
+  for (int64_t at = 0; at < large * kGradientSmall; at += kLanes) {
+    Vec rows[2][kPoints];
+    for (int q = 0; q < kPoints; ++q) {
+      Vec m[kPoints];
+      for (int p = 0; p < kPoints; ++p) m[p] = load(sums + (p * kPoints + q) * matrix + at);
+      rows[0][q] = m[0] + (m[1] + m[2]) * 0.5f;
+      rows[1][q] = m[3] + (m[1] - m[2]) * 0.5f;
+    }
+    for (int r = 0; r < 2; ++r) {
+      const Vec* m = rows[r];
+      float* out = taps + ((row_parity + 2 * r) * 4 + column_parity) * matrix + at;
+      store(out, m[0] + (m[1] + m[2]) * 0.5f);
+      store(out + 2 * matrix, m[3] + (m[1] - m[2]) * 0.5f);
+    }
+  }
+}
+
+void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
+                          float* weight_gradient, void* workspace, int threads) {
+  const GradientPlan plan(shape);
+  const Geometry& g = plan.g;
+  const Blocks& blocks = plan.blocks;
+  float* partials = plan.splits == 1 ? weight_gradient : static_cast<float*>(workspace);
+  const ScratchSlots slots(static_cast<char*>(workspace) + plan.partials_bytes(), threads, plan.slot_bytes());
+
+  parallel_for(plan.splits * plan.large_blocks * plan.small_blocks, [&](int64_t task) {
+    const int64_t k0 = task % plan.small_blocks * kGradientSmall;
+    const int64_t c0 = task / plan.small_blocks % plan.large_blocks * kGradientLarge;
+    const int64_t split = task / plan.small_blocks / plan.large_blocks;
+    const int64_t large_channels = min64(kGradientLarge, g.input_channels - c0);
+    const int64_t small_channels = min64(kGradientSmall, g.output_channels - k0);
+    const ScratchSlots::Lease lease(slots);
+    float* inputs = lease.memory();
+    float* gradients = inputs + plan.inputs;
+    float* sums = gradients + plan.gradients;
+    float* taps = sums + plan.accumulators;
+    float* stage = taps + plan.taps;
+
+    for (int64_t parities = 0; parities < 4; ++parities) {
+      const int64_t a = parities / 2, b = parities % 2;
+      const int64_t first_block = blocks.count() * split / plan.splits, end_block = blocks.count() * (split + 1) / plan.splits;
+      for (int64_t block = first_block; block < end_block; ++block) {
+        const Axis rows = g.row_axis(a, blocks.strip(block), blocks.strips), columns = g.column_axis(b);
+        const ProductRows at(rows, columns, blocks.image_count(block, g.batch));
+        const int64_t first_image = blocks.first_image(block);
+        transform_gradients(small, g, at, first_image, k0, small_channels, stage, gradients);
+        for (int64_t c = 0; c < large_channels; c += kChunk) {
+          const int64_t chunk = min64(kChunk, large_channels - c);
+          transform_inputs(large, g, at, a, b, first_image, c0 + c, chunk, stage, inputs);
+          for (int p = 0; p < kPairs; ++p)
+            for (int64_t k = 0; k < small_channels; k += kPanel)
+              multiply<2, 1, kChunk, kGradientSmall>(inputs + at.base[p] * kChunk, gradients + at.base[p] * kGradientSmall + k,
+                                                  at.base[p + 1] - at.base[p],
+                                                  sums + (p * kGradientLarge + c) * kGradientSmall + k, kGradientSmall, chunk,
+                                                  block > first_block);
+        }
+      }
+      transform_weight_gradients(sums, large_channels, a, b, taps);
+    }
+    float* out = partials + split * plan.weights();
+    for (int64_t k = 0; k < small_channels; k += kLanes)
+      for (int64_t c = 0; c < large_channels; ++c) {
+        float block[16][kLanes];
+        for (int t = 0; t < 16; ++t) store(block[t], load(taps + (t * kGradientLarge + c) * kGradientSmall + k));
+        for (int64_t lane = 0; lane < kLanes; ++lane)
+          for (int t = 0; t < 16; ++t) out[((k0 + k + lane) * g.input_channels + c0 + c) * 16 + t] = block[t][lane];
+      }
+  });
+
+  if (plan.splits == 1) return;
+  const int64_t weights = plan.weights(), piece = 4096;
+  parallel_for(ceil_div(weights, piece), [&](int64_t task) {
+    const int64_t end = min64(weights, (task + 1) * piece);
+    for (int64_t i = task * piece; i < end; i += kLanes) {
+      Vec sum = load(partials + i);
+      for (int64_t split = 1; split < plan.splits; ++split) sum += load(partials + split * weights + i);
+      store(weight_gradient + i, sum);
+    }
+  });
+}
+
+}  // namespace
+
+int64_t conv4x4s2_packed_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop) {
+  if (loop == Conv4x4s2Loop::weight_gradient) return 0;
+  return PackedWeights(Geometry(shape, loop)).size() * static_cast<int64_t>(sizeof(float));
+}
+
+void conv4x4s2_pack(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* weight, void* packed) {
+  pack_wide(shape, loop, weight, static_cast<float*>(packed));
+}
+
+int64_t conv4x4s2_workspace_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, int threads) {
+  if (loop == Conv4x4s2Loop::weight_gradient) {
+    const GradientPlan plan(shape);
+    return plan.partials_bytes() + ScratchSlots::bytes(threads, plan.slot_bytes());
+  }
+  const Geometry g(shape, loop);
+  const Blocks blocks(g, kProductRows);
+  return partials_bytes(g, blocks) + ScratchSlots::bytes(threads, ForwardScratch(PackedWeights(g), blocks).bytes());
+}
+
+void conv4x4s2_forward(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand& input, const void* packed,
+                       const ConvEpilogue& output, void* workspace, int threads) {
+  run_wide(shape, loop, input, static_cast<const float*>(packed), output, workspace, threads);
+}
+
+void conv4x4s2_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
+                               float* weight_gradient, void* workspace, int threads) {
+  weight_gradient_wide(shape, large, small, weight_gradient, workspace, threads);
+}
+
+}  // namespace fastgan::cpu::FASTGAN_ISA

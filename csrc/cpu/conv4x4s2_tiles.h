@@ -1,0 +1,226 @@
+// Minimal filtering for the 2-tap convolutions a kernel-4 stride-2 convolution falls into.
+//
+// One axis. With d the elements of one input parity (down) or the input itself (up), and g0, g1 two of the four taps,
+// every part of the convolution is y[j] = d[j] g0 + d[j+1] g1. Three outputs take four multiplications, F(3, 2), with
+// the points 0, 1, -1, infinity:
+//
+//   m0 = (d0 - d2) g0    m1 = (d1 + d2) (g0 + g1)/2    m2 = (d2 - d1) (g0 - g1)/2    m3 = (d3 - d1) g1
+//   y0 = m0 + m1 + m2    y1 = m1 - m2                  y2 = m1 + m2 + m3
+//
+// Two outputs take three, F(2, 2), with the same transformed weights: m0 = (d0 - d1) g0, m1 = 2 d1 (g0 + g1)/2,
+// m3 = (d2 - d1) g1, y0 = m0 + m1, y1 = m1 + m3. And where one of an output's two inputs is padding, the output is one
+// product, by g0 or g1. So one set of four transformed weights serves an axis cut into any mixture of such segments:
+// 4 outputs = 1 + 3 take 5 multiplications, 7 = 1 + 3 + 3 take 9, 8 = 3 + 3 + 2 take 11, 16 = 1 + 5 * 3 take 21, where
+// the direct form takes two an output. In two dimensions the counts multiply: 39%, 41%, 47% and 43% of direct.
+//
+// Larger tiles, F(4, 2) with 5 products, need the point 2 or 1/2: measured on these layers their float32 error is 5 to 20
+// times that of PyTorch's contiguous convolution, while F(3, 2) stays below 2 (and below PyTorch's channels_last).
+#pragma once
+
+#include "conv4x4s2_common.h"
+
+namespace fastgan::cpu::FASTGAN_ISA {
+namespace {
+
+constexpr int kPoints = 4;         // an axis
+constexpr int kMaxSegments = 128;  // an axis: up to 3 * 127 outputs
+
+struct Segment {
+  int points;         // 4, 3 or 1 multiplications for 3, 2 or 1 outputs
+  int input, output;  // where they start
+  int point[kPoints];  // which transformed weights
+  int rank[kPoints];   // how many earlier segments of the axis use that point
+};
+
+// `length` outputs from `first` on. Input element j of the axis lies at step * (first + j) - 1 + parity in the tensor,
+// j in [0, length].
+struct Axis {
+  int64_t first, length;
+  int count = 0;
+  Segment segments[kMaxSegments];
+  int uses[kPoints] = {};  // segments that use a point
+
+  Axis(int64_t first_output, int64_t outputs, int64_t step, int64_t parity, int64_t input_size)
+      : first(first_output), length(outputs) {
+    const bool low_is_padding = step * first - 1 + parity < 0;
+    const bool high_is_padding = step * (first + length) - 1 + parity >= input_size;
+    int64_t pairs = length % 3 == 2 ? 1 : 0, at = 0;
+    bool low = false, high = false;
+    if (length % 3 == 1) {
+      low = low_is_padding;
+      high = !low && high_is_padding;
+      if (!low && !high) pairs = 2;
+    }
+    if (low) add(1, 1, at++, 3);
+    const int64_t triples = (length - 2 * pairs - (low || high)) / 3;
+    for (int64_t i = 0; i < triples; ++i, at += 3) add(4, at, at, 0);
+    for (int64_t i = 0; i < pairs; ++i, at += 2) add(3, at, at, 0);
+    if (high) add(1, at, at, 0);
+  }
+
+  int64_t multiplications() const { return uses[0] + uses[1] + uses[2] + uses[3]; }
+
+ private:
+  void add(int points, int64_t input, int64_t output, int single_point) {
+    Segment& s = segments[count++];
+    s.points = points;
+    s.input = static_cast<int>(input);
+    s.output = static_cast<int>(output);
+    for (int i = 0; i < points; ++i) {
+      s.point[i] = points == 4 ? i : points == 3 ? (i == 2 ? 3 : i) : single_point;
+      s.rank[i] = uses[s.point[i]]++;
+    }
+  }
+};
+
+// d[points] -> data side of the products
+template <int kN>
+inline void input_transform(Vec* d, int stride) {
+  if constexpr (kN == 4) {
+    const Vec d1 = d[stride], d2 = d[2 * stride];
+    d[0] = d[0] - d2;
+    d[stride] = d1 + d2;
+    d[2 * stride] = d2 - d1;
+    d[3 * stride] = d[3 * stride] - d1;
+  } else if constexpr (kN == 3) {
+    const Vec d1 = d[stride];
+    d[0] = d[0] - d1;
+    d[stride] = d1 + d1;
+    d[2 * stride] = d[2 * stride] - d1;
+  }
+}
+
+// m[points] -> y in m[0 .. points - 2] (or m[0] for a single point)
+template <int kN>
+inline void output_transform(Vec* m, int stride) {
+  if constexpr (kN == 4) {
+    const Vec sum = m[stride] + m[2 * stride], difference = m[stride] - m[2 * stride];
+    m[0] = m[0] + sum;
+    m[2 * stride] = sum + m[3 * stride];
+    m[stride] = difference;
+  } else if constexpr (kN == 3) {
+    m[0] = m[0] + m[stride];
+    m[stride] = m[stride] + m[2 * stride];
+  }
+}
+
+// The transpose of output_transform, for the weight gradient: y in z[0 .. points - 2] -> z[points]
+template <int kN>
+inline void output_transform_transposed(Vec* z, int stride) {
+  if constexpr (kN == 4) {
+    const Vec ends = z[0] + z[2 * stride], middle = z[stride];
+    z[3 * stride] = z[2 * stride];
+    z[stride] = ends + middle;
+    z[2 * stride] = ends - middle;
+  } else if constexpr (kN == 3) {
+    const Vec y1 = z[stride];
+    z[2 * stride] = y1;
+    z[stride] = z[0] + y1;
+  }
+}
+
+constexpr int outputs_of(int points) { return points == 1 ? 1 : points - 1; }
+
+template <int kR, int kC>
+void input_tile(const float* src, int64_t row, int64_t column, float* const* dst, int64_t channels) {
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    Vec d[kR * kC];
+#pragma GCC unroll 4
+    for (int i = 0; i < kR; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kC; ++j) d[i * kC + j] = load(src + i * row + j * column + c);
+#pragma GCC unroll 4
+    for (int j = 0; j < kC; ++j) input_transform<kR>(d + j, kC);
+#pragma GCC unroll 4
+    for (int i = 0; i < kR; ++i) input_transform<kC>(d + i * kC, 1);
+#pragma GCC unroll 16
+    for (int i = 0; i < kR * kC; ++i) store(dst[i] + c, d[i]);
+  }
+}
+
+template <int kR, int kC>
+void gradient_tile(const float* src, int64_t row, int64_t column, float* const* dst, int64_t channels) {
+  constexpr int kRowOutputs = outputs_of(kR), kColumnOutputs = outputs_of(kC);
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    Vec z[kR * kC];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRowOutputs; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumnOutputs; ++j) z[i * kC + j] = load(src + i * row + j * column + c);
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumnOutputs; ++j) output_transform_transposed<kR>(z + j, kC);
+#pragma GCC unroll 4
+    for (int i = 0; i < kR; ++i) output_transform_transposed<kC>(z + i * kC, 1);
+#pragma GCC unroll 16
+    for (int i = 0; i < kR * kC; ++i) store(dst[i] + c, z[i]);
+  }
+}
+
+template <int kR, int kC>
+void output_tile(float* const* src, float* dst, int64_t row, int64_t column, int64_t channels, bool accumulate) {
+  constexpr int kRowOutputs = outputs_of(kR), kColumnOutputs = outputs_of(kC);
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    Vec m[kR * kC];
+#pragma GCC unroll 16
+    for (int i = 0; i < kR * kC; ++i) m[i] = load(src[i] + c);
+#pragma GCC unroll 4
+    for (int j = 0; j < kC; ++j) output_transform<kR>(m + j, kC);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRowOutputs; ++i) {
+      output_transform<kC>(m + i * kC, 1);
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumnOutputs; ++j) {
+        float* p = dst + i * row + j * column + c;
+        store(p, accumulate ? load(p) + m[i * kC + j] : m[i * kC + j]);
+      }
+    }
+  }
+}
+
+// Calls f.template run<rows, columns>() with the numbers of points of two segments.
+template <typename F>
+inline void for_tile_shape(int row_points, int column_points, const F& f) {
+  switch (row_points * 8 + column_points) {
+    case 4 * 8 + 4: return f.template run<4, 4>();
+    case 4 * 8 + 3: return f.template run<4, 3>();
+    case 4 * 8 + 1: return f.template run<4, 1>();
+    case 3 * 8 + 4: return f.template run<3, 4>();
+    case 3 * 8 + 3: return f.template run<3, 3>();
+    case 3 * 8 + 1: return f.template run<3, 1>();
+    case 1 * 8 + 4: return f.template run<1, 4>();
+    case 1 * 8 + 3: return f.template run<1, 3>();
+    case 1 * 8 + 1: return f.template run<1, 1>();
+  }
+}
+
+// Where the products of a block of images lie: one matrix a point pair, its rows ordered (image, row segment, column
+// segment), all matrices one after the other.
+struct ProductRows {
+  const Axis& rows;
+  const Axis& columns;
+  int64_t images;
+  int64_t base[kPoints * kPoints + 1];  // first row of each point pair's matrix; the last entry is the total
+
+  ProductRows(const Axis& row_axis, const Axis& column_axis, int64_t image_count)
+      : rows(row_axis), columns(column_axis), images(image_count) {
+    base[0] = 0;
+    for (int p = 0; p < kPoints; ++p)
+      for (int q = 0; q < kPoints; ++q)
+        base[p * kPoints + q + 1] = base[p * kPoints + q] + images * rows.uses[p] * columns.uses[q];
+  }
+
+  // The addresses, in a buffer of rows of `ld` floats, of the products of one tile.
+  void addresses(float* buffer, int64_t ld, int64_t image, const Segment& r, const Segment& c, float** out) const {
+    for (int i = 0; i < r.points; ++i) {
+      const int p = r.point[i];
+      const int64_t row = image * rows.uses[p] + r.rank[i];
+      for (int j = 0; j < c.points; ++j) {
+        const int q = c.point[j];
+        *out++ = buffer + (base[p * kPoints + q] + row * columns.uses[q] + c.rank[j]) * ld;
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fastgan::cpu::FASTGAN_ISA

@@ -1,0 +1,94 @@
+// Float vectors of the instruction set this file is compiled for, in the compilers' common vector extension.
+// Included by the conv4x4s2 kernel files only, inside no namespace; everything lands in fastgan::cpu::FASTGAN_ISA.
+#pragma once
+
+#include <cstdint>
+
+#include "../activation.h"
+
+namespace fastgan::cpu::FASTGAN_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kMaxRows = 14;  // 28 accumulators, 2 vectors of the right operand, 1 broadcast: 31 of 32 registers
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kMaxRows = 6;  // 12 accumulators of 16 registers
+#else
+constexpr int kLanes = 4;
+constexpr int kMaxRows = 6;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+
+inline Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an addition: it turns -0 into 0
+inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+
+// e^x to about 1 ulp for |x| <= 87, clamped beyond; Cody-Waite reduction, polynomial of degree 6.
+inline Vec vexp(Vec x) {
+  x = vmin(vmax(x, splat(-87.0f)), splat(87.0f));
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  const Vec shifted = x * 1.44269504088896341f + magic;
+  const Vec n = shifted - magic;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const IntVec exponent = __builtin_convertvector(n, IntVec) + 127;
+  return p * (Vec)(exponent << 23);
+}
+
+inline Vec vsigmoid(Vec x) { return 1.0f / (1.0f + vexp(-x)); }
+
+// Near 0 the quotient form cancels, so a Taylor polynomial takes over below 0.1 (next term: 1e-10 relative).
+inline Vec vtanh(Vec x) {
+  const Vec square = x * x;
+  const Vec series =
+      x * (1.0f + square * (-0.333333333f + square * (0.133333333f + square * (-0.0539682540f + square * 0.0218694885f))));
+  const Vec e = vexp(vmin(vmax(x, splat(-20.0f)), splat(20.0f)) * 2.0f);
+  const Vec quotient = (e - 1.0f) / (e + 1.0f);
+  return square < 0.01f ? series : quotient;
+}
+
+inline Vec activate(Vec z, Activation activation, float slope) {
+  switch (activation) {
+    case Activation::relu: return z < 0.0f ? Vec{} : z;
+    case Activation::leaky_relu: return z > 0.0f ? z : z * slope;
+    case Activation::tanh: return vtanh(z);
+    case Activation::sigmoid: return vsigmoid(z);
+    default: return z;
+  }
+}
+
+// gradient * activation'(z)
+inline Vec activate_backward(Vec gradient, Vec z, Activation activation, float slope) {
+  switch (activation) {
+    case Activation::relu: return z > 0.0f ? gradient : Vec{};
+    case Activation::leaky_relu: return z > 0.0f ? gradient : gradient * slope;
+    case Activation::tanh: {
+      const Vec a = vtanh(z);
+      return gradient * (1.0f - a * a);
+    }
+    case Activation::sigmoid: {
+      const Vec a = vsigmoid(z);
+      return gradient * (a * (1.0f - a));
+    }
+    default: return gradient;
+  }
+}
+
+}  // namespace
+}  // namespace fastgan::cpu::FASTGAN_ISA

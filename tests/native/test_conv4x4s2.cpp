@@ -1,0 +1,340 @@
+// conv4x4s2 kernels against a direct convolution in double, on every instruction set of this machine, with every operand
+// mode and epilogue, for shapes that exercise every way an axis is cut; results must not depend on the thread count.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/conv4x4s2.h"
+#include "../../csrc/cpu/isa.h"
+#include "../../csrc/cpu/parallel.h"
+
+using namespace fastgan;
+using namespace fastgan::cpu;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool ok, const char* what, const char* detail) {
+  if (ok) return;
+  std::printf("FAILED [%s] %s: %s\n", isa_name(active_isa()), what, detail);
+  ++failures;
+}
+
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+
+std::mt19937 generator(7);
+
+Floats random_floats(int64_t n, float low = -1, float high = 1) {
+  std::uniform_real_distribution<float> d(low, high);
+  Floats v(static_cast<size_t>(n));
+  for (float& x : v) x = d(generator);
+  return v;
+}
+
+struct AlignedBuffer {
+  void* data;
+  explicit AlignedBuffer(size_t bytes) : data(std::aligned_alloc(64, (bytes / 64 + 1) * 64)) {
+    std::memset(data, 0xff, (bytes / 64 + 1) * 64);  // NaNs: scratch must not be read before it is written
+  }
+  ~AlignedBuffer() { std::free(data); }
+};
+
+int runner_threads = 1;
+
+void run_on_threads(int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  std::vector<std::thread> pool;
+  for (int t = 0; t < runner_threads; ++t)
+    pool.emplace_back([=] {
+      for (int64_t i = t; i < tasks; i += runner_threads) body(context, i);
+    });
+  for (auto& t : pool) t.join();
+}
+
+double act(double z, Activation a, double slope) {
+  switch (a) {
+    case Activation::relu: return z > 0 ? z : 0;
+    case Activation::leaky_relu: return z > 0 ? z : slope * z;
+    case Activation::tanh: return std::tanh(z);
+    case Activation::sigmoid: return 1 / (1 + std::exp(-z));
+    default: return z;
+  }
+}
+
+double act_derivative(double z, Activation a, double slope) {
+  switch (a) {
+    case Activation::relu: return z > 0 ? 1 : 0;
+    case Activation::leaky_relu: return z > 0 ? 1 : slope;
+    case Activation::tanh: return 1 - std::tanh(z) * std::tanh(z);
+    case Activation::sigmoid: return act(z, a, slope) * (1 - act(z, a, slope));
+    default: return 1;
+  }
+}
+
+// A random operand of a mode, with its value in double.
+struct Operand {
+  Floats data, other, scale, other_scale, shift;
+  ConvOperand operand;
+  Doubles value;
+
+  Operand(int64_t pixels, int64_t channels, ConvOperand::Mode mode, Activation activation)
+      : data(random_floats(pixels * channels)), other(random_floats(pixels * channels)), scale(random_floats(channels)),
+        other_scale(random_floats(channels)), shift(random_floats(channels)) {
+    operand.data = data.data();
+    operand.mode = mode;
+    operand.activation = activation;
+    operand.negative_slope = 0.3f;
+    if (mode != ConvOperand::Mode::plain) {
+      operand.scale = scale.data();
+      operand.shift = shift.data();
+    }
+    if (mode == ConvOperand::Mode::batch_norm_backward) {
+      operand.other = other.data();
+      operand.other_scale = other_scale.data();
+    }
+    value.resize(data.size());
+    for (size_t i = 0; i < value.size(); ++i) {
+      const size_t c = i % channels;
+      value[i] = data[i];
+      if (mode == ConvOperand::Mode::activated)
+        value[i] = act(double(scale[c]) * data[i] + shift[c], activation, 0.3);
+      if (mode == ConvOperand::Mode::batch_norm_backward)
+        value[i] = double(scale[c]) * data[i] + double(other_scale[c]) * other[i] + shift[c];
+    }
+  }
+};
+
+// Calls f(large index, small index, weight index) for every product of the convolution.
+template <typename F>
+void for_products(const Conv4x4s2Shape& s, const F& f) {
+  for (int64_t n = 0; n < s.batch; ++n)
+    for (int64_t i = 0; i < s.small_height; ++i)
+      for (int64_t j = 0; j < s.small_width; ++j)
+        for (int64_t r = 0; r < 4; ++r)
+          for (int64_t t = 0; t < 4; ++t) {
+            const int64_t y = 2 * i - 1 + r, x = 2 * j - 1 + t;
+            if (y < 0 || y >= s.large_height || x < 0 || x >= s.large_width) continue;
+            const int64_t large = ((n * s.large_height + y) * s.large_width + x) * s.large_channels;
+            const int64_t small = ((n * s.small_height + i) * s.small_width + j) * s.small_channels;
+            for (int64_t k = 0; k < s.small_channels; ++k)
+              for (int64_t c = 0; c < s.large_channels; ++c)
+                f(large + c, small + k, ((k * s.large_channels + c) * 4 + r) * 4 + t);
+          }
+}
+
+// Largest difference relative to the largest value.
+double error(const Floats& got, const Doubles& want) {
+  double worst = 0, largest = 1e-30;
+  for (size_t i = 0; i < want.size(); ++i) {
+    const double difference = std::abs(got[i] - want[i]);
+    if (!(difference <= worst)) worst = difference;  // keeps a NaN
+    largest = std::max(largest, std::abs(want[i]));
+  }
+  return worst / largest;
+}
+
+constexpr double kTolerance = 3e-6;
+
+void expect_close(const Floats& got, const Doubles& want, const char* what, const Conv4x4s2Shape& s, double tolerance = kTolerance) {
+  char detail[200];
+  const double e = error(got, want);
+  std::snprintf(detail, sizeof detail, "batch %d large %dx%dx%d small channels %d: error %.2e", int(s.batch), int(s.large_height),
+                int(s.large_width), int(s.large_channels), int(s.small_channels), e);
+  expect(e <= tolerance, what, detail);
+}
+
+struct Layer {
+  Conv4x4s2Shape shape;
+  int64_t large_pixels, small_pixels;
+  Floats weight;
+
+  Layer(int64_t batch, int64_t height, int64_t width, int64_t large_channels, int64_t small_channels)
+      : shape{batch, height, width, large_channels, height / 2, width / 2, small_channels},
+        large_pixels(batch * height * width), small_pixels(batch * (height / 2) * (width / 2)),
+        weight(random_floats(large_channels * small_channels * 16, -0.1f, 0.1f)) {}
+
+  void run(Conv4x4s2Loop loop, const ConvOperand& input, const ConvEpilogue& epilogue, int threads) const {
+    runner_threads = threads;
+    AlignedBuffer packed(conv4x4s2_packed_bytes(shape, loop)), workspace(conv4x4s2_workspace_bytes(shape, loop, threads));
+    conv4x4s2_pack(shape, loop, weight.data(), packed.data);
+    (loop == Conv4x4s2Loop::down ? conv4x4s2_down : conv4x4s2_up)(shape, input, packed.data, epilogue, workspace.data, threads);
+  }
+};
+
+void check_loop(const Layer& layer, Conv4x4s2Loop loop, ConvOperand::Mode mode, Activation activation, int threads) {
+  const Conv4x4s2Shape& s = layer.shape;
+  const bool down = loop == Conv4x4s2Loop::down;
+  expect(conv4x4s2_supported(s, loop), "supported", "");
+  const Operand input(down ? layer.large_pixels : layer.small_pixels, down ? s.large_channels : s.small_channels, mode, activation);
+  const int64_t channels = down ? s.small_channels : s.large_channels, pixels = down ? layer.small_pixels : layer.large_pixels;
+  Doubles result(static_cast<size_t>(channels * pixels));
+  for_products(s, [&](int64_t large, int64_t small, int64_t w) {
+    if (down)
+      result[small] += input.value[large] * layer.weight[w];
+    else
+      result[large] += input.value[small] * layer.weight[w];
+  });
+
+  const Floats bias = random_floats(channels);
+  Floats out(result.size());
+  ConvEpilogue e;
+  e.out = out.data();
+
+  layer.run(loop, input.operand, e, threads);
+  expect_close(out, result, down ? "down, store" : "up, store", s);
+
+  Doubles want(result.size());
+  e.bias = bias.data();
+  e.mode = ConvEpilogue::Mode::activate;
+  for (Activation a : {Activation::leaky_relu, Activation::relu, Activation::tanh, Activation::sigmoid}) {
+    e.activation = a;
+    for (size_t i = 0; i < want.size(); ++i) want[i] = act(result[i] + bias[i % channels], a, e.negative_slope);
+    layer.run(loop, input.operand, e, threads);
+    expect_close(out, want, down ? "down, activate" : "up, activate", s);
+  }
+
+  e.mode = ConvEpilogue::Mode::statistics;
+  const Floats offset = random_floats(channels, 100, 101);  // a mean far larger than the deviation must not hurt m2
+  e.bias = offset.data();
+  Floats mean(channels), m2(channels);
+  e.mean = mean.data();
+  e.m2 = m2.data();
+  layer.run(loop, input.operand, e, threads);
+  Doubles want_mean(channels), want_m2(channels);
+  for (size_t i = 0; i < want.size(); ++i) want[i] = result[i] + offset[i % channels];
+  for (size_t i = 0; i < want.size(); ++i) want_mean[i % channels] += want[i] / pixels;
+  for (size_t i = 0; i < want.size(); ++i) want_m2[i % channels] += std::pow(want[i] - want_mean[i % channels], 2);
+  expect_close(mean, want_mean, "mean", s);
+  expect_close(m2, want_m2, "m2", s, 1e-5);
+  expect_close(out, want, down ? "down, statistics" : "up, statistics", s);
+
+  e.mode = ConvEpilogue::Mode::gradient;
+  const Floats y = random_floats(channels * pixels), scale = random_floats(channels, 0.5, 2), shift = random_floats(channels),
+               y_mean = random_floats(channels), y_invstd = random_floats(channels, 0.5, 2);
+  Floats sum_dz(channels), sum_dz_xhat(channels);
+  e.y = y.data();
+  e.y_mean = y_mean.data();
+  e.y_invstd = y_invstd.data();
+  e.sum_dz = sum_dz.data();
+  e.sum_dz_xhat = sum_dz_xhat.data();
+  for (Activation a : {Activation::identity, Activation::leaky_relu, Activation::relu, Activation::tanh, Activation::sigmoid})
+    for (bool affine : {true, false}) {
+      e.activation = a;
+      e.scale = affine ? scale.data() : nullptr;
+      e.shift = affine ? shift.data() : nullptr;
+      layer.run(loop, input.operand, e, threads);
+      Doubles want_dz(channels), want_dz_xhat(channels);
+      for (size_t i = 0; i < want.size(); ++i) {
+        const size_t c = i % channels;
+        const float z = affine ? std::fma(scale[c], y[i], shift[c]) : y[i];
+        want[i] = result[i] * act_derivative(z, a, e.negative_slope);
+        want_dz[c] += want[i];
+        want_dz_xhat[c] += want[i] * (double(y[i]) - y_mean[c]) * y_invstd[c];
+      }
+      expect_close(out, want, down ? "down, gradient" : "up, gradient", s);
+      expect_close(sum_dz, want_dz, "sum_dz", s, 1e-5);
+      expect_close(sum_dz_xhat, want_dz_xhat, "sum_dz_xhat", s, 1e-5);
+    }
+}
+
+void check_weight_gradient(const Layer& layer, ConvOperand::Mode large_mode, ConvOperand::Mode small_mode, int threads) {
+  const Conv4x4s2Shape& s = layer.shape;
+  const Operand large(layer.large_pixels, s.large_channels, large_mode, Activation::leaky_relu);
+  const Operand small(layer.small_pixels, s.small_channels, small_mode, Activation::relu);
+  Doubles want(layer.weight.size());
+  for_products(s, [&](int64_t l, int64_t k, int64_t w) { want[w] += large.value[l] * small.value[k]; });
+  Floats got(want.size());
+  runner_threads = threads;
+  AlignedBuffer workspace(conv4x4s2_workspace_bytes(s, Conv4x4s2Loop::weight_gradient, threads));
+  conv4x4s2_weight_gradient(s, large.operand, small.operand, got.data(), workspace.data, threads);
+  expect_close(got, want, "weight gradient", s);
+}
+
+void check_thread_independence(const Layer& layer, Conv4x4s2Loop loop) {
+  const Conv4x4s2Shape& s = layer.shape;
+  const Operand large(layer.large_pixels, s.large_channels, ConvOperand::Mode::plain, Activation::identity);
+  const Operand small(layer.small_pixels, s.small_channels, ConvOperand::Mode::plain, Activation::identity);
+  const bool down = loop == Conv4x4s2Loop::down;
+  const int64_t channels = down ? s.small_channels : s.large_channels;
+  Floats results[2][3];
+  for (int run = 0; run < 2; ++run) {
+    Floats* r = results[run];
+    const int threads = run == 0 ? 1 : 3;
+    if (loop == Conv4x4s2Loop::weight_gradient) {
+      r[0].resize(layer.weight.size());
+      runner_threads = threads;
+      AlignedBuffer workspace(conv4x4s2_workspace_bytes(s, loop, threads));
+      conv4x4s2_weight_gradient(s, large.operand, small.operand, r[0].data(), workspace.data, threads);
+      continue;
+    }
+    r[0].resize(channels * (down ? layer.small_pixels : layer.large_pixels));
+    r[1].resize(channels);
+    r[2].resize(channels);
+    ConvEpilogue e;
+    e.mode = ConvEpilogue::Mode::statistics;
+    e.out = r[0].data();
+    e.mean = r[1].data();
+    e.m2 = r[2].data();
+    layer.run(loop, down ? large.operand : small.operand, e, threads);
+  }
+  for (int i = 0; i < 3; ++i)
+    expect(results[0][i] == results[1][i], "the same bits for 1 and 3 threads", down ? "down" : "up or weight gradient");
+}
+
+int run_all() {
+  parallel_runner = run_on_threads;
+  using Mode = ConvOperand::Mode;
+  // small sides 2 to 9, 16, odd large sides, channel counts with partial panels, chunks and blocks
+  const Layer layers[] = {{3, 8, 8, 16, 32},  {2, 4, 6, 32, 16},   {2, 5, 7, 16, 16},  {1, 10, 12, 16, 16}, {5, 14, 14, 16, 48},
+                          {2, 16, 18, 80, 16}, {2, 32, 32, 16, 16}, {1, 8, 8, 144, 80}, {20, 8, 8, 16, 16},  {1, 128, 96, 16, 16},
+                          {3, 8, 8, 3, 64},   {2, 14, 14, 1, 16},  {2, 7, 9, 3, 32},    {18, 4, 6, 2, 80},   {1, 96, 128, 4, 64}};
+  for (const Layer& layer : layers) {
+    check_loop(layer, Conv4x4s2Loop::down, Mode::plain, Activation::identity, 2);
+    check_loop(layer, Conv4x4s2Loop::up, Mode::plain, Activation::identity, 2);
+    check_weight_gradient(layer, Mode::plain, Mode::plain, 2);
+  }
+  for (const Layer& layer : {layers[0], layers[12]}) {
+  for (Activation a : {Activation::identity, Activation::relu, Activation::leaky_relu, Activation::tanh, Activation::sigmoid}) {
+    check_loop(layer, Conv4x4s2Loop::down, Mode::activated, a, 1);
+    check_loop(layer, Conv4x4s2Loop::up, Mode::activated, a, 1);
+  }
+  check_loop(layer, Conv4x4s2Loop::down, Mode::batch_norm_backward, Activation::identity, 1);
+  check_loop(layer, Conv4x4s2Loop::up, Mode::batch_norm_backward, Activation::identity, 1);
+  for (Mode large : {Mode::plain, Mode::activated, Mode::batch_norm_backward})
+    for (Mode small : {Mode::plain, Mode::activated, Mode::batch_norm_backward}) check_weight_gradient(layer, large, small, 1);
+  }
+  for (Conv4x4s2Loop loop : {Conv4x4s2Loop::down, Conv4x4s2Loop::up, Conv4x4s2Loop::weight_gradient})
+    for (int64_t channels : {64, 3}) check_thread_independence(Layer(20, 16, 16, channels, 48), loop);
+  return failures;
+}
+
+}  // namespace
+
+// The instruction set is chosen once a process, so each is tested in a child.
+int main() {
+  bool ok = true;
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (!isa_available(static_cast<Isa>(i))) continue;
+    const pid_t child = fork();
+    if (child == 0) {
+      setenv("FASTGAN_CPU_ISA", isa_name(static_cast<Isa>(i)), 1);
+      const int failed = run_all();
+      std::fflush(stdout);
+      _exit(failed == 0 ? 0 : 1);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    ok = ok && status == 0;
+    std::printf("%s: %s\n", isa_name(static_cast<Isa>(i)), status == 0 ? "ok" : "FAILED");
+    std::fflush(stdout);
+  }
+  return ok ? 0 : 1;
+}
