@@ -20,10 +20,8 @@ inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 // ---- operands
 
 // dst[0, channels) = the operand's elements at `offset`, channels c0 and up; channels is a multiple of kLanes.
-// Prefetches the elements to_next further on: what the next of equal steps will read.
-inline void read_operand(const ConvOperand& operand, int64_t offset, int64_t to_next, int64_t c0, int64_t channels, float* dst) {
+inline void read_operand(const ConvOperand& operand, int64_t offset, int64_t c0, int64_t channels, float* dst) {
   const float* data = static_cast<const float*>(operand.data) + offset;
-  for (int64_t c = 0; c < channels; c += kLineFloats) __builtin_prefetch(data + to_next + c, 0, 2);
   switch (operand.mode) {
     case ConvOperand::Mode::plain:
       for (int64_t c = 0; c < channels; c += kLanes) store(dst + c, load(data + c));
@@ -37,7 +35,6 @@ inline void read_operand(const ConvOperand& operand, int64_t offset, int64_t to_
       return;
     case ConvOperand::Mode::batch_norm_backward: {
       const float* other = static_cast<const float*>(operand.other) + offset;
-      for (int64_t c = 0; c < channels; c += kLineFloats) __builtin_prefetch(other + to_next + c, 0, 2);
       for (int64_t c = 0; c < channels; c += kLanes)
         store(dst + c, load(operand.scale + c0 + c) * load(data + c) +
                            (load(operand.other_scale + c0 + c) * load(other + c) + load(operand.shift + c0 + c)));
@@ -46,7 +43,18 @@ inline void read_operand(const ConvOperand& operand, int64_t offset, int64_t to_
   }
 }
 
+// Asks for what read_operand will read.
+inline void prefetch_operand(const ConvOperand& operand, int64_t offset, int64_t channels) {
+  const float* data = static_cast<const float*>(operand.data) + offset;
+  for (int64_t c = 0; c < channels; c += kLineFloats) __builtin_prefetch(data + c, 0, 2);
+  if (operand.mode != ConvOperand::Mode::batch_norm_backward) return;
+  const float* other = static_cast<const float*>(operand.other) + offset;
+  for (int64_t c = 0; c < channels; c += kLineFloats) __builtin_prefetch(other + c, 0, 2);
+}
+
 // ---- results
+
+constexpr int64_t kPrefetchPixels = 8;  // how far ahead of its store an output line is asked for
 
 // A box of output pixels: images [n0, n0 + images), rows y0 + i * step, columns x0 + j * step, channels [c0, c0 + channels).
 struct OutputBox {
@@ -80,10 +88,13 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
     const Activation activation = e.mode == ConvEpilogue::Mode::store ? Activation::identity : e.activation;
     for (int64_t n = 0; n < box.images; ++n)
       for (int64_t i = 0; i < box.rows; ++i)
-        for (int64_t j = 0; j < box.columns; ++j, src += ld)
-          for (int v = 0; v < kVectors; ++v)
-            store(out + box.offset(n, i, j) + c + v * kLanes,
-                  activate(load(src + c + v * kLanes) + bias[v], activation, e.negative_slope));
+        for (int64_t j = 0; j < box.columns; ++j, src += ld) {
+          float* q = out + box.offset(n, i, j) + c;
+          for (int v = 0; v < kVectors; ++v) {
+            __builtin_prefetch(q + kPrefetchPixels * box.step * box.all_channels + v * kLanes, 1, 2);
+            store(q + v * kLanes, activate(load(src + c + v * kLanes) + bias[v], activation, e.negative_slope));
+          }
+        }
     return;
   }
 
@@ -140,6 +151,8 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
       for (int64_t j = 0; j < box.columns; ++j, src += ld) {
         const int64_t at = box.offset(n, i, j) + c;
         for (int v = 0; v < kVectors; ++v) {
+          __builtin_prefetch(out + at + kPrefetchPixels * box.step * box.all_channels + v * kLanes, 1, 2);
+          __builtin_prefetch(y + at + kPrefetchPixels * box.step * box.all_channels + v * kLanes, 0, 2);
           const Vec raw = load(y + at + v * kLanes);
           const Vec dz = activate_backward(load(src + c + v * kLanes), scale[v] * raw + shift[v], e.activation, e.negative_slope);
           sum_dz[v] += dz;

@@ -298,9 +298,11 @@ void image_up(const Conv4x4s2Shape& shape, const ConvOperand& small, const float
       for (int64_t c0 = 0; c0 < g.small_channels; c0 += kChunk) {
         const int64_t chunk = min64(kChunk, g.small_channels - c0);
         const int64_t row = (image * g.small_height + i) * g.small_width;
-        const int64_t to_next = i + 1 < i1 ? g.small_width * g.small_channels : 0;
-        for (int64_t j = 0; j < g.small_width; ++j)
-          read_operand(small, (row + j) * g.small_channels + c0, to_next, c0, chunk, pixels + j * kChunk);
+        const int64_t ahead = i + 1 < i1 ? g.small_width : 0;
+        for (int64_t j = 0; j < g.small_width; ++j) {
+          prefetch_operand(small, (row + ahead + j) * g.small_channels + c0, chunk);
+          read_operand(small, (row + j) * g.small_channels + c0, c0, chunk, pixels + j * kChunk);
+        }
         float* out = products + (i - i0) * g.small_width * ld;
         int64_t k = 0;
         for (; k + kPanel <= ld; k += kPanel)
@@ -376,9 +378,10 @@ void image_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large
         for (int64_t k0 = 0; k0 < g.small_channels; k0 += kChunk) {
           const int64_t chunk = min64(kChunk, g.small_channels - k0);
           const int64_t first_pixel = (image * g.small_height + i0) * g.small_width;
-          for (int64_t j = 0; j < pixels; ++j)
-            read_operand(small, (first_pixel + j) * g.small_channels + k0, pixels * g.small_channels, k0, chunk,
-                         gradients + j * kChunk);
+          for (int64_t j = 0; j < pixels; ++j) {
+            prefetch_operand(small, (first_pixel + pixels + j) * g.small_channels + k0, chunk);
+            read_operand(small, (first_pixel + j) * g.small_channels + k0, k0, chunk, gradients + j * kChunk);
+          }
           for (int64_t k = 0; k < chunk; k += kPanel)
             multiply<2, 1, kPatch, kChunk>(patches, gradients + k, pixels, sums + k0 + k, plan.columns, g.patch, accumulate);
         }

@@ -22,6 +22,7 @@ constexpr int64_t kGradientRows = 1024;  // the same for the weight gradient, wh
 constexpr int64_t kGradientLarge = 128;  // block of the weight a weight_gradient task owns
 constexpr int64_t kGradientSmall = 64;
 constexpr int64_t kGradientTasks = 16;   // the sum over images is split to reach about this many tasks
+constexpr int64_t kRowsAhead = 3;        // prefetched: as many as a row of tiles is high
 constexpr int kPairs = kPoints * kPoints;
 
 // down, and the data side of weight_gradient, read the large tensor in steps of 2; up reads the small one in steps of 1.
@@ -59,9 +60,9 @@ struct Geometry {
 struct Blocks {
   int64_t strips;           // an image
   int64_t images, batches;  // images a block, blocks a strip
-  int64_t product_rows;     // most rows of all product matrices of a block
+  int64_t product_rows;     // most rows of all product matrices of a block, and those between them
   int64_t pixels;           // most outputs (of one phase) of a block
-  int64_t stage_pixels;     // most inputs of one parity of one image's strip
+  int64_t stage_pixels;     // most inputs a row of tiles reads
 
   Blocks(const Geometry& g, int64_t target_rows) {
     const int64_t whole = image_rows(g, 1);
@@ -70,10 +71,10 @@ struct Blocks {
     images = max64(1, min64(g.batch, target_rows / rows));
     batches = ceil_div(g.batch, images);
     images = ceil_div(g.batch, batches);
-    product_rows = images * rows;
+    product_rows = images * rows + kPairs;
     const int64_t height = ceil_div(g.phase_rows(0), strips), width = g.phase_columns(0);
     pixels = images * height * width;
-    stage_pixels = (height + 1) * (width + 1);
+    stage_pixels = kPoints * (width + 1);
   }
   int64_t count() const { return strips * batches; }
   int64_t first_image(int64_t block) const { return block % batches * images; }
@@ -92,19 +93,21 @@ struct Blocks {
   }
 };
 
-// One image's inputs of one parity, zero padded: stage[length + 1][width + 1][kChunk]. Asks for the next image meanwhile.
+// Rows [from, end) of one image's inputs of one parity, zero padded: stage[end - from][width + 1][kChunk]
 void stage_inputs(const ConvOperand& operand, const Geometry& g, const Axis& rows, const Axis& columns, int64_t row_parity,
-                  int64_t column_parity, int64_t image, bool next, int64_t c0, int64_t channels, float* stage) {
-  const int64_t to_next = next ? g.input_height * g.input_width * g.input_channels : 0;
-  for (int64_t i = 0; i <= rows.length; ++i) {
+                  int64_t column_parity, int64_t image, int64_t from, int64_t end, int64_t c0, int64_t channels, float* stage) {
+  const int64_t ahead = kRowsAhead * g.step * g.input_width * g.input_channels;
+  for (int64_t i = from; i < end; ++i) {
     const int64_t y = g.step * (rows.first + i) - 1 + row_parity;
     for (int64_t j = 0; j <= columns.length; ++j, stage += kChunk) {
       const int64_t x = g.step * (columns.first + j) - 1 + column_parity;
       if (y < 0 || y >= g.input_height || x < 0 || x >= g.input_width)
         for (int64_t c = 0; c < channels; c += kLanes) store(stage + c, Vec{});
-      else
-        read_operand(operand, ((image * g.input_height + y) * g.input_width + x) * g.input_channels + c0, to_next, c0, channels,
-                     stage);
+      else {
+        const int64_t offset = ((image * g.input_height + y) * g.input_width + x) * g.input_channels + c0;
+        prefetch_operand(operand, offset + ahead, channels);
+        read_operand(operand, offset, c0, channels, stage);
+      }
     }
   }
 }
@@ -118,22 +121,30 @@ struct InputTile {
   void run() const { input_tile<kR, kC>(src, row, kChunk, dst, channels); }
 };
 
-// products[row][kChunk] = transformed inputs of all tiles of a block
+// products[row][kChunk] = transformed inputs of all tiles of a block. The inputs of one row of tiles are staged at a time,
+// so that they stay in the first-level cache.
 void transform_inputs(const ConvOperand& operand, const Geometry& g, const ProductRows& at, int64_t row_parity,
                       int64_t column_parity, int64_t first_image, int64_t c0, int64_t channels, float* stage,
                       float* products) {
   const int64_t row = (at.columns.length + 1) * kChunk;
-  for (int64_t n = 0; n < at.images; ++n) {
-    stage_inputs(operand, g, at.rows, at.columns, row_parity, column_parity, first_image + n, n + 1 < at.images, c0, channels,
-                 stage);
-    for (int r = 0; r < at.rows.count; ++r)
+  for (int64_t n = 0; n < at.images; ++n)
+    for (int r = 0; r < at.rows.count; ++r) {
+      const Segment& rs = at.rows.segments[r];
+      int64_t from = rs.input;
+      if (r > 0 && at.rows.segments[r - 1].end() == from + 1) {  // its first row is the last of the segment before
+        const int last = at.rows.segments[r - 1].points - 1;
+        if (last > 0) __builtin_memcpy(stage, stage + last * row, static_cast<size_t>(row) * sizeof(float));
+        ++from;
+      }
+      stage_inputs(operand, g, at.rows, at.columns, row_parity, column_parity, first_image + n, from, rs.end(), c0, channels,
+                   stage + (from - rs.input) * row);
       for (int c = 0; c < at.columns.count; ++c) {
-        const Segment &rs = at.rows.segments[r], &cs = at.columns.segments[c];
+        const Segment& cs = at.columns.segments[c];
         float* dst[kPairs];
         at.addresses(products, kChunk, n, rs, cs, dst);
-        for_tile_shape(rs.points, cs.points, InputTile{stage + rs.input * row + cs.input * kChunk, row, dst, channels});
+        for_tile_shape(rs.points, cs.points, InputTile{stage + cs.input * kChunk, row, dst, channels});
       }
-  }
+    }
 }
 
 struct OutputTile {
@@ -203,8 +214,9 @@ void pack_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* wei
   });
 }
 
-// taps[count][4][kPanel] -> transformed[16][count][kPanel], count = panels * channels
+// taps[count][4][kPanel] -> transformed[16][count][kPanel] with a line between the 16, count = panels * channels
 void transform_weights(const float* taps, int64_t count, float* transformed) {
+  const int64_t pair = count * kPanel + kLineFloats;
   for (int64_t i = 0; i < count; ++i, taps += 4 * kPanel, transformed += kPanel)
     for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
       Vec rows[kPoints][2];
@@ -216,11 +228,11 @@ void transform_weights(const float* taps, int64_t count, float* transformed) {
         rows[3][s] = g1;
       }
       for (int p = 0; p < kPoints; ++p) {
-        float* out = transformed + p * kPoints * count * kPanel + lane;
+        float* out = transformed + p * kPoints * pair + lane;
         store(out, rows[p][0]);
-        store(out + count * kPanel, (rows[p][0] + rows[p][1]) * 0.5f);
-        store(out + 2 * count * kPanel, (rows[p][0] - rows[p][1]) * 0.5f);
-        store(out + 3 * count * kPanel, rows[p][1]);
+        store(out + pair, (rows[p][0] + rows[p][1]) * 0.5f);
+        store(out + 2 * pair, (rows[p][0] - rows[p][1]) * 0.5f);
+        store(out + 3 * pair, rows[p][1]);
       }
     }
 }
@@ -232,7 +244,7 @@ struct ForwardScratch {
   ForwardScratch(const PackedWeights& packed, const Blocks& blocks) {
     const int64_t ld = min64(kOutputBlock, packed.output_channels);
     inputs = blocks.product_rows * kChunk;
-    weights = kPairs * min64(kChunk, packed.input_channels) * ld;
+    weights = kPairs * (min64(kChunk, packed.input_channels) * ld + kLineFloats);
     products = blocks.product_rows * ld;
     result = blocks.pixels * ld;
     stage = blocks.stage_pixels * kChunk;
@@ -280,10 +292,10 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
         transform_inputs(input, g, at, a, b, first_image, c0, chunk, stage, inputs);
         transform_weights(packed + weights.offset(parities, k0, c0), ld / kPanel * chunk, transformed);
         const float* u = transformed;
-        for (int p = 0; p < kPairs; ++p)
+        for (int p = 0; p < kPairs; ++p, u += kLineFloats)
           for (int64_t k = 0; k < ld; k += kPanel, u += chunk * kPanel)
             multiply<2, kChunk, 1, kPanel>(inputs + at.base[p] * kChunk, u, chunk, products + at.base[p] * ld + k, ld,
-                                        at.base[p + 1] - at.base[p], c0 > 0);
+                                        at.count(p), c0 > 0);
       }
       transform_outputs(at, products, ld, result, !g.up && parities > 0);
       if (!g.up && parities < 3) continue;  // down: the four parities add up to one result
@@ -319,22 +331,22 @@ struct GradientTile {
 void transform_gradients(const ConvOperand& operand, const Geometry& g, const ProductRows& at, int64_t first_image,
                          int64_t c0, int64_t channels, float* stage, float* products) {
   const int64_t row = at.columns.length * kGradientSmall;
-  for (int64_t n = 0; n < at.images; ++n) {
-    const int64_t to_next = n + 1 < at.images ? g.output_height * g.output_width * g.output_channels : 0;
-    for (int64_t i = 0; i < at.rows.length; ++i)
-      for (int64_t j = 0; j < at.columns.length; ++j) {
-        const int64_t y = at.rows.first + i, pixel = ((first_image + n) * g.output_height + y) * g.output_width + j;
-        read_operand(operand, pixel * g.output_channels + c0, to_next, c0, channels, stage + i * row + j * kGradientSmall);
-      }
-    for (int r = 0; r < at.rows.count; ++r)
+  for (int64_t n = 0; n < at.images; ++n)
+    for (int r = 0; r < at.rows.count; ++r) {
+      const Segment& rs = at.rows.segments[r];
+      for (int64_t i = 0; i < outputs_of(rs.points); ++i)
+        for (int64_t j = 0; j < at.columns.length; ++j) {
+          const int64_t y = at.rows.first + rs.output + i, pixel = ((first_image + n) * g.output_height + y) * g.output_width + j;
+          prefetch_operand(operand, (pixel + kRowsAhead * g.output_width) * g.output_channels + c0, channels);
+          read_operand(operand, pixel * g.output_channels + c0, c0, channels, stage + i * row + j * kGradientSmall);
+        }
       for (int c = 0; c < at.columns.count; ++c) {
-        const Segment &rs = at.rows.segments[r], &cs = at.columns.segments[c];
+        const Segment& cs = at.columns.segments[c];
         float* dst[kPairs];
         at.addresses(products, kGradientSmall, n, rs, cs, dst);
-        for_tile_shape(rs.points, cs.points,
-                       GradientTile{stage + rs.output * row + cs.output * kGradientSmall, row, kGradientSmall, dst, channels});
+        for_tile_shape(rs.points, cs.points, GradientTile{stage + cs.output * kGradientSmall, row, kGradientSmall, dst, channels});
       }
-  }
+    }
 }
 
 struct GradientPlan {
@@ -418,7 +430,7 @@ void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large,
           for (int p = 0; p < kPairs; ++p)
             for (int64_t k = 0; k < small_channels; k += kPanel)
               multiply<2, 1, kChunk, kGradientSmall>(inputs + at.base[p] * kChunk, gradients + at.base[p] * kGradientSmall + k,
-                                                  at.base[p + 1] - at.base[p],
+                                                  at.count(p),
                                                   sums + (p * kGradientLarge + c) * kGradientSmall + k, kGradientSmall, chunk,
                                                   block > first_block);
         }

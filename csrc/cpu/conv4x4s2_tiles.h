@@ -30,6 +30,8 @@ struct Segment {
   int input, output;  // where they start
   int point[kPoints];  // which transformed weights
   int rank[kPoints];   // how many earlier segments of the axis use that point
+
+  int end() const { return input + points; }  // of its inputs: as many as points
 };
 
 // `length` outputs from `first` on. Input element j of the axis lies at step * (first + j) - 1 + parity in the tensor,
@@ -194,20 +196,25 @@ inline void for_tile_shape(int row_points, int column_points, const F& f) {
 }
 
 // Where the products of a block of images lie: one matrix a point pair, its rows ordered (image, row segment, column
-// segment), all matrices one after the other.
+// segment), the matrices one after the other with an unused row between them: without it the 16 rows of a tile would
+// often lie a multiple of 4 KiB apart and fight for the same few lines of the first-level cache.
 struct ProductRows {
   const Axis& rows;
   const Axis& columns;
   int64_t images;
-  int64_t base[kPoints * kPoints + 1];  // first row of each point pair's matrix; the last entry is the total
+  int64_t base[kPoints * kPoints];  // first row of each point pair's matrix
 
   ProductRows(const Axis& row_axis, const Axis& column_axis, int64_t image_count)
       : rows(row_axis), columns(column_axis), images(image_count) {
-    base[0] = 0;
-    for (int p = 0; p < kPoints; ++p)
-      for (int q = 0; q < kPoints; ++q)
-        base[p * kPoints + q + 1] = base[p * kPoints + q] + images * rows.uses[p] * columns.uses[q];
+    int64_t at = 0;
+    for (int pair = 0; pair < kPoints * kPoints; ++pair) {
+      base[pair] = at;
+      at += count(pair) + 1;
+    }
   }
+
+  // Rows of a point pair's matrix
+  int64_t count(int pair) const { return images * rows.uses[pair / kPoints] * columns.uses[pair % kPoints]; }
 
   // The addresses, in a buffer of rows of `ld` floats, of the products of one tile.
   void addresses(float* buffer, int64_t ld, int64_t image, const Segment& r, const Segment& c, float** out) const {
