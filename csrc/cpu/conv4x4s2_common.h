@@ -56,15 +56,15 @@ inline void prefetch_operand(const ConvOperand& operand, int64_t offset, int64_t
 
 constexpr int64_t kPrefetchPixels = 8;  // how far ahead of its store an output line is asked for
 
-// A box of output pixels: images [n0, n0 + images), rows y0 + i * step, columns x0 + j * step, channels [c0, c0 + channels).
+// A box of output pixels: images [n0, n0 + images), rows y0 + i * row_step, all columns, channels [c0, c0 + channels).
 struct OutputBox {
   int64_t height, width, all_channels;  // of the whole output tensor
   int64_t n0, images;
-  int64_t y0, rows, x0, columns, step;
+  int64_t y0, rows, row_step;
   int64_t c0, channels;
 
-  int64_t offset(int64_t n, int64_t i, int64_t j) const {
-    return (((n0 + n) * height + y0 + i * step) * width + x0 + j * step) * all_channels + c0;
+  int64_t offset(int64_t n, int64_t i) const {
+    return (((n0 + n) * height + y0 + i * row_step) * width) * all_channels + c0;
   }
 };
 
@@ -74,12 +74,12 @@ struct Partial {
   float* second;  // [all_channels]
 };
 
-// kVectors vectors of channels from channel c of the box: src [images, rows, columns, ld] -> out, with the epilogue.
+// kVectors vectors of channels from channel c of the box: src [images, rows, width, ld] -> out, with the epilogue.
 template <int kVectors>
 void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* src, int64_t ld, int64_t c,
                      const Partial& partial) {
   float* out = static_cast<float*>(e.out);
-  const int64_t pixels = box.rows * box.columns;
+  const int64_t pixels = box.rows * box.width, step = box.all_channels, ahead = kPrefetchPixels * step;
   Vec bias[kVectors] = {};
   if (e.bias != nullptr && e.mode != ConvEpilogue::Mode::gradient)
     for (int v = 0; v < kVectors; ++v) bias[v] = load(e.bias + box.c0 + c + v * kLanes);
@@ -87,14 +87,14 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
   if (e.mode == ConvEpilogue::Mode::store || e.mode == ConvEpilogue::Mode::activate) {
     const Activation activation = e.mode == ConvEpilogue::Mode::store ? Activation::identity : e.activation;
     for (int64_t n = 0; n < box.images; ++n)
-      for (int64_t i = 0; i < box.rows; ++i)
-        for (int64_t j = 0; j < box.columns; ++j, src += ld) {
-          float* q = out + box.offset(n, i, j) + c;
+      for (int64_t i = 0; i < box.rows; ++i) {
+        float* q = out + box.offset(n, i) + c;
+        for (int64_t j = 0; j < box.width; ++j, src += ld, q += step)
           for (int v = 0; v < kVectors; ++v) {
-            __builtin_prefetch(q + kPrefetchPixels * box.step * box.all_channels + v * kLanes, 1, 2);
+            __builtin_prefetch(q + ahead + v * kLanes, 1, 2);
             store(q + v * kLanes, activate(load(src + c + v * kLanes) + bias[v], activation, e.negative_slope));
           }
-        }
+      }
     return;
   }
 
@@ -105,12 +105,14 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
     const float* p = src;
     for (int64_t n = 0; n < box.images; ++n) {
       Vec sum[kVectors] = {};
-      for (int64_t i = 0; i < box.rows; ++i)
-        for (int64_t j = 0; j < box.columns; ++j, p += ld)
+      for (int64_t i = 0; i < box.rows; ++i) {
+        const float* q = out + box.offset(n, i) + c;
+        for (int64_t j = 0; j < box.width; ++j, p += ld, q += step)
           for (int v = 0; v < kVectors; ++v) {
-            __builtin_prefetch(out + box.offset(n, i, j) + c + v * kLanes, 1, 2);
+            __builtin_prefetch(q + v * kLanes, 1, 2);
             sum[v] += load(p + c + v * kLanes);
           }
+      }
       for (int v = 0; v < kVectors; ++v) mean[v] += sum[v];
     }
     for (int v = 0; v < kVectors; ++v) {
@@ -120,9 +122,9 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
     Vec m2[kVectors] = {};
     for (int64_t n = 0; n < box.images; ++n) {
       Vec sum[kVectors] = {};
-      for (int64_t i = 0; i < box.rows; ++i)
-        for (int64_t j = 0; j < box.columns; ++j, src += ld) {
-          float* q = out + box.offset(n, i, j) + c;
+      for (int64_t i = 0; i < box.rows; ++i) {
+        float* q = out + box.offset(n, i) + c;
+        for (int64_t j = 0; j < box.width; ++j, src += ld, q += step)
           for (int v = 0; v < kVectors; ++v) {
             const Vec x = load(src + c + v * kLanes), deviation = x - mean[v];
             sum[v] += deviation * deviation;
@@ -147,12 +149,12 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
   }
   for (int64_t n = 0; n < box.images; ++n) {
     Vec sum_dz[kVectors] = {}, sum_dz_xhat[kVectors] = {};
-    for (int64_t i = 0; i < box.rows; ++i)
-      for (int64_t j = 0; j < box.columns; ++j, src += ld) {
-        const int64_t at = box.offset(n, i, j) + c;
+    for (int64_t i = 0; i < box.rows; ++i) {
+      int64_t at = box.offset(n, i) + c;
+      for (int64_t j = 0; j < box.width; ++j, src += ld, at += step)
         for (int v = 0; v < kVectors; ++v) {
-          __builtin_prefetch(out + at + kPrefetchPixels * box.step * box.all_channels + v * kLanes, 1, 2);
-          __builtin_prefetch(y + at + kPrefetchPixels * box.step * box.all_channels + v * kLanes, 0, 2);
+          __builtin_prefetch(out + at + ahead + v * kLanes, 1, 2);
+          __builtin_prefetch(y + at + ahead + v * kLanes, 0, 2);
           const Vec raw = load(y + at + v * kLanes);
           const Vec dz = activate_backward(load(src + c + v * kLanes), scale[v] * raw + shift[v], e.activation, e.negative_slope);
           sum_dz[v] += dz;
@@ -171,7 +173,7 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
   }
 }
 
-// src [images, rows, columns, ld], the first box.channels of ld used.
+// src [images, rows, width, ld], the first box.channels of ld used.
 inline void finish_box(const ConvEpilogue& e, const OutputBox& box, const float* src, int64_t ld, const Partial& partial) {
   int64_t c = 0;
   for (; c + 4 * kLanes <= box.channels; c += 4 * kLanes) finish_channels<4>(e, box, src, ld, c, partial);

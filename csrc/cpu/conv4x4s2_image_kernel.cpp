@@ -173,8 +173,7 @@ void image_down(const Conv4x4s2Shape& shape, const ConvOperand& large, const flo
                                        result + i * g.small_width * g.packed_columns + k, g.packed_columns, g.small_width, false);
     }
     float* partial = partials + 2 * task * g.small_channels;
-    const OutputBox box{g.small_height, g.small_width, g.small_channels, image, 1, first, count, 0, g.small_width, 1, 0,
-                        g.small_channels};
+    const OutputBox box{g.small_height, g.small_width, g.small_channels, image, 1, first, count, 1, 0, g.small_channels};
     finish_box(epilogue, box, result, g.packed_columns, {partial, partial + g.small_channels});
   });
 

@@ -4,7 +4,8 @@
 // operand with its prologue, transform, multiply, transform back, epilogue; what lies between stays in the core's cache.
 //
 //   down: for each of the four input parities: products += ..., result += transformed back; then the epilogue
-//   up:   for each of the four output phases (each a task of its own): result = transformed back; then the epilogue
+//   up:   for each of the four output phases: result = transformed back; the epilogue once the two phases that share
+//         image rows are there, so that it runs along whole rows (pixel by pixel alternating it took twice as long)
 //   weight_gradient: a task owns a block of the weight; for each input parity, sum over all tiles of (data side)^T
 //         (gradient side) in the transformed domain, then back to four taps
 #include "conv4x4s2_gemm.h"
@@ -41,6 +42,8 @@ struct Geometry {
     output_channels = up ? s.large_channels : s.small_channels;
   }
 
+  int64_t row_phases() const { return up ? 2 : 1; }
+
   // Outputs of one phase along an axis; down has a single phase.
   int64_t phase_rows(int64_t phase) const { return up ? (output_height - phase + 1) / 2 : output_height; }
   int64_t phase_columns(int64_t phase) const { return up ? (output_width - phase + 1) / 2 : output_width; }
@@ -61,7 +64,7 @@ struct Blocks {
   int64_t strips;           // an image
   int64_t images, batches;  // images a block, blocks a strip
   int64_t product_rows;     // most rows of all product matrices of a block, and those between them
-  int64_t pixels;           // most outputs (of one phase) of a block
+  int64_t pixels;           // most outputs of a block between two epilogues
   int64_t stage_pixels;     // most inputs a row of tiles reads
 
   Blocks(const Geometry& g, int64_t target_rows) {
@@ -73,7 +76,7 @@ struct Blocks {
     images = ceil_div(g.batch, batches);
     product_rows = images * rows + kPairs;
     const int64_t height = ceil_div(g.phase_rows(0), strips), width = g.phase_columns(0);
-    pixels = images * height * width;
+    pixels = images * height * g.output_width;
     stage_pixels = kPoints * (width + 1);
   }
   int64_t count() const { return strips * batches; }
@@ -156,16 +159,17 @@ struct OutputTile {
   void run() const { output_tile<kR, kC>(src, dst, row, column, channels, accumulate); }
 };
 
-// result[images][rows][columns][ld] (+)= products transformed back
-void transform_outputs(const ProductRows& at, float* products, int64_t ld, float* result, bool accumulate) {
-  const int64_t row = at.columns.length * ld;
+// Products transformed back into, or added to, result[images][rows][...]; row and column are its strides in floats.
+void transform_outputs(const ProductRows& at, float* products, int64_t ld, float* result, int64_t row, int64_t column,
+                       bool accumulate) {
   for (int64_t n = 0; n < at.images; ++n, result += at.rows.length * row)
     for (int r = 0; r < at.rows.count; ++r)
       for (int c = 0; c < at.columns.count; ++c) {
         const Segment &rs = at.rows.segments[r], &cs = at.columns.segments[c];
         float* src[kPairs];
         at.addresses(products, ld, n, rs, cs, src);
-        for_tile_shape(rs.points, cs.points, OutputTile{src, result + rs.output * row + cs.output * ld, row, ld, ld, accumulate});
+        for_tile_shape(rs.points, cs.points,
+                       OutputTile{src, result + rs.output * row + cs.output * column, row, column, ld, accumulate});
       }
 }
 
@@ -253,7 +257,7 @@ struct ForwardScratch {
 };
 
 int64_t partials_bytes(const Geometry& g, const Blocks& blocks) {
-  return round_up(2 * (g.up ? 4 : 1) * blocks.count() * g.output_channels * static_cast<int64_t>(sizeof(float)),
+  return round_up(2 * g.row_phases() * blocks.count() * g.output_channels * static_cast<int64_t>(sizeof(float)),
                   ScratchSlots::kAlignment);
 }
 
@@ -265,17 +269,17 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
   const ForwardScratch sizes(weights, blocks);
   float* partials = static_cast<float*>(workspace);
   const ScratchSlots slots(static_cast<char*>(workspace) + partials_bytes(g, blocks), threads, sizes.bytes());
-  const int64_t output_blocks = ceil_div(g.output_channels, kOutputBlock), phases = g.up ? 4 : 1;
-  // up: the four phases read the same inputs, so a task does all of them, unless that would leave too few tasks
-  const int64_t phase_tasks = g.up && output_blocks * blocks.count() < kFewTasks ? phases : 1;
+  const int64_t output_blocks = ceil_div(g.output_channels, kOutputBlock);
+  // up: the phases read the same inputs, so a task does all of them, unless that would leave too few tasks
+  const int64_t phase_tasks = output_blocks * blocks.count() < kFewTasks ? g.row_phases() : 1;
 
   // Blocks of images run innermost, so that consecutive tasks of a thread read the same weights.
   parallel_for(phase_tasks * output_blocks * blocks.count(), [&](int64_t task) {
     const int64_t block = task % blocks.count(), k0 = task / blocks.count() % output_blocks * kOutputBlock;
     const int64_t ld = weights.block_channels(k0), first_image = blocks.first_image(block);
     const int64_t images = blocks.image_count(block, g.batch);
-    const int64_t first_parities = phase_tasks == 1 ? 0 : task / blocks.count() / output_blocks;
-    const int64_t end_parities = phase_tasks == 1 ? 4 : first_parities + 1;
+    const int64_t first_parity = phase_tasks == 1 ? 0 : task / blocks.count() / output_blocks;
+    const int64_t end_parity = phase_tasks == 1 ? 2 : first_parity + 1;
     const ScratchSlots::Lease lease(slots);
     float* inputs = lease.memory();
     float* transformed = inputs + sizes.inputs;
@@ -283,35 +287,38 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
     float* result = products + sizes.products;
     float* stage = result + sizes.result;
 
-    for (int64_t parities = first_parities; parities < end_parities; ++parities) {
-      const int64_t a = parities / 2, b = parities % 2;
-      const Axis rows = g.row_axis(a, blocks.strip(block), blocks.strips), columns = g.column_axis(b);
-      const ProductRows at(rows, columns, images);
-      for (int64_t c0 = 0; c0 < g.input_channels; c0 += kChunk) {
-        const int64_t chunk = weights.chunk_channels(c0);
-        transform_inputs(input, g, at, a, b, first_image, c0, chunk, stage, inputs);
-        transform_weights(packed + weights.offset(parities, k0, c0), ld / kPanel * chunk, transformed);
-        const float* u = transformed;
-        for (int p = 0; p < kPairs; ++p, u += kLineFloats)
-          for (int64_t k = 0; k < ld; k += kPanel, u += chunk * kPanel)
-            multiply<2, kChunk, 1, kPanel>(inputs + at.base[p] * kChunk, u, chunk, products + at.base[p] * ld + k, ld,
-                                        at.count(p), c0 > 0);
+    for (int64_t a = first_parity; a < end_parity; ++a) {
+      const Axis rows = g.row_axis(a, blocks.strip(block), blocks.strips);
+      for (int64_t b = 0; b < 2; ++b) {
+        const Axis columns = g.column_axis(b);
+        const ProductRows at(rows, columns, images);
+        for (int64_t c0 = 0; c0 < g.input_channels; c0 += kChunk) {
+          const int64_t chunk = weights.chunk_channels(c0);
+          transform_inputs(input, g, at, a, b, first_image, c0, chunk, stage, inputs);
+          transform_weights(packed + weights.offset(a * 2 + b, k0, c0), ld / kPanel * chunk, transformed);
+          const float* u = transformed;
+          for (int p = 0; p < kPairs; ++p, u += kLineFloats)
+            for (int64_t k = 0; k < ld; k += kPanel, u += chunk * kPanel)
+              multiply<2, kChunk, 1, kPanel>(inputs + at.base[p] * kChunk, u, chunk, products + at.base[p] * ld + k, ld,
+                                             at.count(p), c0 > 0);
+        }
+        if (g.up)
+          transform_outputs(at, products, ld, result + b * ld, g.output_width * ld, 2 * ld, false);
+        else
+          transform_outputs(at, products, ld, result, g.output_width * ld, ld, a + b > 0);
       }
-      transform_outputs(at, products, ld, result, !g.up && parities > 0);
-      if (!g.up && parities < 3) continue;  // down: the four parities add up to one result
-      const int64_t part = (g.up ? parities * blocks.count() : 0) + block;
-      float* partial = partials + 2 * part * g.output_channels;
+      if (!g.up && a == 0) continue;  // down: the four parities add up to one result
+      float* partial = partials + 2 * ((g.up ? a * blocks.count() : 0) + block) * g.output_channels;
       const OutputBox box{g.output_height, g.output_width, g.output_channels, first_image, images,
-                          g.up ? 2 * rows.first + a : rows.first, rows.length, g.up ? b : 0, columns.length, g.up ? 2 : 1,
-                          k0, min64(kOutputBlock, g.output_channels - k0)};
+                          g.up ? 2 * rows.first + a : rows.first, rows.length, g.row_phases(), k0,
+                          min64(kOutputBlock, g.output_channels - k0)};
       finish_box(epilogue, box, result, ld, {partial, partial + g.output_channels});
     }
   });
 
-  merge_partials(epilogue, partials, phases * blocks.count(), g.output_channels, [&](int64_t part) {
-    const int64_t phase = part / blocks.count(), block = part % blocks.count(), strip = blocks.strip(block);
-    const int64_t rows = g.phase_rows(phase / 2);
-    return blocks.image_count(block, g.batch) * g.phase_columns(phase % 2) *
+  merge_partials(epilogue, partials, g.row_phases() * blocks.count(), g.output_channels, [&](int64_t part) {
+    const int64_t block = part % blocks.count(), strip = blocks.strip(block), rows = g.phase_rows(part / blocks.count());
+    return blocks.image_count(block, g.batch) * g.output_width *
            (Geometry::strip_start(rows, strip + 1, blocks.strips) - Geometry::strip_start(rows, strip, blocks.strips));
   });
 }
