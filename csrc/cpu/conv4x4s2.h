@@ -39,6 +39,10 @@ struct Conv4x4s2Shape {
 enum class Conv4x4s2Loop { down, up, weight_gradient };
 
 // A tensor a loop reads, and what happens to each element on the way in. Padding is 0 after that.
+//
+// activated costs nothing measurable. batch_norm_backward costs about 2.5 ms in up and 3 ms in weight_gradient for 8.4 MB
+// on one core (64 -> 128 channels, 32 px, batch 64: 15% of each), as a loop reads its operands several times: where both
+// loops read the same gradient, one pass that replaces it in place and plain operands after that are faster.
 struct ConvOperand {
   enum class Mode {
     plain,                // data
@@ -84,8 +88,9 @@ struct ConvEpilogue {
   float* sum_dz_xhat = nullptr;  // [channels], written by gradient if y_mean is given
 };
 
-// Whether the loop can run on this shape; if not, the caller takes another road. Supported: dtype float32;
-// small_channels and the channels of the large side multiples of 16, or 1 to 4 large channels (images).
+// Whether the loop can run on this shape; if not, the caller takes another road. Supported: dtype float32; small_channels
+// a multiple of 16; large_channels a multiple of 16, or 1 to 4 (images); small sides of 2 to 256, large ones twice that
+// or one more (the output_padding of a transposed convolution).
 bool conv4x4s2_supported(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop);
 
 // Bytes for the packed weights of down or up (0 for weight_gradient). Aligned to 64 bytes or more by the caller.
