@@ -49,6 +49,19 @@ TORCH_LIBRARY(fastgan, m) {
       "conv_act_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, int[2] stride, "
       "int[2] padding, int[2] dilation, bool transposed, int[2] output_padding, int groups, str activation, "
       "float negative_slope, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+
+  // A whole run of layers; csrc/ops/conv_stack.h says how a layer is written into layers and numbers.
+  // parameters: weight [, bias] [, bn_weight] [, bn_bias] of each layer; running: mean and variance of those that
+  // have them. forward: (output, raw outputs, statistics), the last two with shape [0] unless save_for_backward.
+  // backward: gradients of input and parameters; shape [0] where output_mask says false.
+  m.def(
+      "conv_stack(Tensor input, Tensor[] parameters, Tensor(a!)[] running, int[] layers, float[] numbers) -> Tensor");
+  m.def(
+      "conv_stack_forward(Tensor input, Tensor[] parameters, Tensor(a!)[] running, int[] layers, float[] numbers, "
+      "bool save_for_backward) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "conv_stack_backward(Tensor grad_output, Tensor input, Tensor[] parameters, Tensor output, Tensor raw, "
+      "Tensor statistics, int[] layers, float[] numbers, int[] output_mask) -> Tensor[]");
 }
 
 namespace {

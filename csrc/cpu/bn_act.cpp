@@ -27,6 +27,11 @@ void fold_statistics(int64_t channels, const A* mean, const A* var, const A* gam
 }
 
 template <typename A>
+void divide_by_count(int64_t channels, int64_t count, A* m2) {
+  for (int64_t c = 0; c < channels; ++c) m2[c] /= static_cast<A>(count);
+}
+
+template <typename A>
 void update_running_statistics(int64_t channels, int64_t count, double momentum, const A* mean, const A* var,
                                A* running_mean, A* running_var) {
   const double unbiased = static_cast<double>(count) / static_cast<double>(count - 1);
@@ -49,6 +54,7 @@ void backward_coefficients(int64_t channels, int64_t count, bool training, const
 #define FASTGAN_INSTANTIATE(A)                                                                                       \
   template void fold_scale_shift<A>(int64_t, const A*, const A*, const A*, const A*, A*, A*);                         \
   template void fold_statistics<A>(int64_t, const A*, const A*, const A*, const A*, double, A*, A*, A*);              \
+  template void divide_by_count<A>(int64_t, int64_t, A*);                                                             \
   template void update_running_statistics<A>(int64_t, int64_t, double, const A*, const A*, A*, A*);                   \
   template void backward_coefficients<A>(int64_t, int64_t, bool, const A*, const A*, const A*, const A*, const A*, A*, A*, A*);
 FASTGAN_INSTANTIATE(float)

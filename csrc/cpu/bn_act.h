@@ -89,6 +89,10 @@ template <typename A>
 void fold_scale_shift(int64_t channels, const A* mean, const A* invstd, const A* gamma, const A* beta, A* scale,
                       A* shift);
 
+// m2 (sums of squared deviations over `count` values) -> biased variances.
+template <typename A>
+void divide_by_count(int64_t channels, int64_t count, A* m2);
+
 // Exponential averages of the mean and of the unbiased variance over `count` values a channel.
 template <typename A>
 void update_running_statistics(int64_t channels, int64_t count, double momentum, const A* mean, const A* var,

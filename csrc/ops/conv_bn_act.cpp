@@ -229,8 +229,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_act_backward_cpu(
 
 // ---- autograd ----------------------------------------------------------------------------------------------------
 
-// The same function from differentiable ATen operators: what backward differentiates when it must itself be
-// differentiable (gradient penalties). Evaluation mode: mean and invstd are constants.
+}  // namespace
+
 Tensor activate(const Tensor& z, Activation activation, double negative_slope) {
   switch (activation) {
     case Activation::relu: return at::relu(z);
@@ -253,7 +253,6 @@ Tensor differentiable_batch_norm(const Tensor& y, const Tensor& bn_weight, const
   return z.to(y.scalar_type());
 }
 
-// Gradients of output with respect to the inputs that need one, with a graph of their own.
 variable_list differentiable_gradients(const Tensor& output, const variable_list& inputs,
                                        const std::vector<bool>& needed, const Tensor& grad_output) {
   variable_list wanted;
@@ -266,6 +265,8 @@ variable_list differentiable_gradients(const Tensor& output, const variable_list
     if (needed[i]) gradients[i] = found[next++];
   return gradients;
 }
+
+namespace {
 
 void save_layer(AutogradContext* ctx, const ConvLayer& layer, std::string_view activation, double negative_slope) {
   ctx->saved_data["stride"] = layer.stride;

@@ -7,6 +7,7 @@
 #include <array>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "../activation.h"
 
@@ -41,6 +42,15 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const OptionalTens
 // grad_input, grad_weight; undefined where the mask says false
 std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
                                                 const ConvLayer& layer, std::array<bool, 2> output_mask);
+
+// The same layers from differentiable ATen operators: what a backward differentiates when it must itself be
+// differentiable (gradient penalties). In evaluation mode mean and invstd are constants.
+Tensor activate(const Tensor& z, Activation activation, double negative_slope);
+Tensor differentiable_batch_norm(const Tensor& y, const Tensor& bn_weight, const Tensor& bn_bias, const Tensor& mean,
+                                 const Tensor& invstd, bool training, double eps);
+// Gradients of output with respect to the needed ones of inputs, with a graph of their own.
+std::vector<Tensor> differentiable_gradients(const Tensor& output, const std::vector<Tensor>& inputs,
+                                             const std::vector<bool>& needed, const Tensor& grad_output);
 
 // Differentiable entry points. Unbatched [C, H, W] input is accepted.
 Tensor conv_bn_act(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,

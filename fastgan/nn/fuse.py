@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from fastgan import _extension, ops
-from fastgan.nn.modules import conv_arguments, run_batch_norm_layer
+from fastgan.nn.modules import BatchNormCall, conv_arguments, run_batch_norm_layer
+from fastgan.ops.conv_stack import StackCall
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -86,15 +87,14 @@ class _Layer:
     """One convolution with what is fused to it: children[position : position + length]."""
 
     def __init__(self, conv, bn, activation):
-        self.conv, self.bn, self.activation = conv, bn, activation
+        self.conv, self.bn = conv, bn
         self.length = 1 + (bn is not None) + (activation is not None)
+        self.activation = "identity" if activation is None else _ACTIVATIONS[type(activation)]
+        self.negative_slope = activation.negative_slope if self.activation == "leaky_relu" else 0.2
 
     def run(self, input):
         transposed = type(self.conv) is nn.ConvTranspose2d
-        arguments = conv_arguments(self.conv)
-        arguments["activation"] = "identity" if self.activation is None else _ACTIVATIONS[type(self.activation)]
-        if isinstance(self.activation, nn.LeakyReLU):
-            arguments["negative_slope"] = self.activation.negative_slope
+        arguments = dict(conv_arguments(self.conv), activation=self.activation, negative_slope=self.negative_slope)
         if self.bn is None:
             operator = ops.conv_transpose2d_act if transposed else ops.conv2d_act
             return operator(input, self.conv.weight, self.conv.bias, **arguments)
@@ -103,18 +103,48 @@ class _Layer:
 
 
 def _run(layers, input):
-    """A run of fused layers. On the CPU they work in channels_last between themselves, where the convolutions are
-    faster; what leaves has the format that the plain layers would have given it."""
-    convert = (
-        input.device.type == "cpu"
-        and input.is_contiguous()
-        and not input.is_contiguous(memory_format=torch.channels_last)
-    )
-    if convert:
-        input = input.contiguous(memory_format=torch.channels_last)
+    """A run of fused layers. What leaves has the memory format that the plain layers would have given it."""
+    if input.device.type != "cpu":
+        for layer in layers:
+            input = layer.run(input)
+        return input
+    keeps_channels_last = _is_channels_last(input) or any(_is_channels_last(layer.conv.weight) for layer in layers)
+    output = _run_stack(layers, input)
+    if output is None:
+        # Between themselves the layers work in channels_last, where ATen's convolutions are faster.
+        output = input.contiguous(memory_format=torch.channels_last)
+        for layer in layers:
+            output = layer.run(output)
+    return output if keeps_channels_last else output.contiguous()
+
+
+def _run_stack(layers, input):
+    """The whole run as one operator, or None where it does not take these layers or gains nothing."""
+    if input.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return None
+    stack = StackCall(input)
+    calls = []
     for layer in layers:
-        input = layer.run(input)
-    return input.contiguous() if convert else input
+        uses_batch, running, momentum = False, (), 0.0
+        if layer.bn is not None:
+            call = BatchNormCall(layer.bn)
+            uses_batch, running, momentum = call.uses_batch, call.running, call.momentum
+            if any(call.running and other.running and call.running[0] is other.running[0] for other in calls):
+                return None  # a shared batch norm, updated more than once
+            calls.append(call)
+        if not stack.add(layer.conv, layer.bn, uses_batch, running, momentum, layer.activation, layer.negative_slope):
+            return None
+    if not stack.gains:
+        return None
+    output = stack.run()
+    for call in calls:
+        call.done()
+    return output
+
+
+def _is_channels_last(tensor):
+    """In channels_last and in no other format: sizes of 1 make both true."""
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def _fusable_input(input):

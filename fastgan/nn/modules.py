@@ -5,23 +5,41 @@ from torch import nn
 from fastgan import ops
 
 
+class BatchNormCall:
+    """nn.BatchNorm2d's rules for one call of `bn`.
+
+    Attributes:
+        uses_batch: normalise by the statistics of the batch, not by the running ones.
+        running: (running_mean, running_var) to use or update, or ().
+        momentum: their weight for this batch.
+    """
+
+    def __init__(self, bn):
+        self._bn = bn
+        self.uses_batch = bn.training or (bn.running_mean is None and bn.running_var is None)
+        tracks = (not bn.training or bn.track_running_stats) and bn.running_mean is not None
+        self.running = (bn.running_mean, bn.running_var) if tracks else ()
+        self._counts = bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
+        if bn.momentum is not None:
+            self.momentum = bn.momentum
+        else:  # cumulative average
+            self.momentum = 1.0 / float(bn.num_batches_tracked + 1) if self._counts else 0.0
+
+    def done(self):
+        """To be called when the operator has run: counts the batch."""
+        if self._counts:
+            self._bn.num_batches_tracked.add_(1)
+
+
 def run_batch_norm_layer(operator, input, conv, bn, arguments):
-    """Calls a *_bn_act operator with the tensors of `conv` and the state of `bn`, keeping nn.BatchNorm2d's rules for
-    running statistics. Nothing is changed if the operator raises."""
-    uses_batch = bn.training or (bn.running_mean is None and bn.running_var is None)
-    tracks = not bn.training or bn.track_running_stats
-    counts = bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
-    if bn.momentum is not None:
-        momentum = bn.momentum
-    else:  # cumulative average
-        momentum = 1.0 / float(bn.num_batches_tracked + 1) if counts else 0.0
+    """Calls a *_bn_act operator with the tensors of `conv` and the state of `bn`. Nothing is changed if it raises."""
+    call = BatchNormCall(bn)
+    running_mean, running_var = call.running or (None, None)
     output = operator(
-        input, conv.weight, conv.bias, bn.weight, bn.bias,
-        bn.running_mean if tracks else None, bn.running_var if tracks else None,
-        training=uses_batch, momentum=momentum, eps=bn.eps, **arguments,
+        input, conv.weight, conv.bias, bn.weight, bn.bias, running_mean, running_var,
+        training=call.uses_batch, momentum=call.momentum, eps=bn.eps, **arguments,
     )  # fmt: skip
-    if counts:
-        bn.num_batches_tracked.add_(1)
+    call.done()
     return output
 
 

@@ -1,0 +1,600 @@
+// conv_stack: a run of [transposed] convolution [+ batch norm] [+ activation] layers, from end to end, on the CPU.
+//
+// Between layers only the convolution's raw output exists, in channels_last. Batch norm and activation of a layer are
+// applied where the next layer loads it, the batch statistics come out of the loop that wrote it, and backward runs
+// the same way: the loop for the input gradient multiplies by the activation's derivative and sums what batch norm
+// needs, and the next loop applies batch norm's backward while loading. The kernel-4 stride-2 layers run on
+// csrc/cpu/conv4x4s2.h; layers from or to one pixel are matrix products; others call ATen's convolution.
+#include "conv_stack.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "../cpu/bn_act.h"
+#include "../cpu/conv4x4s2.h"
+
+namespace fastgan {
+
+std::vector<StackLayer> parse_stack(at::IntArrayRef layers, at::ArrayRef<double> numbers) {
+  TORCH_CHECK_VALUE(layers.size() % StackLayer::kIntegers == 0 &&
+                        numbers.size() / StackLayer::kNumbers == layers.size() / StackLayer::kIntegers,
+                    "conv_stack: layers must have ", StackLayer::kIntegers, " integers and numbers ",
+                    StackLayer::kNumbers, " values a layer, got ", layers.size(), " and ", numbers.size());
+  std::vector<StackLayer> stack;
+  for (size_t i = 0; i < layers.size() / StackLayer::kIntegers; ++i) {
+    const int64_t* n = layers.data() + i * StackLayer::kIntegers;
+    const double* f = numbers.data() + i * StackLayer::kNumbers;
+    stack.push_back({n[0] != 0, {n[1], n[2]}, {n[3], n[4]}, n[5] != 0, n[6] != 0, n[7] != 0, n[8] != 0, n[9] != 0,
+                     n[10] != 0, static_cast<Activation>(n[11]), f[0], f[1], f[2]});
+  }
+  return stack;
+}
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// The parameters of one layer, in the order of StackLayer::parameter_count; undefined where the layer has none.
+struct LayerParameters {
+  Tensor weight, bias, bn_weight, bn_bias;
+};
+
+std::vector<LayerParameters> split_parameters(const std::vector<StackLayer>& stack, at::TensorList parameters) {
+  std::vector<LayerParameters> split;
+  size_t next = 0;
+  for (const StackLayer& layer : stack) {
+    TORCH_CHECK_VALUE(next + layer.parameter_count() <= parameters.size(), "conv_stack: parameters has ",
+                      parameters.size(), " tensors, too few for ", stack.size(), " layers");
+    LayerParameters p;
+    p.weight = parameters[next++];
+    if (layer.has_bias) p.bias = parameters[next++];
+    if (layer.has_bn_weight) p.bn_weight = parameters[next++];
+    if (layer.has_bn_bias) p.bn_bias = parameters[next++];
+    split.push_back(p);
+  }
+  return split;
+}
+
+float* floats(const Tensor& t) { return t.defined() ? t.mutable_data_ptr<float>() : nullptr; }
+
+cpu::BnActShape rows_of(const Tensor& t) {  // [N, C, H, W] in channels_last
+  return {t.size(0) * t.size(2) * t.size(3), t.size(1), 1};
+}
+
+Tensor empty_image(const Tensor& like, int64_t batch, int64_t channels, int64_t height, int64_t width) {
+  return at::empty({batch, channels, height, width}, like.options().memory_format(at::MemoryFormat::ChannelsLast));
+}
+
+Tensor bytes(size_t count) { return at::empty({static_cast<int64_t>(count)}, at::TensorOptions().dtype(at::kByte)); }
+
+// The tensor between two layers: activation(scale * raw + shift) without ever being stored.
+struct Lazy {
+  Tensor raw;           // [N, C, H, W], channels_last
+  Tensor scale, shift;  // [C], or undefined without batch norm
+  Tensor mean, invstd;  // [C], or undefined
+  cpu::ActivationSpec activation{Activation::identity, 0.0};
+
+  bool plain() const { return !scale.defined() && activation.kind == Activation::identity; }
+
+  cpu::ConvOperand operand() const {
+    cpu::ConvOperand o;
+    o.data = floats(raw);
+    if (plain()) return o;
+    o.mode = cpu::ConvOperand::Mode::activated;
+    o.scale = floats(scale);
+    o.shift = floats(shift);
+    o.activation = activation.kind;
+    o.negative_slope = static_cast<float>(activation.negative_slope);
+    return o;
+  }
+
+  Tensor store() const {
+    if (plain()) return raw;
+    const Tensor out = at::empty_like(raw);
+    const Tensor one = scale.defined() ? scale : at::ones({raw.size(1)}, raw.options());
+    const Tensor zero = shift.defined() ? shift : at::zeros({raw.size(1)}, raw.options());
+    cpu::bn_act_kernels<float>().scale_shift_act(rows_of(raw), floats(raw), floats(one), floats(zero), activation,
+                                                 floats(out));
+    return out;
+  }
+};
+
+// The gradient of a convolution's raw output: grad, or a * grad + b * y + c where batch norm's backward is still to
+// be applied.
+struct LazyGrad {
+  Tensor grad;     // [N, C, H, W], channels_last
+  Tensor a, b, c;  // [C], or undefined
+  Tensor y;
+
+  cpu::ConvOperand operand() const {
+    cpu::ConvOperand o;
+    o.data = floats(grad);
+    if (!a.defined()) return o;
+    o.mode = cpu::ConvOperand::Mode::batch_norm_backward;
+    o.scale = floats(a);
+    o.shift = floats(c);
+    o.other = floats(y);
+    o.other_scale = floats(b);
+    return o;
+  }
+
+  // In place: grad is always a tensor of this backward's own.
+  Tensor store() const {
+    if (!a.defined()) return grad;
+    const Tensor one = at::ones({y.size(1)}, y.options()), zero = at::zeros({y.size(1)}, y.options());
+    cpu::bn_act_kernels<float>().bn_act_backward_apply(rows_of(y), floats(grad), floats(y), floats(one), floats(zero),
+                                                       floats(a), floats(b), floats(c), {Activation::identity, 0.0},
+                                                       floats(grad));
+    return grad;
+  }
+};
+
+// Which main loop a layer takes.
+enum class Path { conv4x4s2, from_pixel, to_pixel, aten };
+
+struct Geometry {
+  Path path;
+  cpu::Conv4x4s2Shape shape;  // conv4x4s2 only
+  int64_t batch, channels, height, width;  // of the output
+  // Where the layer's raw output and its (mean, invstd) stand in what is saved; -1: not saved.
+  int64_t raw_offset, statistics_offset;
+};
+
+struct Plan {
+  std::vector<Geometry> layers;
+  int64_t raw_size, statistics_size;  // floats to save
+};
+
+bool all_equal(const int64_t (&pair)[2], int64_t value) { return pair[0] == value && pair[1] == value; }
+
+// Whether the derivative can be taken from the activation's output.
+bool invertible(const StackLayer& layer) {
+  return layer.activation != Activation::leaky_relu || layer.negative_slope >= 0;
+}
+
+Geometry geometry(const StackLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W, const Tensor& weight) {
+  const int64_t kh = weight.size(2), kw = weight.size(3);
+  Geometry g;
+  g.batch = N;
+  if (layer.transposed) {
+    g.channels = weight.size(1);
+    g.height = (H - 1) * layer.stride[0] - 2 * layer.padding[0] + kh;
+    g.width = (W - 1) * layer.stride[1] - 2 * layer.padding[1] + kw;
+    g.shape = {N, g.height, g.width, g.channels, H, W, C};
+  } else {
+    g.channels = weight.size(0);
+    g.height = (H + 2 * layer.padding[0] - kh) / layer.stride[0] + 1;
+    g.width = (W + 2 * layer.padding[1] - kw) / layer.stride[1] + 1;
+    g.shape = {N, H, W, C, g.height, g.width, g.channels};
+  }
+  const bool unpadded = all_equal(layer.padding, 0);
+  g.path = Path::aten;
+  if (layer.transposed && unpadded && H == 1 && W == 1) g.path = Path::from_pixel;
+  if (!layer.transposed && unpadded && H == kh && W == kw) g.path = Path::to_pixel;
+  if (kh == 4 && kw == 4 && all_equal(layer.stride, 2) && all_equal(layer.padding, 1) &&
+      cpu::conv4x4s2_supported(g.shape, cpu::Conv4x4s2Loop::down) &&
+      cpu::conv4x4s2_supported(g.shape, cpu::Conv4x4s2Loop::up) &&
+      cpu::conv4x4s2_supported(g.shape, cpu::Conv4x4s2Loop::weight_gradient))
+    g.path = Path::conv4x4s2;
+  return g;
+}
+
+Plan make_plan(const std::vector<StackLayer>& stack, const std::vector<LayerParameters>& split, const Tensor& input) {
+  Plan plan{{}, 0, 0};
+  int64_t N = input.size(0), C = input.size(1), H = input.size(2), W = input.size(3);
+  for (size_t i = 0; i < stack.size(); ++i) {
+    Geometry g = geometry(stack[i], N, C, H, W, split[i].weight);
+    C = g.channels, H = g.height, W = g.width;
+    // The last layer, where there is no batch norm, keeps its output instead of its raw output.
+    const bool keeps_raw = i + 1 < stack.size() || stack[i].has_batch_norm || !invertible(stack[i]);
+    g.raw_offset = keeps_raw ? plan.raw_size : -1;
+    g.statistics_offset = stack[i].has_batch_norm ? plan.statistics_size : -1;
+    constexpr int64_t kAligned = 16;  // floats: 64 bytes
+    if (keeps_raw) plan.raw_size += (N * C * H * W + kAligned - 1) / kAligned * kAligned;
+    if (stack[i].has_batch_norm) plan.statistics_size += 2 * C;
+    plan.layers.push_back(g);
+  }
+  return plan;
+}
+
+// A layer's raw output as a view of what is saved: [N, C, H, W] in channels_last.
+Tensor raw_view(const Tensor& raw, const Geometry& g) {
+  return raw.narrow(0, g.raw_offset, g.batch * g.channels * g.height * g.width)
+      .view({g.batch, g.height, g.width, g.channels})
+      .permute({0, 3, 1, 2});
+}
+
+// (mean, invstd): [2, C]
+Tensor statistics_view(const Tensor& statistics, const Geometry& g) {
+  return statistics.narrow(0, g.statistics_offset, 2 * g.channels).view({2, g.channels});
+}
+
+// Runs a loop of conv4x4s2 that writes `out`.
+void run_loop(const Geometry& g, cpu::Conv4x4s2Loop loop, const cpu::ConvOperand& operand, const Tensor& weight,
+              const cpu::ConvEpilogue& epilogue) {
+  const int threads = at::get_num_threads();
+  const Tensor packed = bytes(cpu::conv4x4s2_packed_bytes(g.shape, loop));
+  const Tensor workspace = bytes(cpu::conv4x4s2_workspace_bytes(g.shape, loop, threads));
+  cpu::conv4x4s2_pack(g.shape, loop, floats(weight), packed.mutable_data_ptr());
+  const auto run = loop == cpu::Conv4x4s2Loop::down ? cpu::conv4x4s2_down : cpu::conv4x4s2_up;
+  run(g.shape, operand, packed.mutable_data_ptr(), epilogue, workspace.mutable_data_ptr(), threads);
+}
+
+// weight [A, B, kH, kW] -> [A, kH * kW * B], the order of a channels_last pixel block.
+Tensor as_matrix(const Tensor& weight) { return weight.permute({0, 2, 3, 1}).reshape({weight.size(0), -1}); }
+
+Tensor from_matrix(const Tensor& matrix, const Tensor& like) {
+  return matrix.view({like.size(0), like.size(2), like.size(3), like.size(1)}).permute({0, 3, 1, 2}).contiguous();
+}
+
+// [N, C, H, W] in channels_last <-> [N, H * W * C], the same memory.
+Tensor flat(const Tensor& image) { return image.permute({0, 2, 3, 1}).reshape({image.size(0), -1}); }
+Tensor unflat(const Tensor& matrix, int64_t channels, int64_t height, int64_t width) {
+  return matrix.view({matrix.size(0), height, width, channels}).permute({0, 3, 1, 2});
+}
+
+Tensor dense_channels_last(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
+
+Tensor aten_convolution(const StackLayer& layer, const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  constexpr int64_t zero[2] = {0, 0}, one[2] = {1, 1};
+  return at::convolution(input, weight, bias, layer.stride, layer.padding, one, layer.transposed, zero, 1);
+}
+
+// The raw output for the paths without a fused loop, into y; the bias is added.
+void plain_forward(const StackLayer& layer, const Geometry& g, const Tensor& input, const LayerParameters& p,
+                   const Tensor& y) {
+  if (g.path == Path::aten) {
+    y.copy_(aten_convolution(layer, input, p.weight, p.bias.defined() ? OptionalTensor(p.bias) : std::nullopt));
+    return;
+  }
+  const Tensor matrix = as_matrix(p.weight);
+  Tensor out = flat(y);
+  at::mm_out(out, flat(input), g.path == Path::from_pixel ? matrix : matrix.t());
+  if (p.bias.defined()) y.add_(p.bias.view({1, -1, 1, 1}));
+}
+
+// Gradients of the same paths; undefined where not wanted.
+std::pair<Tensor, Tensor> plain_backward(const StackLayer& layer, const Geometry& g, const Tensor& dy,
+                                         const Tensor& input, const Tensor& weight, bool want_input, bool want_weight) {
+  if (g.path == Path::aten) {
+    constexpr int64_t zero[2] = {0, 0}, one[2] = {1, 1};
+    auto [grad_input, grad_weight, unused] =
+        at::convolution_backward(dy, input, weight, std::nullopt, layer.stride, layer.padding, one, layer.transposed,
+                                 zero, 1, {want_input, want_weight, false});
+    return {want_input ? dense_channels_last(grad_input) : Tensor(), grad_weight};
+  }
+  const Tensor x = flat(input), d = flat(dy);
+  const bool from_pixel = g.path == Path::from_pixel;
+  Tensor grad_input, grad_weight;
+  if (want_input)
+    grad_input = unflat(at::mm(d, from_pixel ? as_matrix(weight).t() : as_matrix(weight)), input.size(1), input.size(2),
+                        input.size(3));
+  if (want_weight) grad_weight = from_matrix(from_pixel ? at::mm(x.t(), d) : at::mm(d.t(), x), weight);
+  return {grad_input, grad_weight};
+}
+
+// (output, raw outputs, statistics); the last two have shape [0] unless save_for_backward.
+std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, at::TensorList parameters,
+                                                          at::TensorList running, at::IntArrayRef layers,
+                                                          at::ArrayRef<double> numbers, bool save_for_backward) {
+  const auto stack = parse_stack(layers, numbers);
+  auto split = split_parameters(stack, parameters);
+  const Plan plan = make_plan(stack, split, input);
+  const auto& kernels = cpu::bn_act_kernels<float>();
+  const auto options = input.options().memory_format(at::MemoryFormat::Contiguous);
+  const Tensor raw = at::empty({save_for_backward ? plan.raw_size : 0}, options);
+  const Tensor statistics = at::empty({plan.statistics_size}, options);
+  Lazy current{dense_channels_last(input)};
+  size_t next_running = 0;
+  for (size_t i = 0; i < stack.size(); ++i) {
+    const StackLayer& layer = stack[i];
+    const Geometry& g = plan.layers[i];
+    LayerParameters& p = split[i];
+    p.weight = p.weight.contiguous();
+    const int64_t C = g.channels;
+    const bool from_batch = layer.has_batch_norm && layer.training;
+    const bool keeps_raw = g.raw_offset >= 0;
+    const Tensor y = save_for_backward && keeps_raw ? raw_view(raw, g) : empty_image(input, g.batch, C, g.height, g.width);
+    const Tensor mean_invstd = layer.has_batch_norm ? statistics_view(statistics, g) : Tensor();
+    const Tensor mean = layer.has_batch_norm ? mean_invstd[0] : Tensor();
+    const Tensor var = layer.has_batch_norm ? at::empty({C}, options) : Tensor();
+    bool activated = false;
+    if (g.path == Path::conv4x4s2) {
+      activated = !keeps_raw;
+      cpu::ConvEpilogue e;
+      e.mode = from_batch  ? cpu::ConvEpilogue::Mode::statistics
+               : activated ? cpu::ConvEpilogue::Mode::activate
+                           : cpu::ConvEpilogue::Mode::store;
+      e.out = floats(y);
+      e.bias = floats(p.bias);
+      e.activation = layer.activation;
+      e.negative_slope = static_cast<float>(layer.negative_slope);
+      e.mean = floats(mean);
+      e.m2 = floats(var);
+      run_loop(g, layer.transposed ? cpu::Conv4x4s2Loop::up : cpu::Conv4x4s2Loop::down, current.operand(), p.weight, e);
+      if (from_batch) cpu::divide_by_count(C, rows_of(y).outer, floats(var));
+    } else {
+      plain_forward(layer, g, current.store(), p, y);
+      if (from_batch) {
+        const Tensor workspace = at::empty({cpu::bn_act_workspace_size(rows_of(y))}, options);
+        kernels.batch_statistics(rows_of(y), floats(y), floats(mean), floats(var), floats(workspace));
+      }
+    }
+    current = Lazy{y};
+    if (!activated) current.activation = {layer.activation, layer.negative_slope};
+    if (!layer.has_batch_norm) continue;
+    if (layer.has_running) {
+      const Tensor &running_mean = running[next_running++], &running_var = running[next_running++];
+      if (layer.training) {
+        cpu::update_running_statistics<float>(C, rows_of(y).outer, layer.momentum, floats(mean), floats(var),
+                                              floats(running_mean), floats(running_var));
+      } else {
+        mean.copy_(running_mean);
+        var.copy_(running_var);
+      }
+    }
+    const Tensor folded = at::empty({2, C}, options);
+    current.mean = mean, current.invstd = mean_invstd[1];
+    current.scale = folded[0], current.shift = folded[1];
+    cpu::fold_statistics<float>(C, floats(mean), floats(var), floats(p.bn_weight), floats(p.bn_bias), layer.eps,
+                                floats(current.invstd), floats(current.scale), floats(current.shift));
+  }
+  Tensor output = current.store();
+  // An operator's results share no memory: after batch norm with no activation the raw output would be both.
+  if (plan.layers.back().raw_offset >= 0 && output.is_same(current.raw)) output = output.clone();
+  return {output, raw, save_for_backward ? statistics : at::empty({0}, options)};
+}
+
+// Gradients of input and of every parameter, with shape [0] where output_mask says false.
+std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Tensor& input, at::TensorList parameters,
+                                            const Tensor& output, const Tensor& raw, const Tensor& statistics,
+                                            at::IntArrayRef layers, at::ArrayRef<double> numbers,
+                                            at::IntArrayRef output_mask) {
+  const auto stack = parse_stack(layers, numbers);
+  auto split = split_parameters(stack, parameters);
+  const Plan plan = make_plan(stack, split, input);
+  const auto& kernels = cpu::bn_act_kernels<float>();
+  const auto options = input.options().memory_format(at::MemoryFormat::Contiguous);
+  const int64_t count = static_cast<int64_t>(stack.size());
+
+  // What each layer's input was, and where its parameters stand in the results.
+  std::vector<Lazy> inputs(count + 1);
+  std::vector<size_t> first_parameter(count + 1, 1);
+  inputs[0] = Lazy{dense_channels_last(input)};
+  for (int64_t i = 0; i < count; ++i) {
+    LayerParameters& p = split[i];
+    p.weight = p.weight.contiguous();
+    first_parameter[i + 1] = first_parameter[i] + stack[i].parameter_count();
+    Lazy& next = inputs[i + 1];
+    if (plan.layers[i].raw_offset >= 0) next.raw = raw_view(raw, plan.layers[i]);
+    next.activation = {stack[i].activation, stack[i].negative_slope};
+    if (!stack[i].has_batch_norm) continue;
+    const Tensor mean_invstd = statistics_view(statistics, plan.layers[i]);
+    next.mean = mean_invstd[0], next.invstd = mean_invstd[1];
+    const Tensor folded = at::empty({2, next.mean.size(0)}, options);
+    next.scale = folded[0], next.shift = folded[1];
+    cpu::fold_scale_shift<float>(next.mean.size(0), floats(next.mean), floats(next.invstd), floats(p.bn_weight),
+                                 floats(p.bn_bias), floats(next.scale), floats(next.shift));
+  }
+  // The lowest layer whose parameters, or input, want a gradient.
+  int64_t lowest = 0;
+  const auto wants_any = [&](int64_t i) {
+    for (size_t k = first_parameter[i]; k < first_parameter[i + 1]; ++k)
+      if (output_mask[k]) return true;
+    return false;
+  };
+  if (!output_mask[0])
+    while (lowest + 1 < count && !wants_any(lowest)) ++lowest;
+
+  std::vector<Tensor> results(output_mask.size());
+
+  // sums: sum of dz, sum of dz * xhat of layer i. Fills in the gradients of its bias and batch norm and returns what
+  // the convolution below has to apply to dz.
+  const auto finish_layer = [&](int64_t i, const Tensor& dz, const Tensor& sums) {
+    const StackLayer& layer = stack[i];
+    const Lazy& above = inputs[i + 1];
+    size_t k = first_parameter[i] + 1;
+    LazyGrad grad{dz};
+    if (!layer.has_batch_norm) {
+      if (layer.has_bias) results[k] = sums[0].clone();
+      return grad;
+    }
+    // Batch statistics cancel the bias, so its gradient in training mode is exactly 0.
+    if (layer.has_bias)
+      results[k++] = layer.training ? at::zeros({sums.size(1)}, options) : at::mul(above.scale, sums[0]);
+    if (layer.has_bn_weight) results[k++] = sums[1].clone();
+    if (layer.has_bn_bias) results[k++] = sums[0].clone();
+    const Tensor coefficients = at::empty({3, sums.size(1)}, options);
+    grad.a = coefficients[0], grad.b = coefficients[1], grad.c = coefficients[2];
+    grad.y = above.raw;
+    cpu::backward_coefficients<float>(sums.size(1), rows_of(above.raw).outer, layer.training, floats(above.scale),
+                                      floats(above.mean), floats(above.invstd), floats(sums[0]), floats(sums[1]),
+                                      floats(grad.a), floats(grad.b), floats(grad.c));
+    return grad;
+  };
+  // From the gradient of layer i's activation to that of its raw output, by passes of their own.
+  const auto activation_backward = [&](int64_t i, const Tensor& grad) {
+    const Lazy& above = inputs[i + 1];
+    const int64_t C = grad.size(1);
+    const Tensor sums = at::zeros({2, C}, options), dz = at::empty_like(grad);
+    const Tensor workspace = at::empty({cpu::bn_act_workspace_size(rows_of(grad))}, options);
+    if (!above.raw.defined()) {  // the last layer, which kept its output instead
+      const Tensor kept = dense_channels_last(output);
+      kernels.act_backward(rows_of(grad), floats(grad), floats(kept), above.activation, floats(dz), floats(sums[0]),
+                           floats(workspace));
+      return finish_layer(i, dz, sums);
+    }
+    const Tensor one = at::ones({C}, options), zero = at::zeros({C}, options);
+    const bool bn = above.scale.defined();
+    const Tensor scale = bn ? above.scale : one, shift = bn ? above.shift : zero;
+    kernels.bn_act_backward_reduce(rows_of(grad), floats(grad), floats(above.raw), floats(scale), floats(shift),
+                                   floats(bn ? above.mean : zero), floats(bn ? above.invstd : one), above.activation,
+                                   floats(sums[0]), floats(sums[1]), floats(workspace));
+    LazyGrad lazy = finish_layer(i, dz, sums);
+    kernels.bn_act_backward_apply(rows_of(grad), floats(grad), floats(above.raw), floats(scale), floats(shift),
+                                  floats(bn ? lazy.a : one), floats(bn ? lazy.b : zero), floats(bn ? lazy.c : zero),
+                                  above.activation, floats(dz));
+    return LazyGrad{dz};
+  };
+
+  LazyGrad grad = activation_backward(count - 1, dense_channels_last(grad_output));
+  for (int64_t i = count - 1; i >= lowest; --i) {
+    const StackLayer& layer = stack[i];
+    const Tensor& weight = split[i].weight;
+    const Lazy& below = inputs[i];
+    const Geometry& g = plan.layers[i];
+    const bool want_weight = output_mask[first_parameter[i]];
+    const bool want_input = i > lowest || (i == 0 && output_mask[0]);
+    if (g.path != Path::conv4x4s2) {
+      auto [grad_input, grad_weight] =
+          plain_backward(layer, g, grad.store(), below.store(), weight, want_input, want_weight);
+      if (want_weight) results[first_parameter[i]] = grad_weight;
+      if (i == 0 && want_input) results[0] = grad_input;
+      if (i > lowest) grad = activation_backward(i - 1, grad_input);
+      continue;
+    }
+    // Two loops would each apply batch norm's backward while loading; one pass before them is faster then.
+    if (want_weight && want_input) grad = LazyGrad{grad.store()};
+    if (want_weight) {
+      const Tensor grad_weight = at::empty(weight.sizes(), options);
+      const int threads = at::get_num_threads();
+      const Tensor workspace =
+          bytes(cpu::conv4x4s2_workspace_bytes(g.shape, cpu::Conv4x4s2Loop::weight_gradient, threads));
+      const auto large = layer.transposed ? grad.operand() : below.operand();
+      const auto small = layer.transposed ? below.operand() : grad.operand();
+      cpu::conv4x4s2_weight_gradient(g.shape, large, small, floats(grad_weight), workspace.mutable_data_ptr(), threads);
+      results[first_parameter[i]] = grad_weight;
+    }
+    if (!want_input) continue;
+    const Tensor grad_input = at::empty_like(below.raw);
+    const Tensor sums = at::zeros({2, below.raw.size(1)}, options);
+    cpu::ConvEpilogue e;
+    e.out = floats(grad_input);
+    if (i > 0) {
+      e.mode = cpu::ConvEpilogue::Mode::gradient;
+      e.activation = below.activation.kind;
+      e.negative_slope = static_cast<float>(below.activation.negative_slope);
+      e.y = floats(below.raw);
+      e.scale = floats(below.scale);
+      e.shift = floats(below.shift);
+      e.y_mean = floats(below.mean);
+      e.y_invstd = floats(below.invstd);
+      e.sum_dz = floats(sums[0]);
+      e.sum_dz_xhat = below.mean.defined() ? floats(sums[1]) : nullptr;
+    }
+    run_loop(g, layer.transposed ? cpu::Conv4x4s2Loop::down : cpu::Conv4x4s2Loop::up, grad.operand(), weight, e);
+    if (i == 0) results[0] = grad_input;
+    else grad = finish_layer(i - 1, grad_input, sums);
+  }
+  for (size_t k = 0; k < results.size(); ++k)
+    if (!output_mask[k] || !results[k].defined())
+      results[k] = output_mask[k] ? at::zeros_like(k == 0 ? input : parameters[k - 1]) : at::empty({0}, options);
+  return results;
+}
+
+// ---- autograd ----------------------------------------------------------------------------------------------------
+
+class ConvStack : public torch::autograd::Function<ConvStack> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, at::TensorList parameters, const variable_list& running,
+                        std::vector<int64_t> layers, std::vector<double> numbers, bool save_for_backward) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    static auto op = c10::Dispatcher::singleton()
+                         .findSchemaOrThrow("fastgan::conv_stack_forward", "")
+                         .typed<decltype(conv_stack_forward_cpu)>();
+    const auto [output, raw, statistics] = op.call(input, parameters, running, layers, numbers, save_for_backward);
+    if (save_for_backward) {
+      variable_list saved{input, output, raw, statistics};
+      saved.insert(saved.end(), parameters.begin(), parameters.end());
+      ctx->save_for_backward(saved);
+      ctx->saved_data["layers"] = layers;
+      ctx->saved_data["numbers"] = numbers;
+    }
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &output = saved[1], &raw = saved[2], &statistics = saved[3];
+    const at::TensorList parameters = at::TensorList(saved).slice(4);
+    const auto layers = ctx->saved_data["layers"].toIntVector();
+    const auto numbers = ctx->saved_data["numbers"].toDoubleVector();
+    std::vector<int64_t> mask;
+    for (size_t i = 0; i <= parameters.size(); ++i) mask.push_back(ctx->needs_input_grad(i));
+    variable_list gradients(parameters.size() + 5);  // input and parameters, then four arguments without one
+    if (at::GradMode::is_enabled()) {
+      variable_list inputs{input};
+      inputs.insert(inputs.end(), parameters.begin(), parameters.end());
+      const auto found = differentiable_gradients(differentiable_stack(input, parameters, statistics, layers, numbers),
+                                                  inputs, std::vector<bool>(mask.begin(), mask.end()), grad_outputs[0]);
+      std::copy(found.begin(), found.end(), gradients.begin());
+      return gradients;
+    }
+    static auto op = c10::Dispatcher::singleton()
+                         .findSchemaOrThrow("fastgan::conv_stack_backward", "")
+                         .typed<decltype(conv_stack_backward_cpu)>();
+    const auto found = op.call(grad_outputs[0], input, parameters, output, raw, statistics, layers, numbers, mask);
+    for (size_t i = 0; i < mask.size(); ++i)
+      if (mask[i]) gradients[i] = found[i];
+    return gradients;
+  }
+
+ private:
+  // The whole run from differentiable ATen operators, for backward passes that are differentiated themselves.
+  static Tensor differentiable_stack(const Tensor& input, at::TensorList parameters, const Tensor& statistics,
+                                     at::IntArrayRef layers, at::ArrayRef<double> numbers) {
+    const auto stack = parse_stack(layers, numbers);
+    const auto split = split_parameters(stack, parameters);
+    const Plan plan = make_plan(stack, split, input);
+    Tensor x = input;
+    for (size_t i = 0; i < stack.size(); ++i) {
+      const StackLayer& layer = stack[i];
+      const LayerParameters& p = split[i];
+      x = aten_convolution(layer, x, p.weight, p.bias.defined() ? OptionalTensor(p.bias) : std::nullopt);
+      if (layer.has_batch_norm) {
+        const Tensor mean_invstd = statistics_view(statistics, plan.layers[i]);
+        x = differentiable_batch_norm(x, p.bn_weight, p.bn_bias, mean_invstd[0], mean_invstd[1], layer.training,
+                                      layer.eps);
+      }
+      x = activate(x, layer.activation, layer.negative_slope);
+    }
+    return x;
+  }
+};
+
+Tensor conv_stack(const Tensor& input, at::TensorList parameters, at::TensorList running, at::IntArrayRef layers,
+                  at::ArrayRef<double> numbers) {
+  bool save = input.requires_grad();
+  for (const Tensor& parameter : parameters) save = save || parameter.requires_grad();
+  return ConvStack::apply(input, parameters, running.vec(), layers.vec(), numbers.vec(),
+                          save && at::GradMode::is_enabled());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastgan, CompositeImplicitAutograd, m) { m.impl("conv_stack", &conv_stack); }
+
+TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
+  m.impl("conv_stack_forward", &conv_stack_forward_cpu);
+  m.impl("conv_stack_backward", &conv_stack_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(fastgan, Autograd, m) {
+  m.impl("conv_stack_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("conv_stack_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace fastgan

@@ -1,0 +1,27 @@
+// A run of convolution layers as one operator: conv_stack. See conv_stack.cpp.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "conv_bn_act.h"
+
+namespace fastgan {
+
+// How fastgan/nn/fuse.py writes one layer into the operator's `layers` and `numbers`, in this order.
+struct StackLayer {
+  bool transposed;
+  int64_t stride[2], padding[2];
+  bool has_bias, has_batch_norm, has_bn_weight, has_bn_bias, has_running, training;
+  Activation activation;
+  double momentum, eps, negative_slope;
+
+  static constexpr size_t kIntegers = 12, kNumbers = 3;
+  // weight [, bias] [, bn_weight] [, bn_bias]
+  size_t parameter_count() const { return 1 + has_bias + has_bn_weight + has_bn_bias; }
+};
+
+std::vector<StackLayer> parse_stack(at::IntArrayRef layers, at::ArrayRef<double> numbers);
+
+}  // namespace fastgan

@@ -1,0 +1,115 @@
+"""A run of convolution layers as one operator: how fuse() executes a Sequential from end to end on the CPU.
+
+Not public: :func:`fastgan.fuse` decides when it applies. csrc/ops/conv_stack.cpp says what it saves.
+"""
+
+import math
+
+import torch
+
+from fastgan import _extension
+from fastgan.ops._conv import ACTIVATIONS
+
+# The enum Activation in csrc/activation.h.
+_ACTIVATION_CODES = {name: code for code, name in enumerate(("identity", "relu", "leaky_relu", "tanh", "sigmoid"))}
+assert set(_ACTIVATION_CODES) == set(ACTIVATIONS)
+_INTEGERS, _NUMBERS = 12, 3  # a layer, as in csrc/ops/conv_stack.h
+
+
+class StackCall:
+    """Collects the arguments of one call, layer by layer.
+
+    Attributes:
+        shape: ``[N, C, H, W]`` of the output of the layers added so far.
+        gains: whether one of them runs on the minimal-filtering loops, without which the call is not worth it.
+    """
+
+    def __init__(self, input):
+        self.input = input
+        self.shape = tuple(input.shape)
+        self.gains = False
+        self.parameters, self.running, self.layers, self.numbers = [], [], [], []
+
+    def add(self, conv, bn, uses_batch, running, momentum, activation, negative_slope):
+        """Adds a layer. False, and nothing is added, if the operator does not take it.
+
+        Args:
+            conv: nn.Conv2d or nn.ConvTranspose2d.
+            bn: nn.BatchNorm2d or None.
+            uses_batch: whether batch norm normalises by the statistics of the batch.
+            running: (running_mean, running_var), or () where there are none to use or update.
+            momentum: of the running statistics.
+        """
+        weight, transposed = conv.weight, isinstance(conv, torch.nn.ConvTranspose2d)
+        parameters = [weight, conv.bias, *((bn.weight, bn.bias) if bn is not None else (None, None))]
+        if isinstance(conv.padding, str) or conv.groups != 1 or any(d != 1 for d in conv.dilation):
+            return False
+        if transposed and any(conv.output_padding):
+            return False
+        if any(t is not None and (t.dtype != torch.float32 or t.device != self.input.device) for t in (*parameters, *running)):
+            return False
+        if any(not t.is_contiguous() for t in running):
+            return False
+        batch, channels, *size = self.shape
+        c_in, c_out = (0, 1) if transposed else (1, 0)
+        if weight.dim() != 4 or weight.shape[c_in] != channels or weight.numel() == 0:
+            return False
+        out_channels = weight.shape[c_out]
+        if any(t is not None and tuple(t.shape) != (out_channels,) for t in (*parameters[1:], *running)):
+            return False
+        new_size = []
+        for side, kernel, stride, padding in zip(size, weight.shape[2:], conv.stride, conv.padding):
+            room = side + 2 * padding - kernel
+            new_size.append((side - 1) * stride - 2 * padding + kernel if transposed else room // stride + 1 if room >= 0 else 0)
+        if min(new_size) < 1 or batch < 1 or (uses_batch and batch * new_size[0] * new_size[1] == 1):
+            return False
+        minimal = tuple(weight.shape[2:]) == (4, 4) and conv.stride == (2, 2) and conv.padding == (1, 1)
+        small, large = (channels, out_channels) if transposed else (out_channels, channels)
+        self.gains |= minimal and small % 16 == 0 and (large <= 4 or large % 16 == 0)
+        self.shape = (batch, out_channels, *new_size)
+        self.parameters += [p for p in parameters if p is not None]
+        self.running += running
+        present = [p is not None for p in parameters[1:]]
+        flags = [present[0], bn is not None, present[1], present[2], bool(running), uses_batch]
+        self.layers += [int(transposed), *conv.stride, *conv.padding, *map(int, flags), _ACTIVATION_CODES[activation]]
+        self.numbers += [momentum, bn.eps if bn is not None else 0.0, negative_slope]
+        return True
+
+    def run(self):
+        """``[N, C, H, W]``, float32, in channels_last."""
+        return torch.ops.fastgan.conv_stack(self.input, self.parameters, self.running, self.layers, self.numbers)
+
+
+if _extension.has_kernels("cpu"):
+
+    def _plan(input, parameters, layers, numbers):
+        """(shape of the output, floats of raw outputs, floats of statistics), as make_plan in csrc/ops/conv_stack.cpp."""
+        shape, position, raw_size, statistics_size = tuple(input.shape), 0, 0, 0
+        count = len(layers) // _INTEGERS
+        for i in range(count):
+            transposed, *rest = layers[i * _INTEGERS : (i + 1) * _INTEGERS]
+            stride, padding, (bias, has_bn, *flags, code) = rest[:2], rest[2:4], rest[4:]
+            weight = parameters[position]
+            position += 1 + bias + flags[0] + flags[1]
+            sides = [
+                (side - 1) * s - 2 * p + k if transposed else (side + 2 * p - k) // s + 1
+                for side, s, p, k in zip(shape[2:], stride, padding, weight.shape[2:])
+            ]
+            shape = (shape[0], weight.shape[1 if transposed else 0], *sides)
+            invertible = code != _ACTIVATION_CODES["leaky_relu"] or numbers[i * _NUMBERS + 2] >= 0
+            if i + 1 < count or has_bn or not invertible:
+                raw_size += (math.prod(shape) + 15) // 16 * 16
+            statistics_size += 2 * shape[1] if has_bn else 0
+        return shape, raw_size, statistics_size
+
+    @torch.library.register_fake("fastgan::conv_stack_forward")
+    def _(input, parameters, running, layers, numbers, save_for_backward):
+        shape, raw_size, statistics_size = _plan(input, parameters, layers, numbers)
+        output = input.new_empty(shape).contiguous(memory_format=torch.channels_last)
+        if not save_for_backward:
+            raw_size = statistics_size = 0
+        return output, input.new_empty([raw_size]), input.new_empty([statistics_size])
+
+    @torch.library.register_fake("fastgan::conv_stack_backward")
+    def _(grad_output, input, parameters, output, raw, statistics, layers, numbers, output_mask):
+        return [torch.empty_like(t) if wanted else t.new_empty([0]) for t, wanted in zip([input, *parameters], output_mask)]
