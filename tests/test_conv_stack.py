@@ -1,0 +1,166 @@
+"""conv_stack: a whole Sequential as one operator (what fuse() runs on the CPU) against the plain layers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastgan
+from fastgan.nn.fuse import _match
+from fastgan.nn.modules import BatchNormCall
+from fastgan.ops.conv_stack import StackCall
+
+
+def up(c_in, c_out, bias=False):
+    return nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=bias)
+
+
+def down(c_in, c_out, bias=False):
+    return nn.Conv2d(c_in, c_out, 4, 2, 1, bias=bias)
+
+
+# name -> (layers, input shape)
+NETWORKS = {
+    "one up": (lambda: [up(64, 32, True)], (3, 64, 4, 4)),
+    "one down": (lambda: [down(32, 48), nn.BatchNorm2d(48), nn.Sigmoid()], (3, 32, 8, 8)),
+    "batch norm at the end": (lambda: [down(16, 32), nn.BatchNorm2d(32)], (3, 16, 8, 8)),
+    "negative slope below 0 at the end": (lambda: [down(16, 32), nn.LeakyReLU(-0.5)], (3, 16, 8, 8)),
+    "generator": (lambda: [
+        nn.ConvTranspose2d(10, 64, 4, 1, 0, bias=False), nn.BatchNorm2d(64), nn.ReLU(True),
+        up(64, 32), nn.BatchNorm2d(32), nn.ReLU(True), up(32, 16, True), nn.BatchNorm2d(16, momentum=None), nn.ReLU(),
+        up(16, 3, True), nn.Tanh()], (4, 10, 1, 1)),
+    "discriminator": (lambda: [
+        down(3, 16, True), nn.LeakyReLU(0.2, True), down(16, 32), nn.BatchNorm2d(32), nn.LeakyReLU(0.2, True),
+        down(32, 64, True), nn.BatchNorm2d(64, affine=False), nn.LeakyReLU(0.1), nn.Conv2d(64, 1, 4, 1, 0)], (4, 3, 32, 32)),
+    "odd sizes 28 to 7": (lambda: [
+        down(1, 16), nn.LeakyReLU(0.2), down(16, 32), nn.BatchNorm2d(32, track_running_stats=False), nn.LeakyReLU(0.2),
+        nn.Conv2d(32, 2, 7)], (5, 1, 28, 28)),
+    "7 to 28": (lambda: [
+        nn.ConvTranspose2d(6, 32, 7), nn.BatchNorm2d(32), nn.ReLU(), up(32, 16), nn.BatchNorm2d(16), nn.ReLU(),
+        up(16, 1), nn.Tanh()], (5, 6, 1, 1)),
+    "other kernels between": (lambda: [
+        nn.Conv2d(4, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), down(16, 32), nn.BatchNorm2d(32), nn.Tanh(),
+        nn.ConvTranspose2d(32, 20, 3, 2, 1), nn.LeakyReLU(0.3), nn.Conv2d(20, 16, 1), nn.ReLU(), down(16, 16)], (2, 4, 16, 12)),
+    "channels that fit no tile": (lambda: [down(5, 24), nn.ReLU(), down(24, 32), nn.ReLU(), down(32, 16)], (3, 5, 32, 32)),
+}  # fmt: skip
+
+
+def build(name, seed=0):
+    torch.manual_seed(seed)
+    layers, shape = NETWORKS[name]
+    network = nn.Sequential(*layers())
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.normal_(module.weight, 1.0, 0.3)
+            nn.init.normal_(module.bias, 0.0, 0.3)
+    return network, torch.randn(shape)
+
+
+def stack_call(network, x):
+    """The arguments with which fuse() calls the operator for a whole network."""
+    stack, children, position = StackCall(x), list(network), 0
+    while position < len(children):
+        layer = _match(children, position)
+        bn = BatchNormCall(layer.bn) if layer.bn is not None else None
+        state = (bn.uses_batch, bn.running, bn.momentum) if bn else (False, (), 0.0)
+        assert stack.add(layer.conv, layer.bn, *state, layer.activation, layer.negative_slope)
+        position += layer.length
+    return stack
+
+
+def step(network, x, grad_seed=1):
+    x = x.clone().requires_grad_()
+    output = network(x)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(grad_seed)).to(output.dtype)
+    return [output.detach(), *torch.autograd.grad(output, [x, *network.parameters()], grad)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("training", [True, False])
+def test_error_against_float64_is_at_most_four_times_pytorchs(name, training):
+    network, x = build(name)
+    network(x)  # running statistics other than their initial values
+    network.train(training)
+    fused = fastgan.fuse(copy.deepcopy(network))
+    exact = step(copy.deepcopy(network).double(), x.double())
+    plain, ours = step(network, x), step(fused, x)
+    assert stack_call(network, x).gains  # else fuse() would not use the operator here
+    # Rounding goes by the largest value of its kind: outputs, or gradients (some are 0 but for rounding).
+    largest = [exact[0].abs().max().item(), max(g.abs().max().item() for g in exact[1:])]
+    for i, (e, p, o) in enumerate(zip(exact, plain, ours)):
+        theirs, error = (p.double() - e).abs().max().item(), (o.double() - e).abs().max().item()
+        assert error <= 4 * theirs + 1e-6 * largest[min(i, 1)], (i, error, theirs)
+    for ours_buffer, buffer in zip(fused.buffers(), network.buffers(), strict=True):
+        torch.testing.assert_close(ours_buffer, buffer, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["generator", "discriminator", "other kernels between"])
+def test_gradient_penalty_through_the_stack(name):
+    network, x = build(name)
+    fused = fastgan.fuse(copy.deepcopy(network))
+    results = []
+    for module in (network, fused):
+        inputs = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(module(inputs).sum(), inputs, create_graph=True)
+        penalty = gradient.pow(2).sum()
+        results.append([penalty, *torch.autograd.grad(penalty, list(module.parameters()), allow_unused=True)])
+    scale = max(g.abs().max().item() for g in results[0] if g is not None)
+    for ours, theirs in zip(*reversed(results)):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_frozen_layers_get_no_gradient_and_do_not_disturb_the_others():
+    network, x = build("discriminator")
+    expected = step(network, x)
+    fused = fastgan.fuse(copy.deepcopy(network)).requires_grad_(False)
+    inputs = x.clone().requires_grad_()
+    output = fused(inputs)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(torch.autograd.grad(output, inputs, grad)[0], expected[1], rtol=1e-4, atol=1e-6)
+    fused[-1].requires_grad_(True)  # only the last layer learns, the input needs no gradient
+    (gradient,) = torch.autograd.grad(fused(x), fused[-1].weight, grad)
+    torch.testing.assert_close(gradient, expected[-2], rtol=1e-4, atol=1e-5)
+
+
+def test_opcheck_and_fake_shapes():
+    for name in ("discriminator", "generator", "batch norm at the end"):
+        network, x = build(name)
+        call = stack_call(network, x.requires_grad_())
+        arguments = (call.input, call.parameters, list(call.running), call.layers, call.numbers)
+        torch.library.opcheck(torch.ops.fastgan.conv_stack, arguments)
+        with torch.no_grad():
+            for save in (False, True):
+                torch.library.opcheck(
+                    torch.ops.fastgan.conv_stack_forward, (*arguments, save), test_utils=("test_schema", "test_faketensor")
+                )
+
+
+def test_runs_are_bit_identical_also_with_another_number_of_threads():
+    network, x = build("discriminator")
+    fused = fastgan.fuse(network)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (threads, threads, 1):
+            torch.set_num_threads(count)
+            results.append(step(fused, x))
+    finally:
+        torch.set_num_threads(threads)
+    for first, again, single in zip(*results):
+        assert torch.equal(first, again)
+        torch.testing.assert_close(single, first, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_and_other_dtypes_take_the_single_operators():
+    network, x = build("discriminator")
+    fused = fastgan.fuse(copy.deepcopy(network))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused(x).dtype == torch.bfloat16
+    torch.testing.assert_close(fused.double()(x.double()), network.double()(x.double()))
+
+
+def test_empty_batch_works():
+    network, x = build("discriminator")
+    assert fastgan.fuse(network).eval()(x[:0]).shape == (0, 1, 1, 1)
