@@ -184,7 +184,7 @@ def sources(cuda):
 def extension(cuda):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    arguments = {"cxx": ["-O2", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]}
+    arguments = {"cxx": ["-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]}
     if cuda:
         arguments["cxx"].append("-DFASTGAN_WITH_CUDA")
         arguments["nvcc"] = ["-O3", "-DFASTGAN_WITH_CUDA", "--expt-relaxed-constexpr"]
