@@ -3,12 +3,15 @@
 Environment variables
     FASTGAN_CUDA=0|1       never / always build the CUDA kernels (default: if PyTorch has CUDA and nvcc is there)
     TORCH_CUDA_ARCH_LIST   CUDA architectures (default: 8.0;8.6;8.9;9.0a+PTX)
-    MAX_JOBS               compilers at once
+    CUDA_HOME              the CUDA toolkit (default: that of the nvcc on PATH, then /usr/local/cuda)
+    CXX, MAX_JOBS          the C++ compiler; compilers at once
 """
 
 import importlib.util
 import os
 import platform
+import re
+import shutil
 import site
 import subprocess
 import sys
@@ -20,9 +23,10 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 VERSION = "0.1.0"
-TESTED_TORCH = "2.13.0"  # what a machine without PyTorch gets
+TESTED_TORCH = "2.13.0"  # what an environment without PyTorch gets
 OLDEST_TORCH = (2, 10)
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0a+PTX"
+DEPENDENCIES = ["numpy", "pillow", "matplotlib", "tqdm", "scipy"]
 
 # Flags of every torch-free kernel, and of each instruction set (csrc/cpu/isa.h). CMakeLists.txt repeats this table;
 # tests/test_build.py keeps the two equal.
@@ -34,8 +38,44 @@ AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
 X86_ISAS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16, "amx": AMX}
 
 
+def main():
+    if not make_environment_torch_visible():
+        return setup_without_torch(sys.argv[1:])
+    toolkit, nvcc_version = find_cuda_toolkit()
+    if toolkit:
+        os.environ["CUDA_HOME"] = str(toolkit)  # torch.utils.cpp_extension reads it when imported
+    import torch
+
+    check_torch(torch.__version__)
+    cuda, cuda_reason = decide_cuda(
+        os.environ.get("FASTGAN_CUDA", ""), torch.__version__, torch.version.cuda, toolkit, nvcc_version
+    )
+    if cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    config = {
+        "VERSION": VERSION,
+        "TORCH_VERSION": torch.__version__,
+        "CUDA_VERSION": torch.version.cuda if cuda else None,
+        "CUDA_ARCHITECTURES": tuple(re.split(r"[ ;]+", os.environ["TORCH_CUDA_ARCH_LIST"])) if cuda else (),
+        "CUDA_KERNELS": cuda,
+        "CUDA_REASON": cuda_reason,
+    }
+    say(f"building {VERSION} against PyTorch {torch.__version__} ({Path(torch.__file__).parent})")
+    say(f"CPU kernels for {', '.join(isas())}")
+    say(f"CUDA kernels: {'yes, for ' + ', '.join(config['CUDA_ARCHITECTURES']) if cuda else 'no'} ({cuda_reason})")
+    setup(
+        version=VERSION,
+        ext_modules=[extension(cuda)],
+        cmdclass={"build_ext": build_command(config)},
+        install_requires=[f"torch=={release(torch.__version__)}", *DEPENDENCIES],
+    )
+
+
 def say(message):
     print(f"fastgan: {message}", file=sys.stderr, flush=True)
+
+
+# ---- which PyTorch -----------------------------------------------------------------------------------------------
 
 
 def make_environment_torch_visible():
@@ -53,104 +93,151 @@ def make_environment_torch_visible():
     return False
 
 
-if not make_environment_torch_visible():
-    # pip asks for the requirements of the build first; it calls again with this PyTorch installed.
+def setup_without_torch(command):
+    """pip first asks, by egg_info, what the build requires, and comes back with that installed."""
+    if "egg_info" not in command:
+        raise SystemExit(
+            f"fastgan is built against an installed PyTorch, and this environment has none: "
+            f"`pip install torch=={TESTED_TORCH}`, or let pip fetch it by `pip install .` with build isolation"
+        )
     say(f"no PyTorch in this environment: building against {TESTED_TORCH}")
     setup(version=VERSION, setup_requires=[f"torch=={TESTED_TORCH}"])
-    sys.exit(0)
-
-import torch  # noqa: E402
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
-
-TORCH_RELEASE = torch.__version__.split("+")[0]
-if tuple(int(part) for part in TORCH_RELEASE.split(".")[:2]) < OLDEST_TORCH:
-    raise SystemExit(f"fastgan needs PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer, found {torch.__version__}")
 
 
-def decide_cuda():
-    """(build the CUDA kernels?, why)."""
-    wanted = os.environ.get("FASTGAN_CUDA", "")
+def release(version):
+    return version.split("+")[0]
+
+
+def check_torch(version):
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+        raise SystemExit(f"fastgan needs PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer, found {version}")
+
+
+# ---- CUDA or not -------------------------------------------------------------------------------------------------
+
+
+def find_cuda_toolkit():
+    """(folder of the CUDA toolkit, version of its nvcc), or (None, None)."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = [Path(home) / "bin" / "nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    for nvcc in found:
+        if nvcc is not None and Path(nvcc).is_file():
+            # nvcc knows its toolkit; its own path may be that of a wrapper or a link.
+            dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+            top = re.search(r"^#\$ TOP=(.+)$", dry_run.stdout + dry_run.stderr, re.MULTILINE)
+            version = re.search(r"release (\d+\.\d+)", subprocess.check_output([nvcc, "--version"], text=True))
+            if version:
+                return Path(top[1]).resolve() if top else Path(nvcc).resolve().parents[1], version[1]
+    return None, None
+
+
+def decide_cuda(wanted, torch_version, torch_cuda, toolkit, nvcc_version):
+    """(build the CUDA kernels?, why).
+
+    Args:
+        wanted: FASTGAN_CUDA: "0", "1" or "".
+        torch_version, torch_cuda: of the PyTorch to build against; its CUDA version is None for a CPU build.
+        toolkit, nvcc_version: as find_cuda_toolkit returns them.
+    """
     if wanted not in ("", "0", "1"):
-        raise SystemExit(f"FASTGAN_CUDA must be 0, 1 or unset, got {wanted!r}")
-    if not list((ROOT / "csrc" / "cuda").glob("*.cu")):
-        possible, why = False, "this version of fastgan has no CUDA kernels"
-    elif torch.version.cuda is None:
-        possible, why = False, f"PyTorch {torch.__version__} is a build without CUDA; install a CUDA build of it"
-    elif CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").is_file():
-        possible, why = False, f"nvcc was not found; install the CUDA toolkit {torch.version.cuda} or set CUDA_HOME"
-    else:
-        possible, why = True, f"PyTorch is built with CUDA {torch.version.cuda} and nvcc is in {CUDA_HOME}"
-    if wanted == "1" and not possible:
-        raise SystemExit(f"FASTGAN_CUDA=1, but {why}")
+        raise SystemExit(f"fastgan: FASTGAN_CUDA must be 0, 1 or unset, got {wanted!r}")
     if wanted == "0":
         return False, "FASTGAN_CUDA=0"
+    if torch_cuda is None:
+        possible = False
+        why = (
+            f"PyTorch {torch_version} is a build without CUDA; install one with CUDA, for example "
+            f"`pip install torch=={release(torch_version)} --index-url https://download.pytorch.org/whl/cu130`"
+        )
+    elif toolkit is None:
+        possible, why = False, f"nvcc was not found; install the CUDA toolkit {torch_cuda}, or set CUDA_HOME to it"
+    elif nvcc_version.split(".")[0] != torch_cuda.split(".")[0]:
+        possible = False
+        why = (
+            f"PyTorch {torch_version} is built with CUDA {torch_cuda}, but the toolkit in {toolkit} is "
+            f"{nvcc_version}; install the CUDA toolkit {torch_cuda}, or set CUDA_HOME to it"
+        )
+    elif not list((ROOT / "csrc" / "cuda").glob("*.cu")):
+        possible, why = False, "this version of fastgan has no CUDA kernels"
+    else:
+        possible, why = True, f"PyTorch is built with CUDA {torch_cuda}, nvcc {nvcc_version} is in {toolkit}"
+    if wanted == "1" and not possible:
+        raise SystemExit(f"fastgan: FASTGAN_CUDA=1, but {why}")
     return possible, why
+
+
+# ---- what is compiled --------------------------------------------------------------------------------------------
 
 
 def isas():
     return X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
 
 
-class BuildFastgan(BuildExtension):
-    """Compiles the torch-free CPU kernels once per instruction set, then leaves the rest to PyTorch's builder."""
-
-    def build_extensions(self):
-        compiler = os.environ.get("CXX", "c++").split()
-        out = Path(self.build_temp).resolve() / "kernels"
-        out.mkdir(parents=True, exist_ok=True)
-        jobs = []
-        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-            if source.stem.endswith("_kernel"):
-                for isa, flags in isas().items():
-                    jobs.append((source, out / f"{source.stem}.{isa}.o", [*flags, f"-DFASTGAN_ISA={isa}"]))
-            else:
-                jobs.append((source, out / f"{source.stem}.o", []))
-
-        def compile_kernel(job):
-            source, target, flags = job
-            subprocess.run([*compiler, *KERNEL_FLAGS, *flags, "-c", str(source), "-o", str(target)], check=True)
-
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            list(pool.map(compile_kernel, jobs))
-        for extension in self.extensions:
-            extension.extra_objects = [str(target) for _, target, _ in jobs]
-        super().build_extensions()
-        self.write_build_config(Path(self.build_lib) / "fastgan")
-
-    def copy_extensions_to_source(self):  # editable and in-place installs
-        super().copy_extensions_to_source()
-        self.write_build_config(ROOT / "fastgan")
-
-    def write_build_config(self, package):
-        """What fastgan.build_info() says about this build."""
-        (package / "_build_config.py").write_text(
-            '"""Written by setup.py."""\n\n'
-            f"VERSION = {VERSION!r}\nTORCH_VERSION = {torch.__version__!r}\n"
-            f"CUDA_VERSION = {torch.version.cuda if CUDA else None!r}\n"
-            f"CUDA_ARCHITECTURES = {tuple(os.environ['TORCH_CUDA_ARCH_LIST'].split(';')) if CUDA else ()!r}\n"
-            f"CUDA_KERNELS = {CUDA!r}\nCUDA_REASON = {CUDA_REASON!r}\n"
-        )
+def sources(cuda):
+    """Everything but the kernels of csrc/cpu, which are compiled once an instruction set (kernel_jobs)."""
+    operators = sorted((ROOT / "csrc" / "ops").glob("*.cpp"))
+    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    chosen = [*operators, *kernels] if cuda else [path for path in operators if not path.name.startswith("cuda")]
+    return ["csrc/library.cpp", *(path.relative_to(ROOT).as_posix() for path in chosen)]
 
 
-CUDA, CUDA_REASON = decide_cuda()
-say(f"building {VERSION} against PyTorch {torch.__version__} ({Path(torch.__file__).parent})")
-say(f"CPU kernels for {', '.join(isas())}")
-say(f"CUDA kernels: {'yes' if CUDA else 'no'} ({CUDA_REASON})")
+def extension(cuda):
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-sources = ["csrc/library.cpp", *(f"csrc/ops/{path.name}" for path in sorted((ROOT / "csrc" / "ops").glob("*.cpp")))]
-compile_args = {"cxx": ["-O2", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]}
-if CUDA:
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-    say(f"CUDA architectures: {os.environ['TORCH_CUDA_ARCH_LIST']}")
-    sources += [f"csrc/cuda/{path.name}" for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
-    compile_args["cxx"].append("-DFASTGAN_WITH_CUDA")
-    compile_args["nvcc"] = ["-O3", "-DFASTGAN_WITH_CUDA", "--expt-relaxed-constexpr"]
-else:
-    sources = [source for source in sources if not Path(source).name.startswith("cuda_")]
+    arguments = {"cxx": ["-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]}
+    if cuda:
+        arguments["cxx"].append("-DFASTGAN_WITH_CUDA")
+        arguments["nvcc"] = ["-O3", "-DFASTGAN_WITH_CUDA", "--expt-relaxed-constexpr"]
+    return (CUDAExtension if cuda else CppExtension)("fastgan._C", sources(cuda), extra_compile_args=arguments)
 
-setup(
-    version=VERSION,
-    ext_modules=[(CUDAExtension if CUDA else CppExtension)("fastgan._C", sources, extra_compile_args=compile_args)],
-    cmdclass={"build_ext": BuildFastgan},
-    install_requires=[f"torch=={TORCH_RELEASE}", "numpy", "pillow", "matplotlib", "tqdm", "scipy"],
-)
+
+def kernel_jobs(out):
+    """(source, object file, flags) for every compilation of csrc/cpu."""
+    jobs = []
+    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        if source.stem.endswith("_kernel"):
+            for isa, flags in isas().items():
+                jobs.append((source, out / f"{source.stem}.{isa}.o", [*flags, f"-DFASTGAN_ISA={isa}"]))
+        else:
+            jobs.append((source, out / f"{source.stem}.o", []))
+    return jobs
+
+
+def build_command(config):
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildFastgan(BuildExtension):
+        """Compiles the torch-free CPU kernels, then leaves the rest to PyTorch's builder."""
+
+        def build_extensions(self):
+            compiler = os.environ.get("CXX", "c++").split()
+            out = Path(self.build_temp).resolve() / "kernels"
+            out.mkdir(parents=True, exist_ok=True)
+            jobs = kernel_jobs(out)
+
+            def compile_kernel(job):
+                source, target, flags = job
+                subprocess.run([*compiler, *KERNEL_FLAGS, *flags, "-c", str(source), "-o", str(target)], check=True)
+
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+                list(pool.map(compile_kernel, jobs))
+            for extension in self.extensions:
+                extension.extra_objects = [str(target) for _, target, _ in jobs]
+            super().build_extensions()
+            write_build_config(Path(self.build_lib) / "fastgan", config)
+
+        def copy_extensions_to_source(self):  # editable and in-place installs
+            super().copy_extensions_to_source()
+            write_build_config(ROOT / "fastgan", config)
+
+    return BuildFastgan
+
+
+def write_build_config(package, config):
+    """What fastgan.build_info() says about this build."""
+    lines = "".join(f"{name} = {value!r}\n" for name, value in config.items())
+    (package / "_build_config.py").write_text(f'"""Written by setup.py."""\n\n{lines}')
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,11 @@
 """Fused C++/CUDA kernels of PyTorch for training GANs."""
 
-from fastgan import nn, ops
-from fastgan._extension import build_info
-from fastgan.nn import fuse
+from fastgan._source_folder import installed_package_takes_over
 
-__all__ = ["build_info", "fuse", "nn", "ops"]
+if not installed_package_takes_over():
+    from fastgan import nn, ops
+    from fastgan._explain import explain
+    from fastgan._extension import build_info
+    from fastgan.nn import fuse
+
+__all__ = ["build_info", "explain", "fuse", "nn", "ops"]

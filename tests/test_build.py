@@ -1,0 +1,248 @@
+"""The build: setup.py's decisions, its agreement with CMakeLists.txt, what an installation says about itself, and the
+native tests of the torch-free kernels."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastgan
+from fastgan import _extension
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def setup_script():
+    spec = importlib.util.spec_from_file_location("fastgan_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_setup(tmp_path, *command, **environment):
+    """setup.py in a process of its own; what it writes goes to tmp_path."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "setup.py"), *command], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+# ---- with or without CUDA ----------------------------------------------------------------------------------------
+
+CPU_TORCH = ("2.13.0+cpu", None)
+CUDA_TORCH = ("2.11.0+cu130", "13.0")
+TOOLKIT = (Path("/usr/local/cuda"), "13.0")
+NO_TOOLKIT = (None, None)
+
+
+@pytest.fixture
+def with_cuda_kernels(setup_script, tmp_path, monkeypatch):
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    (tmp_path / "csrc" / "cuda" / "bn_act.cu").touch()
+    monkeypatch.setattr(setup_script, "ROOT", tmp_path)
+    return setup_script
+
+
+@pytest.mark.parametrize("wanted", ["", "1"])
+def test_cuda_torch_with_nvcc_builds_cuda_kernels_without_asking_for_a_gpu(with_cuda_kernels, monkeypatch, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
+    cuda, why = with_cuda_kernels.decide_cuda(wanted, *CUDA_TORCH, *TOOLKIT)
+    assert cuda and "13.0" in why
+
+
+@pytest.mark.parametrize(
+    "pytorch, toolkit, why",
+    [
+        (CPU_TORCH, TOOLKIT, r"2\.13\.0\+cpu is a build without CUDA; install one with CUDA.*pip install torch==2\.13\.0 "),
+        (CUDA_TORCH, NO_TOOLKIT, "nvcc was not found; install the CUDA toolkit 13.0"),
+        (CUDA_TORCH, (Path("/opt/cuda-12"), "12.4"), "built with CUDA 13.0, but the toolkit in /opt/cuda-12 is 12.4"),
+    ],
+    ids=["torch for the CPU", "no nvcc", "nvcc of another CUDA"],
+)
+def test_without_cuda_the_cpu_kernels_are_built_and_only_asking_for_cuda_is_an_error(
+    with_cuda_kernels, pytorch, toolkit, why
+):
+    cuda, reason = with_cuda_kernels.decide_cuda("", *pytorch, *toolkit)
+    assert not cuda and re.search(why, reason)
+    with pytest.raises(SystemExit, match="FASTGAN_CUDA=1, but .*" + why):
+        with_cuda_kernels.decide_cuda("1", *pytorch, *toolkit)
+    assert with_cuda_kernels.decide_cuda("0", *pytorch, *toolkit) == (False, "FASTGAN_CUDA=0")
+
+
+def test_fastgan_cuda_takes_0_and_1_only(setup_script):
+    with pytest.raises(SystemExit, match="FASTGAN_CUDA must be 0, 1 or unset, got 'yes'"):
+        setup_script.decide_cuda("yes", *CUDA_TORCH, *TOOLKIT)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
+def test_setup_stops_before_compiling_when_cuda_is_asked_of_a_cpu_torch(tmp_path):
+    run = run_setup(tmp_path, "build_ext", FASTGAN_CUDA="1")
+    assert run.returncode != 0
+    assert "FASTGAN_CUDA=1, but PyTorch" in run.stderr and "pip install torch==" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_cuda_toolkit_is_found_behind_a_wrapper_of_nvcc(setup_script, tmp_path, monkeypatch):
+    toolkit, wrapper = tmp_path / "toolkit", tmp_path / "bin" / "nvcc"
+    toolkit.mkdir()
+    wrapper.parent.mkdir()
+    wrapper.write_text(
+        "#!/bin/sh\n"
+        f'case "$1" in --version) echo "Cuda compilation tools, release 13.0, V13.0.88";; *) echo "#\\$ TOP={toolkit}" >&2;; esac\n'
+    )
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert setup_script.find_cuda_toolkit() == (toolkit.resolve(), "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    assert setup_script.find_cuda_toolkit() == (None, None)
+
+
+def test_cuda_sources_are_compiled_with_cuda_only(setup_script, tmp_path, monkeypatch):
+    for name in ("ops/conv.cpp", "ops/cuda_conv.cpp", "cuda/conv.cu", "cpu/conv_kernel.cpp"):
+        (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "csrc" / name).touch()
+    monkeypatch.setattr(setup_script, "ROOT", tmp_path)
+    assert setup_script.sources(cuda=False) == ["csrc/library.cpp", "csrc/ops/conv.cpp"]
+    assert setup_script.sources(cuda=True) == [
+        "csrc/library.cpp", "csrc/ops/conv.cpp", "csrc/ops/cuda_conv.cpp", "csrc/cuda/conv.cu"
+    ]  # fmt: skip
+
+
+# ---- which PyTorch -----------------------------------------------------------------------------------------------
+
+
+def stub_torch(folder, version="9.9.0"):
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "__init__.py").write_text(f"__version__ = {version!r}\n")
+    (folder / "torch" / "version.py").write_text("cuda = None\n")
+
+
+def test_build_isolation_finds_the_torch_of_the_environment(setup_script, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup_script.importlib.util, "find_spec", lambda name: None)  # what isolation looks like
+    monkeypatch.setattr(setup_script.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(setup_script.site, "getsitepackages", lambda: [])
+    monkeypatch.setattr(setup_script.site, "getusersitepackages", lambda: str(tmp_path / "user"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert not setup_script.make_environment_torch_visible()
+    stub_torch(tmp_path)
+    assert setup_script.make_environment_torch_visible()
+    assert sys.path[-1] == str(tmp_path)
+
+
+def test_without_torch_the_build_requires_the_tested_version(setup_script, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(setup_script, "setup", lambda **arguments: asked.update(arguments))
+    setup_script.setup_without_torch(["egg_info"])
+    assert asked["setup_requires"] == [f"torch=={setup_script.TESTED_TORCH}"]
+    with pytest.raises(SystemExit, match=f"pip install torch=={setup_script.TESTED_TORCH}"):
+        setup_script.setup_without_torch(["bdist_wheel"])
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cu117"])
+def test_older_torch_is_refused(setup_script, version):
+    with pytest.raises(SystemExit, match=re.escape(f"needs PyTorch 2.10 or newer, found {version}")):
+        setup_script.check_torch(version)
+    setup_script.check_torch("2.10.0")
+
+
+def import_fastgan(cwd, path=""):
+    """Imports fastgan in a process of its own, which looks for it in the folders cwd and path, in that order."""
+    code = "import fastgan; print(fastgan.build_info()['cpu_kernels'], fastgan.__file__, fastgan.ops.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+@pytest.fixture
+def unbuilt_source(tmp_path):
+    """The package as a fresh clone has it: without an extension."""
+    source = tmp_path / "clone" / "fastgan"
+    leave = shutil.ignore_patterns("__pycache__", "*.so", "_build_config.py", "digits")
+    shutil.copytree(Path(fastgan.ops.__file__).parents[1], source, ignore=leave)
+    return source
+
+
+def test_another_torch_than_built_against_is_one_clear_import_error(unbuilt_source):
+    (unbuilt_source / "_build_config.py").write_text("VERSION = '0.1.0'\nTORCH_VERSION = '2.10.7+cpu'\n")
+    run = import_fastgan(unbuilt_source.parent)
+    assert run.returncode != 0
+    assert "ImportError: fastgan 0.1.0 was built against PyTorch 2.10.7+cpu, but PyTorch" in run.stderr
+    assert "pip install --force-reinstall" in run.stderr
+
+
+@pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="no compiled extension")
+def test_unbuilt_source_folder_does_not_hide_the_installed_package(unbuilt_source):
+    installed = Path(fastgan.ops.__file__).parents[1]
+    run = import_fastgan(unbuilt_source.parent, installed.parent)
+    assert run.stdout.split() == ["True", *(str(installed / file) for file in ("__init__.py", "ops/__init__.py"))], run.stderr
+
+
+# ---- what an installation says about itself ----------------------------------------------------------------------
+
+
+def test_build_info_names_versions_instruction_sets_and_why_there_is_no_cuda():
+    info = fastgan.build_info()
+    assert set(info) == {
+        "version", "torch_version", "torch_running", "cpu_kernels", "cpu_reason", "cpu_isas_compiled",
+        "cpu_isas_available", "cpu_isa", "cuda_version", "cuda_architectures", "cuda_kernels", "cuda_reason",
+    }  # fmt: skip
+    assert info["torch_running"] == torch.__version__
+    assert info["cuda_reason"]
+    if info["cpu_kernels"]:
+        assert info["cpu_reason"] is None
+        assert info["cpu_isa"] in info["cpu_isas_available"]
+        assert set(info["cpu_isas_available"]) <= set(info["cpu_isas_compiled"])
+    else:
+        assert info["cpu_reason"]
+
+
+def test_python_m_fastgan_prints_build_info(tmp_path):
+    package = Path(fastgan.ops.__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-m", "fastgan"], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(package)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    printed = {line.split()[0] for line in run.stdout.splitlines()}
+    assert printed == set(fastgan.build_info())
+
+
+# ---- CMake -------------------------------------------------------------------------------------------------------
+
+
+def test_cmake_compiles_with_the_flags_of_setup_py(setup_script):
+    text = (ROOT / "CMakeLists.txt").read_text()
+    variables = {name: value.split() for name, value in re.findall(r"set\((\w+)((?: [^()\s]+)*)\)", text)}
+
+    def expand(name):
+        words = (re.fullmatch(r"\$\{(\w+)\}", word) or word for word in variables[name])
+        return [flag for word in words for flag in ([word] if isinstance(word, str) else expand(word[1]))]
+
+    assert {isa: expand(isa) for isa in setup_script.X86_ISAS} == setup_script.X86_ISAS
+    # CMake spells these two by CMAKE_CXX_STANDARD and CMAKE_POSITION_INDEPENDENT_CODE.
+    assert variables["CMAKE_CXX_STANDARD"] == ["17"] and variables["CMAKE_POSITION_INDEPENDENT_CODE"] == ["ON"]
+    assert sorted(["-std=c++17", *expand("kernel_flags"), "-fPIC"]) == sorted(setup_script.KERNEL_FLAGS)
+    isas = re.search(r"list\(APPEND isas ([\w ]+)\)", text)[1].split()
+    assert ["baseline", *isas] == list(setup_script.X86_ISAS)
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake on PATH")
+def test_native_tests_pass_under_ctest():
+    build = ROOT / "build" / "native"
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+    for command in (
+        ["cmake", "-S", ROOT, "-B", build, *generator],
+        ["cmake", "--build", build, "--parallel", jobs],
+        ["ctest", "--test-dir", build, "--output-on-failure"],
+    ):
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,68 @@
+"""explain(): says which path a call takes and why, and does nothing else."""
+
+import pytest
+import torch
+
+import fastgan
+from fastgan import _extension, ops
+
+requires_kernels = pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="no compiled extension")
+
+
+def layer(device="cpu", dtype=torch.float32):
+    tensors = dict(input=(2, 3, 8, 8), weight=(4, 3, 4, 4), bias=(4,))
+    return {name: torch.ones(shape, device=device, dtype=dtype) for name, shape in tensors.items()}
+
+
+@requires_kernels
+@pytest.mark.parametrize("op", [ops.conv2d_act, "conv2d_act"], ids=["function", "name"])
+def test_fused_cpu_path_names_instruction_set_and_convolution(op):
+    text = fastgan.explain(op, **layer(), stride=2, padding=1)
+    assert text.startswith("conv2d_act of float32 [2, 3, 8, 8] on cpu: fused CPU kernels")
+    assert f"instruction set {fastgan.build_info()['cpu_isa']}" in text
+    assert "convolution: " in text
+
+
+@requires_kernels
+def test_instruction_set_chosen_by_the_environment_is_named_as_such(monkeypatch):
+    monkeypatch.setenv("FASTGAN_CPU_ISA", fastgan.build_info()["cpu_isa"])
+    assert "FASTGAN_CPU_ISA asks for it" in fastgan.explain("conv2d_act", **layer())
+
+
+@requires_kernels
+def test_autocast_decides_the_dtype_of_the_convolution():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "bfloat16" in fastgan.explain("conv2d_act", **layer())
+        assert "bfloat16" not in fastgan.explain("conv2d_act", **layer(dtype=torch.float64))
+
+
+def test_missing_kernels_are_explained_by_their_cause(monkeypatch):
+    monkeypatch.setattr(_extension, "_DEVICES", frozenset())
+    monkeypatch.setattr(_extension, "_C", None)
+    monkeypatch.setattr(_extension, "_missing_reason", "the moon is full")
+    text = fastgan.explain("conv2d_act", **layer())
+    assert "plain PyTorch (conv2d_act_reference)" in text and "the moon is full" in text
+    assert "FASTGAN_STRICT" not in text
+    monkeypatch.setenv("FASTGAN_STRICT", "1")
+    assert "FASTGAN_STRICT=1 makes this call an error" in fastgan.explain("conv2d_act", **layer())
+
+
+def test_explain_changes_no_buffer_and_runs_no_operator():
+    running = {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fastgan.explain(ops.conv2d_bn_act, **layer(), **running, stride=2, padding=1, training=True)
+    assert not [event.name for event in profile.events() if event.name.startswith(("aten::conv", "fastgan::"))]
+    assert running["running_mean"].eq(0).all() and running["running_var"].eq(1).all()
+
+
+@pytest.mark.parametrize("op", ["conv3d", torch.relu, None, "ACTIVATIONS"])
+def test_unknown_operator_is_an_error_that_lists_the_known(op):
+    with pytest.raises(ValueError, match="explain: op must be a function of fastgan.ops or its name, one of conv2d_act"):
+        fastgan.explain(op)
+
+
+def test_arguments_the_operator_does_not_take_are_an_error():
+    with pytest.raises(TypeError, match="explain: conv2d_act cannot be called like this.*weight"):
+        fastgan.explain("conv2d_act", torch.ones(1, 3, 8, 8))
+    with pytest.raises(TypeError, match="first argument of conv2d_act must be a torch.Tensor, got int"):
+        fastgan.explain("conv2d_act", 1, 2)
