@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = (
     "-std=c++17 -DFASTGAN_CUDA_HOST -O1 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing "
-    "-fsanitize=address,undefined -fno-sanitize-recover=all"
+    "-ftrivial-auto-var-init=pattern -fsanitize=address,undefined -fno-sanitize-recover=all"
 ).split()
 
 pytestmark = pytest.mark.skipif(

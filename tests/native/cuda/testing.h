@@ -1,6 +1,7 @@
 // What the host-shim tests share: random tensors in any storage type, the three thread schedules, comparison.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -102,9 +103,11 @@ inline Values random_values(int64_t size, DataType type, double mean = 0.0, doub
 
 inline int failures = 0;
 
-// Largest difference relative to the largest expected magnitude. NaN on either side fails.
-inline void expect_close(const std::string& what, const Values& got, const Values& want, double tolerance) {
-  double scale = 1e-6, worst = got.size() == want.size() ? 0.0 : std::numeric_limits<double>::infinity();
+// Largest difference relative to the largest expected magnitude (or to `scale`, for sums in which terms cancel).
+// NaN on either side fails.
+inline void expect_close(const std::string& what, const Values& got, const Values& want, double tolerance,
+                         double scale = 1e-6) {
+  double worst = got.size() == want.size() ? 0.0 : std::numeric_limits<double>::infinity();
   for (double value : want) scale = std::max(scale, std::abs(value));
   for (size_t i = 0; i < std::min(got.size(), want.size()); ++i) {
     const double difference = std::abs(got[i] - want[i]);
