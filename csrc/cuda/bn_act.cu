@@ -351,13 +351,23 @@ __device__ double merge_tiles(int64_t tiles, const F& value) {
   return total;
 }
 
+__device__ __forceinline__ void fold(const float* weight, const float* bias, int64_t channel, float mean, float invstd,
+                                     float* scale, float* shift) {
+  const float product = (weight != nullptr ? weight[channel] : 1.0f) * invstd;
+  scale[channel] = product;
+  shift[channel] = fmaf(-mean, product, bias != nullptr ? bias[channel] : 0.0f);
+}
+
 __device__ __forceinline__ void write_batch_norm(const BatchNormForwardArgs& p, int64_t channel, float mean, float var) {
   const float invstd = 1.0f / sqrtf(var + p.eps);
-  const float scale = (p.weight != nullptr ? p.weight[channel] : 1.0f) * invstd;
   p.mean[channel] = mean;
   p.invstd[channel] = invstd;
-  p.scale[channel] = scale;
-  p.shift[channel] = fmaf(-mean, scale, p.bias != nullptr ? p.bias[channel] : 0.0f);
+  fold(p.weight, p.bias, channel, mean, invstd, p.scale, p.shift);
+}
+
+__global__ void __launch_bounds__(kThreads) batch_norm_fold_kernel(BatchNormFoldArgs p) {
+  const int64_t channel = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (channel < p.channels) fold(p.weight, p.bias, channel, p.mean[channel], p.invstd[channel], p.scale, p.shift);
 }
 
 __global__ void __launch_bounds__(kThreads) batch_norm_forward_kernel(BatchNormForwardArgs p) {
@@ -365,19 +375,19 @@ __global__ void __launch_bounds__(kThreads) batch_norm_forward_kernel(BatchNormF
   const bool valid = channel < p.channels;
   const StatisticsTiles& t = p.tiles;
   const auto count_of = [&](int64_t tile) { return double{t.count[tile / t.rows_per_count]}; };
-  const double count = merge_tiles(t.tiles, count_of);
+  const double count = merge_tiles(t.tiles, count_of), per_value = 1.0 / count;
   const double mean =
       merge_tiles(valid ? t.tiles : 0,
-                  [&](int64_t tile) { return count_of(tile) * double{t.mean[tile * p.channels + channel]}; }) / count;
+                  [&](int64_t tile) { return count_of(tile) * double{t.mean[tile * p.channels + channel]}; }) * per_value;
   const double m2 = merge_tiles(valid ? t.tiles : 0, [&](int64_t tile) {
     const double delta = double{t.mean[tile * p.channels + channel]} - mean;
     return double{t.m2[tile * p.channels + channel]} + count_of(tile) * delta * delta;
   });
   if (!valid || threadIdx.x >= kMergeChannels) return;
-  write_batch_norm(p, channel, static_cast<float>(mean), static_cast<float>(m2 / count));
+  write_batch_norm(p, channel, static_cast<float>(mean), static_cast<float>(m2 * per_value));
   if (p.running_mean != nullptr) {
     const float factor = p.batches_tracked != nullptr ? 1.0f / static_cast<float>(*p.batches_tracked) : p.momentum;
-    const float unbiased = static_cast<float>(m2 / (count - 1.0));
+    const float unbiased = static_cast<float>(m2) / static_cast<float>(count - 1.0);
     p.running_mean[channel] += factor * (static_cast<float>(mean) - p.running_mean[channel]);
     p.running_var[channel] += factor * (unbiased - p.running_var[channel]);
   }
@@ -431,6 +441,8 @@ dim3 grid_of(const Traversal& t) { return dim3(static_cast<unsigned>(t.tiles * t
 
 dim3 merge_grid(int64_t channels) { return dim3(static_cast<unsigned>(divide_up(channels, kMergeChannels))); }
 
+dim3 channel_grid(int64_t channels) { return dim3(static_cast<unsigned>(divide_up(channels, kThreads))); }
+
 constexpr size_t kMergeSharedBytes = kThreads * sizeof(double);
 
 static_assert(kMergeChannels * kMergeLanes == kThreads, "merge_tiles gives every thread one column and one lane");
@@ -452,8 +464,11 @@ cudaError_t batch_norm_forward_launch(const BatchNormForwardArgs& args, cudaStre
 }
 
 cudaError_t batch_norm_inference_launch(const BatchNormForwardArgs& args, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(divide_up(args.channels, kThreads)));
-  return launch(batch_norm_inference_kernel, grid, kThreads, 0, stream, args);
+  return launch(batch_norm_inference_kernel, channel_grid(args.channels), kThreads, 0, stream, args);
+}
+
+cudaError_t batch_norm_fold_launch(const BatchNormFoldArgs& args, cudaStream_t stream) {
+  return launch(batch_norm_fold_kernel, channel_grid(args.channels), kThreads, 0, stream, args);
 }
 
 cudaError_t scale_shift_act_launch(const ScaleShiftActArgs& args, cudaStream_t stream) {

@@ -81,6 +81,18 @@ cudaError_t batch_norm_forward_launch(const BatchNormForwardArgs& args, cudaStre
 // The same four outputs from running_mean and running_var (evaluation mode); tiles are not read, nothing is updated.
 cudaError_t batch_norm_inference_launch(const BatchNormForwardArgs& args, cudaStream_t stream);
 
+// scale = weight * invstd, shift = bias - mean * scale, from statistics saved by forward.
+struct BatchNormFoldArgs {
+  int64_t channels;
+  const float* mean;
+  const float* invstd;
+  const float* weight;  // [channels], null: 1
+  const float* bias;    // [channels], null: 0
+  float* scale;         // [channels], out
+  float* shift;         // [channels], out
+};
+cudaError_t batch_norm_fold_launch(const BatchNormFoldArgs& args, cudaStream_t stream);
+
 // output = act(scale[c] * input + shift[c]); output may be input; null scale is 1, null shift is 0.
 struct ScaleShiftActArgs {
   BnActShape shape;

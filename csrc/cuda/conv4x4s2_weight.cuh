@@ -22,8 +22,9 @@ struct WeightGradientParams {
   float* partial;  // [splits, small.columns, large.columns]
 };
 
+// Two resident blocks of the small tile are enough to ask for: with more the compiler spills.
 template <typename Math, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads) weight_gradient_kernel(WeightGradientParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) weight_gradient_kernel(WeightGradientParams p) {
   using T = typename Math::Type;
   constexpr int kSize = Vector<T>::kSize;
   constexpr int kPixels = pixels_per_stage<Math>();

@@ -2,44 +2,10 @@
 // (sections "Matrix fragments for mma.m16n8k16 / m16n8k8" and "ldmatrix").
 #pragma once
 
-#include <cstring>
-
+#include "convert.h"
 #include "fibers.h"
 
 namespace fastgan::cuda::host {
-
-inline float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-inline float bfloat16_to_float(uint16_t bits) { return bits_to_float(uint32_t{bits} << 16); }
-
-inline uint16_t float_to_bfloat16(float value) {
-  const uint32_t bits = float_to_bits(value);
-  if (value != value) return 0x7FFF;
-  return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
-}
-
-inline float half_to_float(uint16_t bits) {
-  _Float16 value;
-  std::memcpy(&value, &bits, 2);
-  return static_cast<float>(value);
-}
-
-inline uint16_t float_to_half(float value) {
-  const _Float16 half = static_cast<_Float16>(value);
-  uint16_t bits;
-  std::memcpy(&bits, &half, 2);
-  return bits;
-}
 
 // What the tensor cores read of a float32: sign, exponent and 10 bits of the significand.
 inline float truncate_to_tf32(float value) { return bits_to_float(float_to_bits(value) & 0xFFFFE000u); }

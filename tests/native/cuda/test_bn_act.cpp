@@ -57,15 +57,15 @@ void training_case(const Case& c) {
   const Values bias = random_values(channels, DataType::float32, 0.0, 0.5);
   const Values running_mean = random_values(channels, DataType::float32), running_var(channels, 0.75);
   const bool affine = random_integer(0, 3) != 0, cumulative = random_integer(0, 1) != 0;
-  const int64_t batches_tracked = 4;
+  const DeviceVector<int64_t> batches_tracked{4};
 
   std::vector<Buffer> outputs;
   under_every_schedule(c.name(), [&] {
     const Buffer input(c.type, x, c.misaligned), grad_output(c.type, g, c.misaligned);
     const Buffer w(DataType::float32, weight), b(DataType::float32, bias);
     Buffer partial(DataType::float32, tiles * (2 * channels + 1));
-    // mean, invstd, scale, shift, sum_dz, sum_dz_xhat, a, b, c
-    Buffer vectors(DataType::float32, 9 * channels);
+    // mean, invstd, scale, shift, sum_dz, sum_dz_xhat, a, b, c, and scale, shift folded again
+    Buffer vectors(DataType::float32, 11 * channels);
     Buffer running(DataType::float32, running_mean), running_variance(DataType::float32, running_var);
     Buffer output(c.type, size, c.misaligned), grad_input(c.type, size, c.misaligned);
     const auto vector = [&](int i) { return vectors.floats() + i * channels; };
@@ -79,7 +79,7 @@ void training_case(const Case& c) {
       forward.weight = static_cast<const float*>(w.data());
       forward.bias = static_cast<const float*>(b.data());
     }
-    forward.batches_tracked = cumulative ? &batches_tracked : nullptr;
+    forward.batches_tracked = cumulative ? batches_tracked.data() : nullptr;
     forward.running_mean = running.floats();
     forward.running_var = running_variance.floats();
     forward.mean = vector(0), forward.invstd = vector(1), forward.scale = vector(2), forward.shift = vector(3);
@@ -95,6 +95,8 @@ void training_case(const Case& c) {
     backward.tiles = {tiles, partial.floats(), partial.floats() + tiles * channels};
     backward.a = vector(6), backward.b = vector(7), backward.c = vector(8);
     backward.grad_input = grad_input.data();
+    const BatchNormFoldArgs fold{channels, vector(0), vector(1), forward.weight, forward.bias, vector(9), vector(10)};
+    expect_success(c.name(), batch_norm_fold_launch(fold, nullptr));
     expect_success(c.name(), bn_act_backward_reduce_launch(backward, nullptr));
     BatchNormBackwardArgs merge;
     merge.channels = channels, merge.tiles = backward.tiles;
@@ -109,7 +111,7 @@ void training_case(const Case& c) {
   });
 
   const double n = static_cast<double>(c.shape.outer * c.shape.inner), eps = 1e-5f;
-  const double factor = cumulative ? 1.0 / batches_tracked : double{0.1f};
+  const double factor = cumulative ? 1.0 / static_cast<double>(batches_tracked[0]) : double{0.1f};
   Values mean(channels), var(channels), want_running_mean(channels), want_running_var(channels);
   for (int64_t i = 0; i < size; ++i) mean[c.channel_of(i)] += x[i] / n;
   for (int64_t i = 0; i < size; ++i) var[c.channel_of(i)] += std::pow(x[i] - mean[c.channel_of(i)], 2) / n;
@@ -137,6 +139,8 @@ void training_case(const Case& c) {
   const Values vectors = outputs[0].values();
   const auto vector = [&](int i) { return Values(vectors.begin() + i * channels, vectors.begin() + (i + 1) * channels); };
   expect_close(c.name() + " mean", vector(0), mean, exact);
+  expect_close(c.name() + " folded scale", vector(9), vector(2), 0);
+  expect_close(c.name() + " folded shift", vector(10), vector(3), 0);
   expect_close(c.name() + " running mean", outputs[1].values(), want_running_mean, exact);
   expect_close(c.name() + " running var", outputs[2].values(), want_running_var, exact);
   expect_close(c.name() + " output", outputs[3].values(), want, stored);
@@ -190,9 +194,11 @@ void inference_case(const Case& c) {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
   int cases = 0;
+  const int most = argc > 1 ? std::atoi(argv[1]) : 1000;  // fewer under slow tools
   const auto run = [&](const Case& c) {
+    if (cases == most) return;
     training_case(c);
     inference_case(c);
     ++cases;

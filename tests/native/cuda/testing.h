@@ -1,4 +1,7 @@
-// What the host-shim tests share: random tensors in any storage type, the three thread schedules, comparison.
+// What the kernels' tests share: random tensors in any storage type, the three thread schedules, comparison.
+//
+// With -DFASTGAN_CUDA_HOST kernels run on the host shim. Without it the same tests run on a GPU, with arrays in managed
+// memory; a case is then simply run three times, and must give the same bytes each time.
 #pragma once
 
 #include <algorithm>
@@ -12,9 +15,37 @@
 #include <string>
 #include <vector>
 
-#include "../../../csrc/cuda/device.cuh"
+#include "../../../csrc/cuda/host/convert.h"
+#include "../../../csrc/cuda/runtime.h"
+
+#if defined(FASTGAN_CUDA_HOST)
+#include "../../../csrc/cuda/host/fibers.h"
+#endif
 
 namespace fastgan::cuda::testing {
+
+#if defined(FASTGAN_CUDA_HOST)
+template <typename T>
+using DeviceVector = std::vector<T>;
+#else
+template <typename T>
+struct ManagedAllocator {
+  using value_type = T;
+  ManagedAllocator() = default;
+  template <typename U>
+  ManagedAllocator(const ManagedAllocator<U>&) {}
+  T* allocate(size_t count) {
+    void* memory = nullptr;
+    if (cudaMallocManaged(&memory, count * sizeof(T)) != cudaSuccess) std::abort();
+    return static_cast<T*>(memory);
+  }
+  void deallocate(T* memory, size_t) { cudaFree(memory); }
+  bool operator==(const ManagedAllocator&) const { return true; }
+  bool operator!=(const ManagedAllocator&) const { return false; }
+};
+template <typename T>
+using DeviceVector = std::vector<T, ManagedAllocator<T>>;
+#endif
 
 using Values = std::vector<double>;
 
@@ -41,33 +72,34 @@ class Buffer {
     for (size_t i = 0; i < values.size(); ++i) {
       const float value = static_cast<float>(values[i]);
       uint8_t* at = bytes_.data() + offset_ + i * size_of(type);
-      const auto store = [&](auto element) {
-        from_float(value, element);
-        std::memcpy(at, &element, sizeof(element));
-      };
-      if (type == DataType::float32) store(float{});
-      if (type == DataType::bfloat16) store(BFloat16{});
-      if (type == DataType::float16) store(Half{});
+      if (type == DataType::float32) {
+        std::memcpy(at, &value, 4);
+      } else {
+        const uint16_t bits = type == DataType::bfloat16 ? host::float_to_bfloat16(value) : host::float_to_half(value);
+        std::memcpy(at, &bits, 2);
+      }
     }
   }
 
   void* data() { return bytes_.data() + offset_; }
   const void* data() const { return bytes_.data() + offset_; }
   float* floats() { return type_ == DataType::float32 ? static_cast<float*>(data()) : nullptr; }
-  const std::vector<uint8_t>& bytes() const { return bytes_; }
+  const DeviceVector<uint8_t>& bytes() const { return bytes_; }
   int64_t size() const { return size_; }
 
   Values values() const {
     Values result(size_);
     for (int64_t i = 0; i < size_; ++i) {
       const uint8_t* at = bytes_.data() + offset_ + i * size_of(type_);
-      const auto load = [&](auto element) {
-        std::memcpy(&element, at, sizeof(element));
-        result[i] = to_float(element);
-      };
-      if (type_ == DataType::float32) load(float{});
-      if (type_ == DataType::bfloat16) load(BFloat16{});
-      if (type_ == DataType::float16) load(Half{});
+      if (type_ == DataType::float32) {
+        float value;
+        std::memcpy(&value, at, 4);
+        result[i] = value;
+      } else {
+        uint16_t bits;
+        std::memcpy(&bits, at, 2);
+        result[i] = type_ == DataType::bfloat16 ? host::bfloat16_to_float(bits) : host::half_to_float(bits);
+      }
     }
     return result;
   }
@@ -76,7 +108,7 @@ class Buffer {
   DataType type_;
   int64_t size_;
   int64_t offset_;
-  std::vector<uint8_t> bytes_;
+  DeviceVector<uint8_t> bytes_;
 };
 
 inline std::mt19937_64& random_source() {
@@ -122,12 +154,13 @@ inline void expect_close(const std::string& what, const Values& got, const Value
 // Runs the case under every order of threads, blocks and warps; it returns the bytes of all it wrote, which must not
 // depend on the order.
 inline void under_every_schedule(const std::string& what, const std::function<std::vector<Buffer>()>& run) {
-  using host::Schedule;
   std::vector<Buffer> first;
-  for (Schedule schedule : {Schedule::ascending, Schedule::descending, Schedule::random}) {
-    host::set_schedule(schedule, 1);
+  for (int schedule = 0; schedule < 3; ++schedule) {
+#if defined(FASTGAN_CUDA_HOST)
+    host::set_schedule(static_cast<host::Schedule>(schedule), 1);
+#endif
     std::vector<Buffer> outputs = run();
-    if (schedule == Schedule::ascending) {
+    if (schedule == 0) {
       first = std::move(outputs);
       continue;
     }
@@ -140,14 +173,18 @@ inline void under_every_schedule(const std::string& what, const std::function<st
   }
 }
 
+// On a GPU also waits for the kernels, so that the test may read what they wrote.
 inline void expect_success(const std::string& what, cudaError_t error) {
+#if !defined(FASTGAN_CUDA_HOST)
+  if (error == cudaSuccess) error = cudaDeviceSynchronize();
+#endif
   if (error == cudaSuccess) return;
-  std::printf("FAILED %s: launch refused\n", what.c_str());
+  std::printf("FAILED %s: error %d\n", what.c_str(), static_cast<int>(error));
   ++failures;
 }
 
 inline int report(const char* kernels, int cases) {
-  std::printf("%s: %d cases, 3 thread schedules each, %d failures\n", kernels, cases, failures);
+  std::printf("%s: %d cases, each in 3 thread orders, %d failures\n", kernels, cases, failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
 
