@@ -370,24 +370,35 @@ __global__ void __launch_bounds__(kThreads) batch_norm_fold_kernel(BatchNormFold
   if (channel < p.channels) fold(p.weight, p.bias, channel, p.mean[channel], p.invstd[channel], p.scale, p.shift);
 }
 
-__global__ void __launch_bounds__(kThreads) batch_norm_forward_kernel(BatchNormForwardArgs p) {
+// The merging kernels get 1 / count from the host: a float64 division costs the device a subroutine with spills.
+struct MergeForwardParams {
+  BatchNormForwardArgs args;
+  double per_value;
+};
+
+struct MergeBackwardParams {
+  BatchNormBackwardArgs args;
+  double per_value;
+};
+
+__global__ void __launch_bounds__(kThreads) batch_norm_forward_kernel(MergeForwardParams params) {
+  const BatchNormForwardArgs& p = params.args;
   const int64_t channel = int64_t{blockIdx.x} * kMergeChannels + threadIdx.x % kMergeChannels;
   const bool valid = channel < p.channels;
   const StatisticsTiles& t = p.tiles;
   const auto count_of = [&](int64_t tile) { return double{t.count[tile / t.rows_per_count]}; };
-  const double count = merge_tiles(t.tiles, count_of), per_value = 1.0 / count;
   const double mean =
       merge_tiles(valid ? t.tiles : 0,
-                  [&](int64_t tile) { return count_of(tile) * double{t.mean[tile * p.channels + channel]}; }) * per_value;
+                  [&](int64_t tile) { return count_of(tile) * double{t.mean[tile * p.channels + channel]}; }) * params.per_value;
   const double m2 = merge_tiles(valid ? t.tiles : 0, [&](int64_t tile) {
     const double delta = double{t.mean[tile * p.channels + channel]} - mean;
     return double{t.m2[tile * p.channels + channel]} + count_of(tile) * delta * delta;
   });
   if (!valid || threadIdx.x >= kMergeChannels) return;
-  write_batch_norm(p, channel, static_cast<float>(mean), static_cast<float>(m2 * per_value));
+  write_batch_norm(p, channel, static_cast<float>(mean), static_cast<float>(m2 * params.per_value));
   if (p.running_mean != nullptr) {
     const float factor = p.batches_tracked != nullptr ? 1.0f / static_cast<float>(*p.batches_tracked) : p.momentum;
-    const float unbiased = static_cast<float>(m2) / static_cast<float>(count - 1.0);
+    const float unbiased = static_cast<float>(m2) / static_cast<float>(p.count - 1.0);
     p.running_mean[channel] += factor * (static_cast<float>(mean) - p.running_mean[channel]);
     p.running_var[channel] += factor * (unbiased - p.running_var[channel]);
   }
@@ -398,7 +409,8 @@ __global__ void __launch_bounds__(kThreads) batch_norm_inference_kernel(BatchNor
   if (channel < p.channels) write_batch_norm(p, channel, p.running_mean[channel], p.running_var[channel]);
 }
 
-__global__ void __launch_bounds__(kThreads) batch_norm_backward_kernel(BatchNormBackwardArgs p) {
+__global__ void __launch_bounds__(kThreads) batch_norm_backward_kernel(MergeBackwardParams params) {
+  const BatchNormBackwardArgs& p = params.args;
   const int64_t channel = int64_t{blockIdx.x} * kMergeChannels + threadIdx.x % kMergeChannels;
   const bool valid = channel < p.channels;
   const GradientTiles& t = p.tiles;
@@ -414,9 +426,9 @@ __global__ void __launch_bounds__(kThreads) batch_norm_backward_kernel(BatchNorm
   const double scale = p.scale[channel];
   p.a[channel] = p.scale[channel];
   if (p.training) {
-    const double b = -scale * double{p.invstd[channel]} * (sum_dz_xhat / p.count);
+    const double b = -scale * double{p.invstd[channel]} * (sum_dz_xhat * params.per_value);
     p.b[channel] = static_cast<float>(b);
-    p.c[channel] = static_cast<float>(-scale * (sum_dz / p.count) - b * double{p.mean[channel]});
+    p.c[channel] = static_cast<float>(-scale * (sum_dz * params.per_value) - b * double{p.mean[channel]});
   } else {
     p.b[channel] = 0.0f;
     p.c[channel] = 0.0f;
@@ -460,7 +472,8 @@ cudaError_t batch_statistics_launch(const BatchStatisticsArgs& args, cudaStream_
 }
 
 cudaError_t batch_norm_forward_launch(const BatchNormForwardArgs& args, cudaStream_t stream) {
-  return launch(batch_norm_forward_kernel, merge_grid(args.channels), kThreads, kMergeSharedBytes, stream, args);
+  return launch(batch_norm_forward_kernel, merge_grid(args.channels), kThreads, kMergeSharedBytes, stream,
+                MergeForwardParams{args, 1.0 / args.count});
 }
 
 cudaError_t batch_norm_inference_launch(const BatchNormForwardArgs& args, cudaStream_t stream) {
@@ -499,7 +512,8 @@ cudaError_t bn_act_backward_apply_launch(const BnActBackwardArgs& args, cudaStre
 }
 
 cudaError_t batch_norm_backward_launch(const BatchNormBackwardArgs& args, cudaStream_t stream) {
-  return launch(batch_norm_backward_kernel, merge_grid(args.channels), kThreads, kMergeSharedBytes, stream, args);
+  return launch(batch_norm_backward_kernel, merge_grid(args.channels), kThreads, kMergeSharedBytes, stream,
+                MergeBackwardParams{args, 1.0 / args.count});
 }
 
 cudaError_t act_backward_launch(const ActBackwardArgs& args, cudaStream_t stream) {

@@ -64,6 +64,7 @@ cudaError_t batch_statistics_launch(const BatchStatisticsArgs& args, cudaStream_
 struct BatchNormForwardArgs {
   int64_t channels;
   StatisticsTiles tiles;
+  double count = 1.0;             // values a channel
   const float* weight = nullptr;  // [channels], null: 1
   const float* bias = nullptr;    // [channels], null: 0
   float eps = 1e-5f;

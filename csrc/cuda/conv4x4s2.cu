@@ -99,7 +99,8 @@ cudaError_t dispatch_tile(bool large, const F& f) {
 }
 
 struct PackParams {
-  const void* weight;  // [small_channels, large_channels, 16]
+  const void* weight;
+  WeightStrides strides;
   void* packed;
   int64_t small_channels, large_channels;
   int64_t columns, depth_padded;
@@ -117,11 +118,11 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(PackParams p) {
   const int64_t inner = p.up ? p.small_channels : p.large_channels;
   const int64_t outer_index = pair / inner, inner_index = pair - outer_index * inner;
   const int64_t k = p.up ? inner_index : outer_index, c = p.up ? outer_index : inner_index;
-  const W* taps = static_cast<const W*>(p.weight) + (k * p.large_channels + c) * kTaps;
+  const W* taps = static_cast<const W*>(p.weight) + k * kTaps * p.large_channels + c * p.strides.channel;
   T* packed = static_cast<T*>(p.packed);
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap) {
-    float value = to_float(taps[tap]);
+    float value = to_float(taps[tap * p.strides.tap]);
     if constexpr (Math::kTf32) value = round_to_tf32(value);
     int64_t index;
     if (!p.up) {
@@ -186,7 +187,8 @@ size_t conv4x4s2_packed_bytes(const Conv4x4PackArgs& args) {
 
 cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs& args, cudaStream_t stream) {
   const Product product = product_of(args.geometry, args.direction);
-  const PackParams params{args.weight, args.packed, args.geometry.small_channels, args.geometry.large_channels,
+  const WeightStrides strides(args.weight_layout, args.geometry.large_channels);
+  const PackParams params{args.weight, strides, args.packed, args.geometry.small_channels, args.geometry.large_channels,
                           product.columns, padded_depth(product, args.type),
                           args.direction == Conv4x4Direction::up, product.from_pixel};
   if (params.depth_padded != product.depth) {
@@ -295,7 +297,7 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
   });
   if (error != cudaSuccess) return error;
   const WeightReduceParams reduce{p.partial, static_cast<int>(split.splits), g.small_channels, g.large_channels,
-                                  args.grad_weight};
+                                  args.grad_weight, WeightStrides(args.weight_layout, g.large_channels)};
   const dim3 grid(static_cast<unsigned>(divide_up(g.small_channels * g.large_channels, kReduceThreads)));
   switch (args.weight_type) {
     case DataType::float32: return launch(weight_reduce_kernel<float>, grid, kReduceThreads, 0, stream, reduce);

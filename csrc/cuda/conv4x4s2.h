@@ -10,7 +10,7 @@
 //   conv4x4s2_weight_gradient_launch
 //
 // Activations are channels_last, dense: [batch, height, width, channels]. Weights are PyTorch's:
-// [small_channels, large_channels, 4, 4] for both kinds of layer. Per-channel arrays are float32.
+// [small_channels, large_channels, 4, 4] for both kinds of layer, in either memory format. Per-channel arrays are float32.
 //
 // Every function launches on `stream`, allocates nothing, does not synchronise, and returns the launch's error.
 #pragma once
@@ -89,6 +89,9 @@ struct Conv4x4Args {
   Conv4x4Epilogue epilogue;
 };
 
+// Memory order of a weight [small_channels, large_channels, 4, 4]: as written, or with large_channels innermost.
+enum class Conv4x4WeightLayout : int { contiguous = 0, channels_last };
+
 // Weights in the order in which the main loop reads them, in the storage type of the activations.
 struct Conv4x4PackArgs {
   Conv4x4Geometry geometry;
@@ -96,6 +99,7 @@ struct Conv4x4PackArgs {
   DataType type = DataType::float32;         // of the activations and of the packed weights
   Conv4x4Math math = Conv4x4Math::float32;
   DataType weight_type = DataType::float32;  // float32 master weights need no separate cast
+  Conv4x4WeightLayout weight_layout = Conv4x4WeightLayout::contiguous;
   const void* weight = nullptr;              // [small_channels, large_channels, 4, 4]
   void* packed = nullptr;                    // conv4x4s2_packed_bytes, aligned to 16 bytes
 };
@@ -120,6 +124,7 @@ struct Conv4x4WeightGradientArgs {
   Conv4x4Prologue small_prologue;
   Conv4x4Prologue large_prologue;
   DataType weight_type = DataType::float32;
+  Conv4x4WeightLayout weight_layout = Conv4x4WeightLayout::contiguous;
   void* grad_weight = nullptr;  // [small_channels, large_channels, 4, 4]
   void* workspace = nullptr;    // conv4x4s2_weight_gradient_workspace_bytes, aligned to 16 bytes
 };

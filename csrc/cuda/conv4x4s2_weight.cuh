@@ -110,23 +110,33 @@ constexpr size_t weight_gradient_shared_bytes() {
   return 2 * pixels_per_stage<Math>() * (pixel_row_bytes<Math>(Tile::kRows) + pixel_row_bytes<Math>(Tile::kColumns));
 }
 
+// Element (k, c, tap) of a weight is at k * 16 * large_channels + c * channel_stride + tap * tap_stride.
+struct WeightStrides {
+  int64_t channel, tap;
+
+  WeightStrides(Conv4x4WeightLayout layout, int64_t large_channels)
+      : channel(layout == Conv4x4WeightLayout::contiguous ? kTaps : 1),
+        tap(layout == Conv4x4WeightLayout::contiguous ? 1 : large_channels) {}
+};
+
 struct WeightReduceParams {
   const float* partial;  // [splits, small_channels, 16, large_channels]
   int splits;
   int64_t small_channels, large_channels;
-  void* grad_weight;     // [small_channels, large_channels, 16]
+  void* grad_weight;
+  WeightStrides strides;
 };
 
 constexpr int kReduceThreads = 128;
 
-// A thread reads its pair of channels tap by tap, neighbours side by side, and writes 16 neighbouring taps.
+// A thread reads its pair of channels tap by tap, neighbours side by side.
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads) weight_reduce_kernel(WeightReduceParams p) {
   const int64_t pair = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x;
   const int64_t pairs = p.small_channels * p.large_channels;
   if (pair >= pairs) return;
   const int64_t k = pair / p.large_channels, c = pair - k * p.large_channels;
-  T* out = static_cast<T*>(p.grad_weight) + pair * kTaps;
+  T* out = static_cast<T*>(p.grad_weight) + k * kTaps * p.large_channels + c * p.strides.channel;
   float sums[kTaps] = {};
   for (int split = 0; split < p.splits; ++split) {
 #pragma unroll
@@ -135,7 +145,7 @@ __global__ void __launch_bounds__(kReduceThreads) weight_reduce_kernel(WeightRed
     }
   }
 #pragma unroll
-  for (int tap = 0; tap < kTaps; ++tap) from_float(sums[tap], out[tap]);
+  for (int tap = 0; tap < kTaps; ++tap) from_float(sums[tap], out[tap * p.strides.tap]);
 }
 
 }  // namespace fastgan::cuda

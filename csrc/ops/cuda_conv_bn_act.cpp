@@ -96,13 +96,23 @@ Conv4x4Direction backward_direction(const ConvLayer& layer) {
   return layer.transposed ? Conv4x4Direction::down : Conv4x4Direction::up;
 }
 
+// Weights and their gradients keep their memory format: the kernels read and write both.
+at::MemoryFormat weight_format(const Tensor& weight) {
+  return weight.is_contiguous() || !weight.is_contiguous(kChannelsLast) ? at::MemoryFormat::Contiguous : kChannelsLast;
+}
+
+cuda::Conv4x4WeightLayout weight_layout(at::MemoryFormat format) {
+  return format == kChannelsLast ? cuda::Conv4x4WeightLayout::channels_last : cuda::Conv4x4WeightLayout::contiguous;
+}
+
 // One main loop: input (channels_last) through the weight in the given direction into output (channels_last).
 // Called with an epilogue whose tile arrays are still to be allocated; `tiles` keeps them alive for the caller.
 void run_main_loop(const Conv4x4Geometry& geometry, Conv4x4Direction direction, const Tensor& input,
                    const Tensor& weight, const Tensor& output, cuda::Conv4x4Epilogue& epilogue, Tensor& tiles) {
-  const Tensor dense_weight = weight.contiguous();
+  const Tensor dense_weight = weight.contiguous(weight_format(weight));
   cuda::Conv4x4PackArgs pack{geometry, direction, cuda_type(input.scalar_type()), math_of(input),
-                             cuda_type(weight.scalar_type()), dense_weight.const_data_ptr(), nullptr};
+                             cuda_type(weight.scalar_type()), weight_layout(weight_format(weight)),
+                             dense_weight.const_data_ptr(), nullptr};
   const Tensor packed = scratch(input, conv4x4s2_packed_bytes(pack));
   pack.packed = packed.mutable_data_ptr();
   C10_CUDA_CHECK(conv4x4s2_pack_launch(pack, current_stream()));
@@ -143,7 +153,7 @@ std::tuple<Tensor, Tensor> main_loop_backward(const Conv4x4Geometry& geometry, c
   }
   if (want_weight) {
     const Tensor x = input.contiguous(kChannelsLast);
-    const Tensor result = at::empty(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous));
+    grad_weight = at::empty(weight.sizes(), weight.options().memory_format(weight_format(weight)));
     cuda::Conv4x4WeightGradientArgs args;
     args.geometry = geometry;
     args.type = cuda_type(input.scalar_type());
@@ -152,11 +162,11 @@ std::tuple<Tensor, Tensor> main_loop_backward(const Conv4x4Geometry& geometry, c
     args.small = layer.transposed ? x.const_data_ptr() : dy.const_data_ptr();
     args.large = layer.transposed ? dy.const_data_ptr() : x.const_data_ptr();
     args.weight_type = cuda_type(weight.scalar_type());
-    args.grad_weight = result.mutable_data_ptr();
+    args.weight_layout = weight_layout(weight_format(weight));
+    args.grad_weight = grad_weight.mutable_data_ptr();
     const Tensor workspace = scratch(input, conv4x4s2_weight_gradient_workspace_bytes(args));
     args.workspace = workspace.mutable_data_ptr();
     C10_CUDA_CHECK(conv4x4s2_weight_gradient_launch(args, current_stream()));
-    grad_weight = result.contiguous(weight.suggest_memory_format());
   }
   return {grad_input, grad_weight};
 }
@@ -265,6 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cuda(
   const Tensor gamma = as_float(bn_weight), beta = as_float(bn_bias);
   const Tensor new_mean = as_float(running_mean), new_var = as_float(running_var);
   batch_norm.channels = count;
+  batch_norm.count = static_cast<double>(y.numel() / count);
   batch_norm.weight = floats(gamma);
   batch_norm.bias = floats(beta);
   batch_norm.eps = static_cast<float>(eps);

@@ -75,6 +75,7 @@ void training_case(const Case& c) {
     BatchNormForwardArgs forward;
     forward.channels = channels;
     forward.tiles = statistics.tiles;
+    forward.count = static_cast<double>(c.shape.outer * c.shape.inner);
     if (affine) {
       forward.weight = static_cast<const float*>(w.data());
       forward.bias = static_cast<const float*>(b.data());

@@ -93,6 +93,22 @@ double act_derivative(ActivationSpec a, double z) {
   }
 }
 
+// The same weight [small, large, 16] in the order of a layout.
+Values in_layout(const Case& c, Conv4x4WeightLayout layout, const Values& weight) {
+  if (layout == Conv4x4WeightLayout::contiguous) return weight;
+  Values result(weight.size());
+  const int64_t large = c.g.large_channels;
+  for (int64_t k = 0; k < c.g.small_channels; ++k) {
+    for (int64_t i = 0; i < large; ++i) {
+      for (int64_t tap = 0; tap < 16; ++tap) result[(k * 16 + tap) * large + i] = weight[(k * large + i) * 16 + tap];
+    }
+  }
+  return result;
+}
+
+const std::initializer_list<Conv4x4WeightLayout> kLayouts = {Conv4x4WeightLayout::contiguous,
+                                                             Conv4x4WeightLayout::channels_last};
+
 // A prologue with its arrays, and what it makes of values.
 struct PrologueCase {
   Conv4x4Prologue::Kind kind;
@@ -160,6 +176,7 @@ void check_direction(const Case& c, Conv4x4Direction direction, Prologue prologu
   const Values x = random_values(input_size, c.type);
   const DataType weight_type = random_integer(0, 1) == 0 ? DataType::float32 : c.type;
   const Values weight = random_values(c.weight_size(), weight_type, 0.0, 1 / std::sqrt(depth));
+  const Conv4x4WeightLayout layout = random_choice(kLayouts);
   const Values bias = random_values(channels, DataType::float32, 0.5, 0.5);
   const Values y = random_values(output_size, c.type), scale = random_values(channels, DataType::float32, 1.0, 0.2);
   const Values shift = random_values(channels, DataType::float32, 0.0, 0.3);
@@ -171,13 +188,13 @@ void check_direction(const Case& c, Conv4x4Direction direction, Prologue prologu
   int64_t tiles = 0, rows_per_count = 1;
   std::vector<Buffer> outputs;
   under_every_schedule(name, [&] {
-    Buffer input(c.type, x, c.misaligned), w(weight_type, weight), output(c.type, output_size, c.misaligned);
+    Buffer input(c.type, x, c.misaligned), w(weight_type, in_layout(c, layout, weight)), output(c.type, output_size, c.misaligned);
     Buffer bias_buffer(DataType::float32, bias), previous(c.type, y, c.misaligned);
     Buffer scales(DataType::float32, scale), shifts(DataType::float32, shift);
     Buffer means(DataType::float32, mean), invstds(DataType::float32, invstd);
     PrologueBuffers prologue_buffers(prologue, c.type, c.misaligned);
 
-    Conv4x4PackArgs pack{c.g, direction, c.type, c.math, weight_type, w.data(), nullptr};
+    Conv4x4PackArgs pack{c.g, direction, c.type, c.math, weight_type, layout, w.data(), nullptr};
     Buffer packed(c.type, static_cast<int64_t>(conv4x4s2_packed_bytes(pack)) / size_of(c.type));
     pack.packed = packed.data();
     expect_success(name, conv4x4s2_pack_launch(pack, nullptr));
@@ -205,7 +222,11 @@ void check_direction(const Case& c, Conv4x4Direction direction, Prologue prologu
     return outputs;
   });
 
-  Values want = convolve(c, direction, prologue.apply(x), weight);
+  const Values operand = prologue.apply(x);
+  Values want = convolve(c, direction, operand, weight);
+  double squares = 0;
+  for (double value : operand) squares += value * value;
+  const double typical = std::sqrt(squares / static_cast<double>(input_size));  // of a sum, with weights ~ 1 / sqrt(depth)
   Values xhat(output_size);
   for (int64_t i = 0; i < output_size; ++i) {
     const int64_t k = i % channels;
@@ -214,7 +235,7 @@ void check_direction(const Case& c, Conv4x4Direction direction, Prologue prologu
     if (epilogue_kind == Epilogue::activation_backward) want[i] *= act_derivative(activation, scale[k] * y[i] + shift[k]);
     xhat[i] = (y[i] - mean[k]) * invstd[k];
   }
-  expect_close(name, outputs[0].values(), want, c.tolerance());
+  expect_close(name, outputs[0].values(), want, c.tolerance(), typical);
 
   const double n = static_cast<double>(output_size / channels);
   const Values first = outputs[1].values(), second = outputs[2].values(), counts = outputs[3].values();
@@ -261,6 +282,7 @@ void check_weight_gradient(const Case& c, Prologue small_kind, Prologue large_ki
   const PrologueCase small_prologue = PrologueCase::random(small_kind, c.g.small_channels, c.small_size(), c.type);
   const PrologueCase large_prologue = PrologueCase::random(large_kind, c.g.large_channels, c.large_size(), c.type);
   const DataType weight_type = random_integer(0, 1) == 0 ? DataType::float32 : c.type;
+  const Conv4x4WeightLayout layout = random_choice(kLayouts);
   std::vector<Buffer> outputs;
   under_every_schedule(name, [&] {
     Buffer small_buffer(c.type, small, c.misaligned), large_buffer(c.type, large, c.misaligned);
@@ -271,7 +293,7 @@ void check_weight_gradient(const Case& c, Prologue small_kind, Prologue large_ki
     args.geometry = c.g, args.type = c.type, args.math = c.math, args.multiprocessors = c.multiprocessors();
     args.small = small_buffer.data(), args.large = large_buffer.data();
     args.small_prologue = small_buffers.prologue, args.large_prologue = large_buffers.prologue;
-    args.weight_type = weight_type, args.grad_weight = grad.data();
+    args.weight_type = weight_type, args.weight_layout = layout, args.grad_weight = grad.data();
     Buffer workspace(DataType::float32, static_cast<int64_t>(conv4x4s2_weight_gradient_workspace_bytes(args)) / 4);
     args.workspace = workspace.data();
     expect_success(name, conv4x4s2_weight_gradient_launch(args, nullptr));
@@ -288,7 +310,7 @@ void check_weight_gradient(const Case& c, Prologue small_kind, Prologue large_ki
       }
     }
   });
-  expect_close(name, outputs[0].values(), want, c.tolerance());
+  expect_close(name, outputs[0].values(), in_layout(c, layout, want), c.tolerance());
 }
 
 Conv4x4Geometry halving(int64_t batch, int64_t large_height, int64_t large_width, int64_t small_channels,
