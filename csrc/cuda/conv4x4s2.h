@@ -1,0 +1,134 @@
+// Convolutions and transposed convolutions with a 4x4 kernel (stride 2 padding 1, and stride 1 padding 0), with what
+// surrounds them in a GAN fused in: CUDA kernels over raw pointers.
+//
+// Both networks are described by one geometry. A convolution maps the large grid to the small one ("down"), a
+// transposed convolution the small to the large ("up"); the input gradient of each is the forward of the other with
+// the same weight tensor, and both have the same weight gradient. So there are three main loops for everything:
+//
+//   conv4x4s2_launch, down      convolution forward,             transposed convolution's input gradient
+//   conv4x4s2_launch, up        transposed convolution forward,  convolution's input gradient
+//   conv4x4s2_weight_gradient_launch
+//
+// Activations are channels_last, dense: [batch, height, width, channels]. Weights are PyTorch's:
+// [small_channels, large_channels, 4, 4] for both kinds of layer, in either memory format. Per-channel arrays are float32.
+//
+// Every function launches on `stream`, allocates nothing, does not synchronise, and returns the launch's error.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "bn_act.h"
+#include "runtime.h"
+
+namespace fastgan::cuda {
+
+struct Conv4x4Geometry {
+  int64_t batch = 0;
+  int64_t small_height = 0, small_width = 0, small_channels = 0;
+  int64_t large_height = 0, large_width = 0, large_channels = 0;
+  int stride = 2;  // 2 with padding 1: large is 2 * small or 2 * small + 1; 1 with padding 0: large is small + 3
+};
+
+enum class Conv4x4Direction : int { down = 0, up };
+
+// Arithmetic of the products; sums are always float32. bfloat16 and float16 storage use the tensor cores as they are.
+enum class Conv4x4Math : int { float32 = 0, tf32 };  // for float32 storage
+
+// True if the geometry holds together and the kernels take it. Stride 1 goes up from a 1x1 grid only.
+bool conv4x4s2_supported(const Conv4x4Geometry& geometry, Conv4x4Direction direction);
+bool conv4x4s2_weight_gradient_supported(const Conv4x4Geometry& geometry);
+
+// What happens to an operand's elements as they are loaded. Padding is 0 after it.
+struct Conv4x4Prologue {
+  enum class Kind : int {
+    none = 0,
+    activate,             // act(scale[c] * x + shift[c]): the layer before stored its raw output x
+    batch_norm_backward,  // a[c] * x + b[c] * y + c[c]: x is dz, y the raw output that batch norm had normalised
+  };
+  Kind kind = Kind::none;
+  const float* scale = nullptr;  // [channels]; null: 1
+  const float* shift = nullptr;  // [channels]; null: 0
+  ActivationSpec activation;
+  const void* y = nullptr;    // shaped like x
+  const float* a = nullptr;   // [channels]
+  const float* b = nullptr;   // [channels]
+  const float* c = nullptr;   // [channels]
+};
+
+// What happens to the float32 sums before they are stored.
+struct Conv4x4Epilogue {
+  enum class Kind : int {
+    store = 0,            // + bias
+    statistics,           // + bias; also the tiles' mean and squared deviations, from the float32 sums
+    bias_activation,      // act(sum + bias)
+    activation_backward,  // dz = sum * act'(scale * y + shift); also the tiles' sums of dz and dz (y - mean) invstd
+  };
+  Kind kind = Kind::store;
+  const float* bias = nullptr;  // [output channels]; null: 0
+  ActivationSpec activation;
+  StatisticsTiles statistics;     // out, see conv4x4s2_statistics_shape
+  const void* y = nullptr;        // activation_backward: raw output of the layer before, shaped like the output here
+  const float* scale = nullptr;   // [output channels]; null: 1
+  const float* shift = nullptr;   // null: 0
+  const float* mean = nullptr;    // null: 0
+  const float* invstd = nullptr;  // null: 1
+  GradientTiles gradients;        // out; either array may be null
+};
+
+struct Conv4x4Args {
+  Conv4x4Geometry geometry;
+  Conv4x4Direction direction = Conv4x4Direction::down;
+  DataType type = DataType::float32;
+  Conv4x4Math math = Conv4x4Math::float32;
+  int multiprocessors = 132;        // of the device
+  const void* input = nullptr;
+  const void* packed_weight = nullptr;  // by conv4x4s2_pack_launch
+  void* output = nullptr;
+  Conv4x4Prologue prologue;
+  Conv4x4Epilogue epilogue;
+};
+
+// Memory order of a weight [small_channels, large_channels, 4, 4]: as written, or with large_channels innermost.
+enum class Conv4x4WeightLayout : int { contiguous = 0, channels_last };
+
+// Weights in the order in which the main loop reads them, in the storage type of the activations.
+struct Conv4x4PackArgs {
+  Conv4x4Geometry geometry;
+  Conv4x4Direction direction = Conv4x4Direction::down;
+  DataType type = DataType::float32;         // of the activations and of the packed weights
+  Conv4x4Math math = Conv4x4Math::float32;
+  DataType weight_type = DataType::float32;  // float32 master weights need no separate cast
+  Conv4x4WeightLayout weight_layout = Conv4x4WeightLayout::contiguous;
+  const void* weight = nullptr;              // [small_channels, large_channels, 4, 4]
+  void* packed = nullptr;                    // conv4x4s2_packed_bytes, aligned to 16 bytes
+};
+size_t conv4x4s2_packed_bytes(const Conv4x4PackArgs& args);
+cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs& args, cudaStream_t stream);
+
+// tiles and rows_per_count that `args` will write; the pointers are the caller's. For the statistics epilogue and, with
+// the same number of tiles, for activation_backward. Entries of `count`: tiles / rows_per_count.
+StatisticsTiles conv4x4s2_statistics_shape(const Conv4x4Args& args);
+
+cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream);
+
+// grad_weight[k, c, r, s] = sum over batch and small grid of small[n, p, q, k] * large[n, 2p - 1 + r, 2q - 1 + s, c]
+// (stride 1: large[n, p + r, q + s, c]), each operand through its prologue.
+struct Conv4x4WeightGradientArgs {
+  Conv4x4Geometry geometry;
+  DataType type = DataType::float32;
+  Conv4x4Math math = Conv4x4Math::float32;
+  int multiprocessors = 132;
+  const void* small = nullptr;  // [batch, small_height, small_width, small_channels]
+  const void* large = nullptr;  // [batch, large_height, large_width, large_channels]
+  Conv4x4Prologue small_prologue;
+  Conv4x4Prologue large_prologue;
+  DataType weight_type = DataType::float32;
+  Conv4x4WeightLayout weight_layout = Conv4x4WeightLayout::contiguous;
+  void* grad_weight = nullptr;  // [small_channels, large_channels, 4, 4]
+  void* workspace = nullptr;    // conv4x4s2_weight_gradient_workspace_bytes, aligned to 16 bytes
+};
+size_t conv4x4s2_weight_gradient_workspace_bytes(const Conv4x4WeightGradientArgs& args);
+cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& args, cudaStream_t stream);
+
+}  // namespace fastgan::cuda

@@ -1,0 +1,270 @@
+// What the kernels need of the device, each thing once with a PTX body and once with a host body (the host shim).
+// The rest of the kernel sources is the same text for nvcc and for the host compiler.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "runtime.h"
+
+#if defined(FASTGAN_CUDA_HOST)
+#include "host/device.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace fastgan::cuda {
+
+struct BFloat16 { uint16_t bits; };
+struct Half { uint16_t bits; };
+
+constexpr int kWarpSize = 32;
+
+#if !defined(FASTGAN_CUDA_HOST)
+
+__device__ __forceinline__ void* shared_memory() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return memory;
+}
+
+__device__ __forceinline__ void block_barrier() { __syncthreads(); }
+
+// Launches on the stream and reports the launch's own error; nothing here synchronises or allocates.
+template <typename Args>
+cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
+                   const Args& args) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, threads, shared_bytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+inline cudaError_t clear_async(void* memory, size_t bytes, cudaStream_t stream) {
+  return cudaMemsetAsync(memory, 0, bytes, stream);
+}
+
+__device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t float_to_bits(float value) { return __float_as_uint(value); }
+
+__device__ __forceinline__ float to_float(Half value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+}
+
+__device__ __forceinline__ void from_float(float value, BFloat16& result) {
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+}
+
+__device__ __forceinline__ void from_float(float value, Half& result) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+}
+
+// float32 with the low 13 bits of the significand rounded away, as the tensor cores read it
+__device__ __forceinline__ float round_to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return __uint_as_float(bits);
+}
+
+// To one unit in the last place, without the subroutine that a correctly rounded division calls.
+__device__ __forceinline__ float reciprocal(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
+__device__ __forceinline__ float shuffle_xor(float value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+__device__ __forceinline__ unsigned atomic_increment(unsigned* counter) { return atomicAdd(counter, 1u); }
+__device__ __forceinline__ void device_fence() { __threadfence(); }
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes from global to shared memory, zeros if !valid (nothing is read then).
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPendingGroups>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPendingGroups) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements (or 8x4 of 32-bit ones); lane l names row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&registers)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&registers)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c += a b on the tensor cores, fragments as the PTX manual lays them out.
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BFloat16) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Half) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+#else
+
+using host::atomic_increment;
+using host::block_barrier;
+using host::clear_async;
+using host::copy_async;
+using host::copy_async_commit;
+using host::device_fence;
+using host::launch;
+using host::load_matrix_x4;
+using host::load_matrix_x4_transposed;
+using host::mma_m16n8k8_tf32;
+using host::round_to_tf32;
+using host::shared_memory;
+using host::shuffle_xor;
+using host::bits_to_float;
+using host::float_to_bits;
+
+template <int kPendingGroups>
+inline void copy_async_wait() {
+  host::copy_async_wait(kPendingGroups);
+}
+
+inline float reciprocal(float value) { return 1.0f / value; }
+inline float to_float(Half value) { return host::half_to_float(value.bits); }
+inline void from_float(float value, BFloat16& result) { result.bits = host::float_to_bfloat16(value); }
+inline void from_float(float value, Half& result) { result.bits = host::float_to_half(value); }
+
+inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BFloat16) {
+  host::mma_m16n8k16<host::bfloat16_to_float>(c, a, b);
+}
+inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Half) {
+  host::mma_m16n8k16<host::half_to_float>(c, a, b);
+}
+
+#endif
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
+__device__ __forceinline__ void from_float(float value, float& result) { result = value; }
+
+// As many elements of T as 16 bytes hold, in float32.
+template <typename T>
+struct Vector {
+  static constexpr int kSize = 16 / static_cast<int>(sizeof(T));
+  float values[kSize];
+};
+
+union Bytes16 {
+  uint4 words;
+  float floats[4];
+  BFloat16 bfloat16s[8];
+  Half halves[8];
+  __device__ float* elements(float) { return floats; }
+  __device__ BFloat16* elements(BFloat16) { return bfloat16s; }
+  __device__ Half* elements(Half) { return halves; }
+};
+
+template <typename T>
+__device__ __forceinline__ void unpack(Bytes16 bytes, Vector<T>& vector) {
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kSize; ++i) vector.values[i] = to_float(bytes.elements(T{})[i]);
+}
+
+template <typename T>
+__device__ __forceinline__ Bytes16 pack(const Vector<T>& vector) {
+  Bytes16 bytes;
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kSize; ++i) from_float(vector.values[i], bytes.elements(T{})[i]);
+  return bytes;
+}
+
+// The first `count` elements at p (one 16-byte access if `aligned`, and then count is the whole vector); 0 beyond.
+template <typename T>
+__device__ __forceinline__ void load_vector(const T* p, int count, bool aligned, Vector<T>& vector) {
+  if (aligned) {
+    Bytes16 bytes;
+    bytes.words = *reinterpret_cast<const uint4*>(p);
+    unpack(bytes, vector);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kSize; ++i) vector.values[i] = i < count ? to_float(p[i]) : 0.0f;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void store_vector(T* p, int count, bool aligned, const Vector<T>& vector) {
+  if (aligned) {
+    *reinterpret_cast<uint4*>(p) = pack(vector).words;
+  } else {
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kSize; ++i) {
+      if (i < count) from_float(vector.values[i], p[i]);
+    }
+  }
+}
+
+// Quotients by a divisor that is fixed for a launch: one multiplication instead of some twenty instructions.
+// Exact for numerators below 2^31 (Granlund and Montgomery, 1994).
+struct FastDivisor {
+  uint32_t divisor = 1;
+  uint32_t multiplier = 0;
+  uint32_t shift = 0;
+
+  FastDivisor() = default;
+  explicit FastDivisor(int64_t value) : divisor(static_cast<uint32_t>(value)) {
+    if (divisor == 1) return;
+    while ((uint64_t{1} << shift) < divisor) ++shift;
+    const uint64_t power = uint64_t{1} << (31 + shift);
+    multiplier = static_cast<uint32_t>((power + divisor - 1) / divisor);
+    shift -= 1;
+  }
+
+  __device__ __forceinline__ int divide(int numerator) const {
+    if (divisor == 1) return numerator;
+    const uint64_t product = uint64_t{static_cast<uint32_t>(numerator)} * multiplier;
+    return static_cast<int>(static_cast<uint32_t>(product >> 32) >> shift);
+  }
+};
+
+inline int64_t divide_up(int64_t numerator, int64_t denominator) { return (numerator + denominator - 1) / denominator; }
+
+inline bool is_aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+}  // namespace fastgan::cuda

@@ -1,0 +1,38 @@
+// What the CUDA operators share: torch's device, stream and dtypes in the terms of csrc/cuda.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "../cuda/runtime.h"
+
+namespace fastgan {
+
+inline cuda::DataType cuda_type(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat: return cuda::DataType::float32;
+    case at::kBFloat16: return cuda::DataType::bfloat16;
+    case at::kHalf: return cuda::DataType::float16;
+    default: TORCH_INTERNAL_ASSERT(false, "no CUDA kernel for ", dtype);
+  }
+}
+
+// ATen/cuda/CUDAContext.h would give the two below, and ask for the headers of cuSPARSE and cuSOLVER, which small
+// CUDA installations lack.
+inline int multiprocessors() {
+  int count = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, c10::cuda::current_device()));
+  return count;
+}
+
+inline cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream(); }
+
+// Scratch memory from PyTorch's allocator: on the current stream, and capturable in a CUDA graph.
+inline at::Tensor scratch(const at::Tensor& like, size_t bytes) {
+  return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+}
+
+}  // namespace fastgan

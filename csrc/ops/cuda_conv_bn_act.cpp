@@ -1,0 +1,472 @@
+// The convolution family on CUDA. 4x4 kernels with stride 2 padding 1 or stride 1 padding 0 run our main loops in
+// channels_last; everything else runs ATen's convolution (cuDNN) between the fused batch-norm and activation kernels.
+// float64 runs on ATen's operators.
+//
+// All launches are on the current stream, allocate through PyTorch and never synchronise: a CUDA graph can capture them.
+#include <ATen/Context.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/native/ConvUtils.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/leaky_relu.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "../cuda/conv4x4s2.h"
+#include "conv_bn_act.h"
+#include "cuda.h"
+
+namespace fastgan {
+namespace {
+
+using cuda::Conv4x4Direction;
+using cuda::Conv4x4Geometry;
+
+constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
+
+bool defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+// ---- tensors to kernel arguments ---------------------------------------------------------------------------------
+
+at::MemoryFormat dense_format(const Tensor& tensor) {
+  return tensor.is_contiguous() ? at::MemoryFormat::Contiguous : kChannelsLast;
+}
+
+Tensor dense(const Tensor& tensor) {
+  return tensor.contiguous(tensor.is_contiguous(kChannelsLast) ? kChannelsLast : at::MemoryFormat::Contiguous);
+}
+
+cuda::BnActShape kernel_shape(const Tensor& tensor) {  // [N, C, H, W], dense
+  const int64_t plane = tensor.size(2) * tensor.size(3);
+  if (dense_format(tensor) == at::MemoryFormat::Contiguous) return {tensor.size(0), tensor.size(1), plane};
+  return {tensor.size(0) * plane, tensor.size(1), 1};
+}
+
+float* floats(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr<float>() : nullptr; }
+
+Tensor as_float(const OptionalTensor& array) {
+  return defined(array) ? array->to(at::kFloat).contiguous() : Tensor();
+}
+
+Tensor empty_floats(const Tensor& like, at::IntArrayRef sizes) {
+  return at::empty(sizes, like.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+}
+
+cuda::Conv4x4Math math_of(const Tensor& tensor) {
+  const bool tf32 = tensor.scalar_type() == at::kFloat && at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
+  return tf32 ? cuda::Conv4x4Math::tf32 : cuda::Conv4x4Math::float32;
+}
+
+// Sizes of the convolution's output.
+std::vector<int64_t> output_sizes(const Tensor& input, const Tensor& weight, const ConvLayer& layer) {
+  if (!layer.transposed) {
+    return at::native::conv_output_size(input.sizes(), weight.sizes(), layer.padding, layer.stride, layer.dilation);
+  }
+  return at::native::conv_input_size(input.sizes(), weight.sizes(), layer.padding, layer.output_padding, layer.stride,
+                                     layer.dilation, layer.groups);
+}
+
+// The layer as our main loops know it, or nothing where they do not take it.
+std::optional<Conv4x4Geometry> fast_geometry(const Tensor& input, const Tensor& weight, const ConvLayer& layer,
+                                             at::IntArrayRef output) {
+  const auto both = [](IntArrayRef pair, int64_t value) { return pair[0] == value && pair[1] == value; };
+  const bool shape_known = weight.size(2) == 4 && weight.size(3) == 4 && layer.groups == 1 && both(layer.dilation, 1) &&
+                           ((both(layer.stride, 2) && both(layer.padding, 1)) ||
+                            (both(layer.stride, 1) && both(layer.padding, 0)));
+  if (!shape_known || input.scalar_type() == at::kDouble || input.numel() == 0) return std::nullopt;
+  const at::IntArrayRef small = layer.transposed ? input.sizes() : output;
+  const at::IntArrayRef large = layer.transposed ? output : input.sizes();
+  const Conv4x4Geometry geometry{small[0], small[2], small[3], small[1], large[2], large[3], large[1],
+                                 static_cast<int>(layer.stride[0])};
+  if (!conv4x4s2_supported(geometry, Conv4x4Direction::down)) return std::nullopt;
+  if (!conv4x4s2_supported(geometry, Conv4x4Direction::up)) return std::nullopt;
+  return geometry;
+}
+
+Conv4x4Direction forward_direction(const ConvLayer& layer) {
+  return layer.transposed ? Conv4x4Direction::up : Conv4x4Direction::down;
+}
+
+Conv4x4Direction backward_direction(const ConvLayer& layer) {
+  return layer.transposed ? Conv4x4Direction::down : Conv4x4Direction::up;
+}
+
+// Weights and their gradients keep their memory format: the kernels read and write both.
+at::MemoryFormat weight_format(const Tensor& weight) {
+  return weight.is_contiguous() || !weight.is_contiguous(kChannelsLast) ? at::MemoryFormat::Contiguous : kChannelsLast;
+}
+
+cuda::Conv4x4WeightLayout weight_layout(at::MemoryFormat format) {
+  return format == kChannelsLast ? cuda::Conv4x4WeightLayout::channels_last : cuda::Conv4x4WeightLayout::contiguous;
+}
+
+// One main loop: input (channels_last) through the weight in the given direction into output (channels_last).
+// Called with an epilogue whose tile arrays are still to be allocated; `tiles` keeps them alive for the caller.
+void run_main_loop(const Conv4x4Geometry& geometry, Conv4x4Direction direction, const Tensor& input,
+                   const Tensor& weight, const Tensor& output, cuda::Conv4x4Epilogue& epilogue, Tensor& tiles) {
+  const Tensor dense_weight = weight.contiguous(weight_format(weight));
+  cuda::Conv4x4PackArgs pack{geometry, direction, cuda_type(input.scalar_type()), math_of(input),
+                             cuda_type(weight.scalar_type()), weight_layout(weight_format(weight)),
+                             dense_weight.const_data_ptr(), nullptr};
+  const Tensor packed = scratch(input, conv4x4s2_packed_bytes(pack));
+  pack.packed = packed.mutable_data_ptr();
+  C10_CUDA_CHECK(conv4x4s2_pack_launch(pack, current_stream()));
+
+  cuda::Conv4x4Args args;
+  args.geometry = geometry;
+  args.direction = direction;
+  args.type = pack.type;
+  args.math = pack.math;
+  args.multiprocessors = multiprocessors();
+  args.input = input.const_data_ptr();
+  args.packed_weight = packed.const_data_ptr();
+  args.output = output.mutable_data_ptr();
+  if (epilogue.kind == cuda::Conv4x4Epilogue::Kind::statistics) {
+    epilogue.statistics = conv4x4s2_statistics_shape(args);
+    const int64_t rows = epilogue.statistics.tiles, channels = output.size(1);
+    tiles = empty_floats(input, {2 * rows * channels + rows / epilogue.statistics.rows_per_count});
+    epilogue.statistics.mean = floats(tiles);
+    epilogue.statistics.m2 = floats(tiles) + rows * channels;
+    epilogue.statistics.count = floats(tiles) + 2 * rows * channels;
+  }
+  args.epilogue = epilogue;
+  C10_CUDA_CHECK(conv4x4s2_launch(args, current_stream()));
+}
+
+// Gradients of input and weight from that of the convolution's output; undefined where the mask says false.
+std::tuple<Tensor, Tensor> main_loop_backward(const Conv4x4Geometry& geometry, const Tensor& grad, const Tensor& input,
+                                              const Tensor& weight, const ConvLayer& layer, bool want_input,
+                                              bool want_weight) {
+  const Tensor dy = grad.contiguous(kChannelsLast);
+  Tensor grad_input, grad_weight;
+  if (want_input) {
+    const Tensor result = at::empty(input.sizes(), input.options().memory_format(kChannelsLast));
+    cuda::Conv4x4Epilogue epilogue;
+    Tensor no_tiles;
+    run_main_loop(geometry, backward_direction(layer), dy, weight, result, epilogue, no_tiles);
+    grad_input = result.contiguous(input.suggest_memory_format());
+  }
+  if (want_weight) {
+    const Tensor x = input.contiguous(kChannelsLast);
+    grad_weight = at::empty(weight.sizes(), weight.options().memory_format(weight_format(weight)));
+    cuda::Conv4x4WeightGradientArgs args;
+    args.geometry = geometry;
+    args.type = cuda_type(input.scalar_type());
+    args.math = math_of(input);
+    args.multiprocessors = multiprocessors();
+    args.small = layer.transposed ? x.const_data_ptr() : dy.const_data_ptr();
+    args.large = layer.transposed ? dy.const_data_ptr() : x.const_data_ptr();
+    args.weight_type = cuda_type(weight.scalar_type());
+    args.weight_layout = weight_layout(weight_format(weight));
+    args.grad_weight = grad_weight.mutable_data_ptr();
+    const Tensor workspace = scratch(input, conv4x4s2_weight_gradient_workspace_bytes(args));
+    args.workspace = workspace.mutable_data_ptr();
+    C10_CUDA_CHECK(conv4x4s2_weight_gradient_launch(args, current_stream()));
+  }
+  return {grad_input, grad_weight};
+}
+
+std::tuple<Tensor, Tensor> gradients_of_convolution(const Tensor& dy, const Tensor& input, const Tensor& weight,
+                                                    const ConvLayer& layer, bool want_input, bool want_weight) {
+  if (!want_input && !want_weight) return {};
+  if (const auto geometry = fast_geometry(input, weight, layer, dy.sizes())) {
+    return main_loop_backward(*geometry, dy, input, weight, layer, want_input, want_weight);
+  }
+  return convolution_backward(dy, input, weight, layer, {want_input, want_weight});
+}
+
+// The tensor in the memory format that F.conv2d gives its output.
+Tensor in_output_format(const Tensor& output, const Tensor& input, const Tensor& weight) {
+  return output.contiguous(at::native::cudnn_conv_suggest_memory_format(input, weight));
+}
+
+// ---- float64 on ATen's operators ---------------------------------------------------------------------------------
+
+Tensor channels(const Tensor& array) { return array.view({1, -1, 1, 1}); }
+
+Tensor apply_activation(const Tensor& z, const cuda::ActivationSpec& activation) {
+  switch (activation.kind) {
+    case Activation::relu: return at::relu(z);
+    case Activation::leaky_relu: return at::leaky_relu(z, activation.negative_slope);
+    case Activation::tanh: return at::tanh(z);
+    case Activation::sigmoid: return at::sigmoid(z);
+    default: return z;
+  }
+}
+
+// act'(z) from y = act(z)
+Tensor derivative_from_output(const Tensor& y, const cuda::ActivationSpec& activation) {
+  switch (activation.kind) {
+    case Activation::relu: return (y > 0).to(y.scalar_type());
+    case Activation::leaky_relu: return at::where(y > 0, 1.0, double{activation.negative_slope}).to(y.scalar_type());
+    case Activation::tanh: return 1 - y * y;
+    case Activation::sigmoid: return y * (1 - y);
+    default: return at::ones_like(y);
+  }
+}
+
+Tensor with_bn_parameters(const Tensor& xhat, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias) {
+  Tensor z = xhat;
+  if (defined(bn_weight)) z = z * channels(*bn_weight);
+  if (defined(bn_bias)) z = z + channels(*bn_bias);
+  return z;
+}
+
+// ---- the operators -----------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cuda(
+    const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
+    const OptionalTensor& bn_bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
+    int64_t groups, bool training, double momentum, double eps, c10::string_view activation_name, double negative_slope,
+    bool save_for_backward) {
+  const at::cuda::CUDAGuard device_guard(input.device());
+  const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
+  const cuda::ActivationSpec activation{parse_activation("conv_bn_act_forward", activation_name),
+                                        static_cast<float>(negative_slope)};
+  const auto saved = [&](const Tensor& y) { return save_for_backward ? y : at::empty({0}, y.options()); };
+  if (input.scalar_type() == at::kDouble) {
+    const Tensor y = convolution(input, weight, bias, layer);
+    const double count = static_cast<double>(y.numel()) / static_cast<double>(y.size(1));
+    const Tensor mean = training ? y.mean({0, 2, 3}) : running_mean->to(at::kDouble);
+    const Tensor var = training ? (y - channels(mean)).square().mean({0, 2, 3}) : running_var->to(at::kDouble);
+    if (training && defined(running_mean)) running_mean->lerp_(mean.to(running_mean->scalar_type()), momentum);
+    if (training && defined(running_var)) {
+      running_var->lerp_((var * (count / (count - 1))).to(running_var->scalar_type()), momentum);
+    }
+    const Tensor invstd = (var + eps).rsqrt();
+    const Tensor xhat = (y - channels(mean)) * channels(invstd);
+    return {dense(apply_activation(with_bn_parameters(xhat, bn_weight, bn_bias), activation)), saved(y), mean.clone(),
+            invstd};
+  }
+
+  const auto sizes = output_sizes(input, weight, layer);
+  const auto geometry = fast_geometry(input, weight, layer, sizes);
+  cuda::BatchNormForwardArgs batch_norm;
+  Tensor y, tiles;
+  const Tensor float_bias = as_float(bias);
+  if (geometry) {
+    y = at::empty(sizes, input.options().memory_format(kChannelsLast));
+    cuda::Conv4x4Epilogue epilogue;
+    epilogue.kind = training ? cuda::Conv4x4Epilogue::Kind::statistics : cuda::Conv4x4Epilogue::Kind::store;
+    epilogue.bias = floats(float_bias);
+    run_main_loop(*geometry, forward_direction(layer), input.contiguous(kChannelsLast), weight, y, epilogue, tiles);
+    batch_norm.tiles = epilogue.statistics;
+  } else {
+    y = dense(convolution(input, weight, bias, layer));
+  }
+  const int64_t count = y.size(1);
+  const Tensor mean = empty_floats(y, {count}), invstd = empty_floats(y, {count}), folded = empty_floats(y, {2, count});
+  if (y.numel() == 0) return {y, saved(y), mean.zero_(), invstd.zero_()};
+
+  const cuda::DataType type = cuda_type(y.scalar_type());
+  const cuda::BnActShape shape = kernel_shape(y);
+  if (training && !geometry) {
+    const int64_t rows = cuda::bn_act_tiles(shape);
+    tiles = empty_floats(y, {2 * rows * count + rows});
+    batch_norm.tiles = {rows, 1, floats(tiles), floats(tiles) + rows * count, floats(tiles) + 2 * rows * count};
+    C10_CUDA_CHECK(cuda::batch_statistics_launch({shape, type, y.const_data_ptr(), batch_norm.tiles}, current_stream()));
+  }
+  const Tensor gamma = as_float(bn_weight), beta = as_float(bn_bias);
+  const Tensor new_mean = as_float(running_mean), new_var = as_float(running_var);
+  batch_norm.channels = count;
+  batch_norm.count = static_cast<double>(y.numel() / count);
+  batch_norm.weight = floats(gamma);
+  batch_norm.bias = floats(beta);
+  batch_norm.eps = static_cast<float>(eps);
+  batch_norm.momentum = static_cast<float>(momentum);
+  batch_norm.running_mean = floats(new_mean);
+  batch_norm.running_var = floats(new_var);
+  batch_norm.mean = floats(mean);
+  batch_norm.invstd = floats(invstd);
+  batch_norm.scale = floats(folded);
+  batch_norm.shift = floats(folded) + count;
+  C10_CUDA_CHECK(training ? batch_norm_forward_launch(batch_norm, current_stream())
+                          : batch_norm_inference_launch(batch_norm, current_stream()));
+  // In place already where as_float had nothing to convert.
+  if (training && defined(running_mean) && !new_mean.is_same(*running_mean)) running_mean->copy_(new_mean);
+  if (training && defined(running_var) && !new_var.is_same(*running_var)) running_var->copy_(new_var);
+
+  const Tensor output = save_for_backward ? at::empty_like(y) : y;
+  C10_CUDA_CHECK(cuda::scale_shift_act_launch({shape, type, y.const_data_ptr(), batch_norm.scale, batch_norm.shift, activation,
+                                         output.mutable_data_ptr()},
+                                        current_stream()));
+  return {in_output_format(output, input, weight), saved(y), mean, invstd};
+}
+
+// The gradients the mask does not ask for come back with shape [0].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cuda(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& conv_output,
+    const Tensor& mean, const Tensor& invstd, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
+    int64_t groups, bool training, c10::string_view activation_name, double negative_slope,
+    std::array<bool, 5> output_mask) {
+  const at::cuda::CUDAGuard device_guard(input.device());
+  const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
+  const cuda::ActivationSpec activation{parse_activation("conv_bn_act_backward", activation_name),
+                                        static_cast<float>(negative_slope)};
+  const Tensor& y = conv_output;
+  const int64_t channel_count = y.size(1);
+  const double count = static_cast<double>(y.numel()) / static_cast<double>(channel_count);
+  Tensor dy, sum_dz, sum_dz_xhat, scale;
+  if (y.scalar_type() == at::kDouble) {
+    const Tensor xhat = (y - channels(mean)) * channels(invstd);
+    const Tensor output = apply_activation(with_bn_parameters(xhat, bn_weight, bn_bias), activation);
+    const Tensor dz = grad_output * derivative_from_output(output, activation);
+    sum_dz = dz.sum({0, 2, 3});
+    sum_dz_xhat = (dz * xhat).sum({0, 2, 3});
+    scale = defined(bn_weight) ? invstd * bn_weight->to(at::kDouble) : invstd;
+    dy = training ? channels(scale) * (dz - channels(sum_dz) / count - xhat * (channels(sum_dz_xhat) / count))
+                  : channels(scale) * dz;
+  } else {
+    const Tensor grad = grad_output.contiguous(dense_format(y));
+    // One row each: sum dz, sum dz xhat, scale, shift, and a, b, c of dy = a dz + b y + c.
+    const Tensor rows = at::zeros({7, channel_count}, mean.options());
+    const auto row = [&](int64_t i) { return floats(rows) + i * channel_count; };
+    sum_dz = rows[0], sum_dz_xhat = rows[1], scale = rows[2];
+    dy = at::empty_like(y);
+    if (y.numel() > 0) {
+      const Tensor gamma = as_float(bn_weight), beta = as_float(bn_bias);
+      C10_CUDA_CHECK(cuda::batch_norm_fold_launch({channel_count, floats(mean), floats(invstd), floats(gamma), floats(beta),
+                                             row(2), row(3)},
+                                            current_stream()));
+      const cuda::BnActShape shape = kernel_shape(y);
+      const int64_t tile_count = cuda::bn_act_tiles(shape);
+      const Tensor tiles = empty_floats(y, {2 * tile_count * channel_count});
+      cuda::BnActBackwardArgs args;
+      args.shape = shape;
+      args.type = cuda_type(y.scalar_type());
+      args.grad_output = grad.const_data_ptr();
+      args.input = y.const_data_ptr();
+      args.scale = row(2);
+      args.shift = row(3);
+      args.mean = floats(mean);
+      args.invstd = floats(invstd);
+      args.activation = activation;
+      args.tiles = {tile_count, floats(tiles), floats(tiles) + tile_count * channel_count};
+      args.a = row(4);
+      args.b = row(5);
+      args.c = row(6);
+      args.grad_input = dy.mutable_data_ptr();
+      C10_CUDA_CHECK(bn_act_backward_reduce_launch(args, current_stream()));
+      cuda::BatchNormBackwardArgs merge;
+      merge.channels = channel_count;
+      merge.tiles = args.tiles;
+      merge.count = count;
+      merge.training = training;
+      merge.scale = row(2);
+      merge.mean = floats(mean);
+      merge.invstd = floats(invstd);
+      merge.sum_dz = row(0);
+      merge.sum_dz_xhat = row(1);
+      merge.a = row(4);
+      merge.b = row(5);
+      merge.c = row(6);
+      C10_CUDA_CHECK(batch_norm_backward_launch(merge, current_stream()));
+      if (output_mask[0] || output_mask[1]) C10_CUDA_CHECK(bn_act_backward_apply_launch(args, current_stream()));
+    }
+  }
+  const Tensor none = at::empty({0}, y.options());
+  const auto [grad_input, grad_weight] =
+      gradients_of_convolution(dy, input, weight, layer, output_mask[0], output_mask[1]);
+  // Batch statistics cancel the bias, so its gradient in training mode is exactly 0.
+  Tensor grad_bias = none.clone();
+  if (output_mask[2]) {
+    grad_bias = training ? at::zeros({channel_count}, y.options()) : (scale * sum_dz).to(y.scalar_type());
+  }
+  const auto parameter = [&](const Tensor& sum, const OptionalTensor& like) {
+    return defined(like) ? sum.to(like->scalar_type(), /*non_blocking=*/false, /*copy=*/true) : none.clone();
+  };
+  return {output_mask[0] ? grad_input : none, output_mask[1] ? grad_weight : none.clone(), grad_bias,
+          output_mask[3] ? parameter(sum_dz_xhat, bn_weight) : none.clone(),
+          output_mask[4] ? parameter(sum_dz, bn_bias) : none.clone()};
+}
+
+Tensor conv_act_forward_cuda(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
+                             IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
+                             int64_t groups, c10::string_view activation_name, double negative_slope) {
+  const at::cuda::CUDAGuard device_guard(input.device());
+  const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
+  const cuda::ActivationSpec activation{parse_activation("conv_act_forward", activation_name),
+                                        static_cast<float>(negative_slope)};
+  if (input.scalar_type() == at::kDouble) {
+    return dense(apply_activation(convolution(input, weight, bias, layer), activation));
+  }
+  const auto sizes = output_sizes(input, weight, layer);
+  if (const auto geometry = fast_geometry(input, weight, layer, sizes)) {
+    const Tensor output = at::empty(sizes, input.options().memory_format(kChannelsLast)), float_bias = as_float(bias);
+    cuda::Conv4x4Epilogue epilogue;
+    epilogue.kind = cuda::Conv4x4Epilogue::Kind::bias_activation;
+    epilogue.bias = floats(float_bias);
+    epilogue.activation = activation;
+    Tensor no_tiles;
+    run_main_loop(*geometry, forward_direction(layer), input.contiguous(kChannelsLast), weight, output, epilogue,
+                  no_tiles);
+    return in_output_format(output, input, weight);
+  }
+  const Tensor y = dense(convolution(input, weight, bias, layer));
+  if (activation.kind == Activation::identity || y.numel() == 0) return y;
+  C10_CUDA_CHECK(cuda::scale_shift_act_launch({kernel_shape(y), cuda_type(y.scalar_type()), y.const_data_ptr(), nullptr, nullptr,
+                                         activation, y.mutable_data_ptr()},
+                                        current_stream()));
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_act_backward_cuda(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& output, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups,
+    c10::string_view activation_name, double negative_slope, std::array<bool, 3> output_mask) {
+  const at::cuda::CUDAGuard device_guard(input.device());
+  const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
+  const cuda::ActivationSpec activation{parse_activation("conv_act_backward", activation_name),
+                                        static_cast<float>(negative_slope)};
+  Tensor dy, sum;
+  if (output.scalar_type() == at::kDouble) {
+    dy = grad_output * derivative_from_output(output, activation);
+    sum = dy.sum({0, 2, 3});
+  } else {
+    // Our main loops want channels_last; beside cuDNN the output's own format is kept.
+    const bool fast = fast_geometry(input, weight, layer, output.sizes()).has_value();
+    const Tensor y = fast ? output.contiguous(kChannelsLast) : dense(output);
+    const Tensor grad = grad_output.contiguous(dense_format(y));
+    sum = at::zeros({y.size(1)}, y.options().dtype(at::kFloat));
+    dy = at::empty_like(y);
+    if (y.numel() > 0) {
+      const cuda::BnActShape shape = kernel_shape(y);
+      const int64_t tile_count = cuda::bn_act_tiles(shape);
+      const Tensor tiles = output_mask[2] ? empty_floats(y, {tile_count * y.size(1)}) : Tensor();
+      const cuda::GradientTiles sums{tile_count, floats(tiles), nullptr};
+      C10_CUDA_CHECK(cuda::act_backward_launch({shape, cuda_type(y.scalar_type()), grad.const_data_ptr(), y.const_data_ptr(),
+                                          activation, dy.mutable_data_ptr(), sums},
+                                         current_stream()));
+      if (output_mask[2]) {
+        cuda::BatchNormBackwardArgs merge;
+        merge.channels = y.size(1);
+        merge.tiles = sums;
+        merge.sum_dz = floats(sum);
+        C10_CUDA_CHECK(batch_norm_backward_launch(merge, current_stream()));
+      }
+    }
+  }
+  const Tensor none = at::empty({0}, output.options());
+  const auto [grad_input, grad_weight] =
+      gradients_of_convolution(dy, input, weight, layer, output_mask[0], output_mask[1]);
+  return {output_mask[0] ? grad_input : none, output_mask[1] ? grad_weight : none.clone(),
+          output_mask[2] ? sum.to(output.scalar_type(), false, /*copy=*/true) : none.clone()};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastgan, CUDA, m) {
+  m.impl("conv_bn_act_forward", &conv_bn_act_forward_cuda);
+  m.impl("conv_bn_act_backward", &conv_bn_act_backward_cuda);
+  m.impl("conv_act_forward", &conv_act_forward_cuda);
+  m.impl("conv_act_backward", &conv_act_backward_cuda);
+}
+
+}  // namespace fastgan

@@ -1,0 +1,227 @@
+// bn_act kernels against a float64 reference: both layouts, all storage types, odd sizes, misaligned pointers.
+#include "../../../csrc/cuda/bn_act.h"
+
+#include "testing.h"
+
+using namespace fastgan;
+using namespace fastgan::cuda;
+using namespace fastgan::cuda::testing;
+
+namespace {
+
+struct Case {
+  BnActShape shape;
+  DataType type;
+  ActivationSpec activation;
+  bool misaligned;
+  double mean;
+
+  std::string name() const {
+    return std::string("bn_act [") + std::to_string(shape.outer) + ", " + std::to_string(shape.channels) + ", " +
+           std::to_string(shape.inner) + "] " + name_of(type) + " activation " +
+           std::to_string(static_cast<int>(activation.kind)) + (misaligned ? " misaligned" : "");
+  }
+  int64_t size() const { return shape.outer * shape.channels * shape.inner; }
+  int64_t channel_of(int64_t i) const { return i / shape.inner % shape.channels; }
+};
+
+double act(ActivationSpec a, double z) {
+  switch (a.kind) {
+    case Activation::relu: return z > 0 ? z : 0;
+    case Activation::leaky_relu: return z > 0 ? z : z * double{a.negative_slope};
+    case Activation::tanh: return std::tanh(z);
+    case Activation::sigmoid: return 1 / (1 + std::exp(-z));
+    default: return z;
+  }
+}
+
+double act_derivative(ActivationSpec a, double z) {
+  const double y = act(a, z);
+  switch (a.kind) {
+    case Activation::relu: return z > 0;
+    case Activation::leaky_relu: return z > 0 ? 1 : double{a.negative_slope};
+    case Activation::tanh: return 1 - y * y;
+    case Activation::sigmoid: return y * (1 - y);
+    default: return 1;
+  }
+}
+
+StatisticsTiles tiles_in(Buffer& buffer, int64_t tiles, int64_t channels) {
+  return {tiles, 1, buffer.floats(), buffer.floats() + tiles * channels, buffer.floats() + 2 * tiles * channels};
+}
+
+void training_case(const Case& c) {
+  const int64_t channels = c.shape.channels, size = c.size(), tiles = bn_act_tiles(c.shape);
+  const Values x = random_values(size, c.type, c.mean), g = random_values(size, c.type);
+  const Values weight = random_values(channels, DataType::float32, 1.0, 0.3);
+  const Values bias = random_values(channels, DataType::float32, 0.0, 0.5);
+  const Values running_mean = random_values(channels, DataType::float32), running_var(channels, 0.75);
+  const bool affine = random_integer(0, 3) != 0, cumulative = random_integer(0, 1) != 0;
+  const DeviceVector<int64_t> batches_tracked{4};
+
+  std::vector<Buffer> outputs;
+  under_every_schedule(c.name(), [&] {
+    const Buffer input(c.type, x, c.misaligned), grad_output(c.type, g, c.misaligned);
+    const Buffer w(DataType::float32, weight), b(DataType::float32, bias);
+    Buffer partial(DataType::float32, tiles * (2 * channels + 1));
+    // mean, invstd, scale, shift, sum_dz, sum_dz_xhat, a, b, c, and scale, shift folded again
+    Buffer vectors(DataType::float32, 11 * channels);
+    Buffer running(DataType::float32, running_mean), running_variance(DataType::float32, running_var);
+    Buffer output(c.type, size, c.misaligned), grad_input(c.type, size, c.misaligned);
+    const auto vector = [&](int i) { return vectors.floats() + i * channels; };
+
+    BatchStatisticsArgs statistics{c.shape, c.type, input.data(), tiles_in(partial, tiles, channels)};
+    expect_success(c.name(), batch_statistics_launch(statistics, nullptr));
+    BatchNormForwardArgs forward;
+    forward.channels = channels;
+    forward.tiles = statistics.tiles;
+    forward.count = static_cast<double>(c.shape.outer * c.shape.inner);
+    if (affine) {
+      forward.weight = static_cast<const float*>(w.data());
+      forward.bias = static_cast<const float*>(b.data());
+    }
+    forward.batches_tracked = cumulative ? batches_tracked.data() : nullptr;
+    forward.running_mean = running.floats();
+    forward.running_var = running_variance.floats();
+    forward.mean = vector(0), forward.invstd = vector(1), forward.scale = vector(2), forward.shift = vector(3);
+    expect_success(c.name(), batch_norm_forward_launch(forward, nullptr));
+    ScaleShiftActArgs apply{c.shape, c.type, input.data(), vector(2), vector(3), c.activation, output.data()};
+    expect_success(c.name(), scale_shift_act_launch(apply, nullptr));
+
+    BnActBackwardArgs backward;
+    backward.shape = c.shape, backward.type = c.type;
+    backward.grad_output = grad_output.data(), backward.input = input.data();
+    backward.scale = vector(2), backward.shift = vector(3), backward.mean = vector(0), backward.invstd = vector(1);
+    backward.activation = c.activation;
+    backward.tiles = {tiles, partial.floats(), partial.floats() + tiles * channels};
+    backward.a = vector(6), backward.b = vector(7), backward.c = vector(8);
+    backward.grad_input = grad_input.data();
+    const BatchNormFoldArgs fold{channels, vector(0), vector(1), forward.weight, forward.bias, vector(9), vector(10)};
+    expect_success(c.name(), batch_norm_fold_launch(fold, nullptr));
+    expect_success(c.name(), bn_act_backward_reduce_launch(backward, nullptr));
+    BatchNormBackwardArgs merge;
+    merge.channels = channels, merge.tiles = backward.tiles;
+    merge.count = static_cast<double>(c.shape.outer * c.shape.inner);
+    merge.scale = vector(2), merge.mean = vector(0), merge.invstd = vector(1);
+    merge.sum_dz = vector(4), merge.sum_dz_xhat = vector(5);
+    merge.a = vector(6), merge.b = vector(7), merge.c = vector(8);
+    expect_success(c.name(), batch_norm_backward_launch(merge, nullptr));
+    expect_success(c.name(), bn_act_backward_apply_launch(backward, nullptr));
+    outputs = {vectors, running, running_variance, output, grad_input};
+    return outputs;
+  });
+
+  const double n = static_cast<double>(c.shape.outer * c.shape.inner), eps = 1e-5f;
+  const double factor = cumulative ? 1.0 / static_cast<double>(batches_tracked[0]) : double{0.1f};
+  Values mean(channels), var(channels), want_running_mean(channels), want_running_var(channels);
+  for (int64_t i = 0; i < size; ++i) mean[c.channel_of(i)] += x[i] / n;
+  for (int64_t i = 0; i < size; ++i) var[c.channel_of(i)] += std::pow(x[i] - mean[c.channel_of(i)], 2) / n;
+  for (int64_t k = 0; k < channels; ++k) {
+    want_running_mean[k] = (1 - factor) * running_mean[k] + factor * mean[k];
+    want_running_var[k] = (1 - factor) * running_var[k] + factor * var[k] * n / (n - 1);
+  }
+  Values want(size), dz(size), want_grad(size), sum_dz(channels), sum_dz_xhat(channels), xhat(size);
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t k = c.channel_of(i);
+    xhat[i] = (x[i] - mean[k]) / std::sqrt(var[k] + eps);
+    const double z = affine ? xhat[i] * weight[k] + bias[k] : xhat[i];
+    want[i] = act(c.activation, z);
+    dz[i] = g[i] * act_derivative(c.activation, z);
+    sum_dz[k] += dz[i];
+    sum_dz_xhat[k] += dz[i] * xhat[i];
+  }
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t k = c.channel_of(i);
+    want_grad[i] = (affine ? weight[k] : 1.0) / std::sqrt(var[k] + eps) *
+                   (dz[i] - sum_dz[k] / n - xhat[i] * sum_dz_xhat[k] / n);
+  }
+  // A kink of the activation may fall on the other side of 0 by rounding; the inputs are random, so it does not.
+  const double exact = 3e-6 * (1 + std::abs(c.mean)), stored = exact + rounding_of(c.type);
+  const Values vectors = outputs[0].values();
+  const auto vector = [&](int i) { return Values(vectors.begin() + i * channels, vectors.begin() + (i + 1) * channels); };
+  expect_close(c.name() + " mean", vector(0), mean, exact);
+  expect_close(c.name() + " folded scale", vector(9), vector(2), 0);
+  expect_close(c.name() + " folded shift", vector(10), vector(3), 0);
+  expect_close(c.name() + " running mean", outputs[1].values(), want_running_mean, exact);
+  expect_close(c.name() + " running var", outputs[2].values(), want_running_var, exact);
+  expect_close(c.name() + " output", outputs[3].values(), want, stored);
+  expect_close(c.name() + " sum dz", vector(4), sum_dz, 10 * exact);
+  expect_close(c.name() + " sum dz xhat", vector(5), sum_dz_xhat, 10 * exact);
+  expect_close(c.name() + " grad input", outputs[4].values(), want_grad, 3 * stored);
+}
+
+// Evaluation mode's coefficients, and activation without batch norm from its output.
+void inference_case(const Case& c) {
+  const int64_t channels = c.shape.channels, size = c.size(), tiles = bn_act_tiles(c.shape);
+  const Values mean = random_values(channels, DataType::float32), var(channels, 0.5);
+  const Values y = random_values(size, c.type, 0.0, 0.4), g = random_values(size, c.type);
+  std::vector<Buffer> outputs;
+  under_every_schedule(c.name(), [&] {
+    Buffer running_mean(DataType::float32, mean), running_var(DataType::float32, var);
+    Buffer vectors(DataType::float32, 5 * channels), partial(DataType::float32, tiles * channels);
+    Buffer grad_output(c.type, g, c.misaligned), output(c.type, y, c.misaligned), grad(c.type, size, c.misaligned);
+    BatchNormForwardArgs inference;
+    inference.channels = channels;
+    inference.running_mean = running_mean.floats(), inference.running_var = running_var.floats();
+    inference.mean = vectors.floats(), inference.invstd = vectors.floats() + channels;
+    inference.scale = vectors.floats() + 2 * channels, inference.shift = vectors.floats() + 3 * channels;
+    expect_success(c.name(), batch_norm_inference_launch(inference, nullptr));
+    ActBackwardArgs backward{c.shape, c.type, grad_output.data(), output.data(), c.activation, grad.data(),
+                             {tiles, partial.floats(), nullptr}};
+    expect_success(c.name(), act_backward_launch(backward, nullptr));
+    BatchNormBackwardArgs merge;
+    merge.channels = channels, merge.tiles = backward.tiles, merge.sum_dz = vectors.floats() + 4 * channels;
+    expect_success(c.name(), batch_norm_backward_launch(merge, nullptr));
+    outputs = {vectors, grad};
+    return outputs;
+  });
+  Values want_shift(channels), sums(channels), want(size);
+  for (int64_t k = 0; k < channels; ++k) want_shift[k] = -mean[k] / std::sqrt(var[k] + double{1e-5f});
+  for (int64_t i = 0; i < size; ++i) {
+    double derivative = 1;
+    if (c.activation.kind == Activation::relu) derivative = y[i] > 0;
+    if (c.activation.kind == Activation::leaky_relu) derivative = y[i] > 0 ? 1 : double{c.activation.negative_slope};
+    if (c.activation.kind == Activation::tanh) derivative = 1 - y[i] * y[i];
+    if (c.activation.kind == Activation::sigmoid) derivative = y[i] * (1 - y[i]);
+    want[i] = g[i] * derivative;
+    sums[c.channel_of(i)] += want[i];
+  }
+  const Values vectors = outputs[0].values();
+  const auto vector = [&](int i) { return Values(vectors.begin() + i * channels, vectors.begin() + (i + 1) * channels); };
+  expect_close(c.name() + " inference shift", vector(3), want_shift, 1e-6);
+  expect_close(c.name() + " activation grad", outputs[1].values(), want, 1e-6 + rounding_of(c.type));
+  expect_close(c.name() + " activation bias grad", vector(4), sums, 3e-5);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int cases = 0;
+  const int most = argc > 1 ? std::atoi(argv[1]) : 1000;  // fewer under slow tools
+  const auto run = [&](const Case& c) {
+    if (cases == most) return;
+    training_case(c);
+    inference_case(c);
+    ++cases;
+  };
+  const ActivationSpec relu{Activation::relu, 0.0f};
+  run({{37, 64, 1}, DataType::float32, relu, false, 100.0});     // |mean| >> deviation
+  run({{2, 3, 45}, DataType::float32, relu, false, 1000.0});
+  run({{700, 3, 1}, DataType::bfloat16, relu, false, 0.0});      // several tiles
+  run({{3, 5, 32 * 32}, DataType::float16, relu, false, 0.0});
+  run({{5, 1, 1}, DataType::float32, relu, false, 0.0});
+  run({{20, 520, 1}, DataType::bfloat16, relu, false, 0.0});     // several blocks of channels
+  for (int i = 0; i < 30; ++i) {
+    Case c{};
+    c.shape.channels = random_choice({1, 3, 8, 16, 31, 64, 100});
+    c.shape.outer = random_integer(1, 9);
+    c.shape.inner = random_choice({1, 4, 7, 9, 16, 49, 64});
+    if (c.shape.inner == 1) c.shape.outer = random_integer(2, 200);
+    if (c.shape.outer * c.shape.inner < 8) c.shape.outer = 8;  // fewer make xhat ill-conditioned
+    c.type = random_choice({DataType::float32, DataType::bfloat16, DataType::float16});
+    c.activation = {static_cast<Activation>(i % 5), 0.2f};
+    c.misaligned = random_integer(0, 3) == 0;
+    run(c);
+  }
+  return report("bn_act: statistics, merge, apply, backward reduce, merge, apply, inference, act backward", cases);
+}

@@ -1,0 +1,395 @@
+// conv4x4s2 kernels (main loops F, T and W, the matrix-product forms, every prologue and epilogue) against naive float64
+// loops: odd channel counts, odd grids, all storage types, both tiles, misaligned pointers.
+#include "../../../csrc/cuda/conv4x4s2.h"
+
+#include "testing.h"
+
+using namespace fastgan;
+using namespace fastgan::cuda;
+using namespace fastgan::cuda::testing;
+
+namespace {
+
+struct Case {
+  Conv4x4Geometry g;
+  DataType type;
+  Conv4x4Math math;
+  bool large_tile;   // by pretending that the device has one multiprocessor
+  bool misaligned;   // activations one element past a 16-byte boundary
+
+  int64_t small_size() const { return g.batch * g.small_height * g.small_width * g.small_channels; }
+  int64_t large_size() const { return g.batch * g.large_height * g.large_width * g.large_channels; }
+  int64_t weight_size() const { return g.small_channels * g.large_channels * 16; }
+  int multiprocessors() const { return large_tile ? 1 : 1000000; }
+  // One rounding of each operand (none for exact float32), float32 sums, one rounding of the result.
+  double tolerance() const {
+    return math == Conv4x4Math::tf32 && type == DataType::float32 ? 1.5e-3 : 1e-5 + 2 * rounding_of(type);
+  }
+
+  std::string name() const {
+    return "conv4x4 batch " + std::to_string(g.batch) + " small " + std::to_string(g.small_height) + "x" +
+           std::to_string(g.small_width) + "x" + std::to_string(g.small_channels) + " large " +
+           std::to_string(g.large_height) + "x" + std::to_string(g.large_width) + "x" +
+           std::to_string(g.large_channels) + " stride " + std::to_string(g.stride) + " " + name_of(type) +
+           (type == DataType::float32 && math == Conv4x4Math::tf32 ? " tf32" : "") + (large_tile ? " large tile" : "") +
+           (misaligned ? " misaligned" : "");
+  }
+};
+
+// Calls f(small pixel, large pixel, tap) for every product of the sums.
+template <typename F>
+void for_each_tap(const Conv4x4Geometry& g, const F& f) {
+  const int64_t padding = g.stride == 2 ? 1 : 0;
+  for (int64_t n = 0; n < g.batch; ++n) {
+    for (int64_t p = 0; p < g.small_height; ++p) {
+      for (int64_t q = 0; q < g.small_width; ++q) {
+        for (int64_t tap = 0; tap < 16; ++tap) {
+          const int64_t h = p * g.stride - padding + tap / 4, w = q * g.stride - padding + tap % 4;
+          if (h < 0 || h >= g.large_height || w < 0 || w >= g.large_width) continue;
+          f((n * g.small_height + p) * g.small_width + q, (n * g.large_height + h) * g.large_width + w, tap);
+        }
+      }
+    }
+  }
+}
+
+Values convolve(const Case& c, Conv4x4Direction direction, const Values& input, const Values& weight) {
+  const int64_t small = c.g.small_channels, large = c.g.large_channels;
+  const bool down = direction == Conv4x4Direction::down;
+  Values output(down ? c.small_size() : c.large_size());
+  for_each_tap(c.g, [&](int64_t small_pixel, int64_t large_pixel, int64_t tap) {
+    for (int64_t k = 0; k < small; ++k) {
+      for (int64_t i = 0; i < large; ++i) {
+        const double w = weight[(k * large + i) * 16 + tap];
+        if (down) {
+          output[small_pixel * small + k] += input[large_pixel * large + i] * w;
+        } else {
+          output[large_pixel * large + i] += input[small_pixel * small + k] * w;
+        }
+      }
+    }
+  });
+  return output;
+}
+
+double act(ActivationSpec a, double z) {
+  switch (a.kind) {
+    case Activation::relu: return z > 0 ? z : 0;
+    case Activation::leaky_relu: return z > 0 ? z : z * double{a.negative_slope};
+    case Activation::tanh: return std::tanh(z);
+    case Activation::sigmoid: return 1 / (1 + std::exp(-z));
+    default: return z;
+  }
+}
+
+double act_derivative(ActivationSpec a, double z) {
+  const double y = act(a, z);
+  switch (a.kind) {
+    case Activation::relu: return z > 0;
+    case Activation::leaky_relu: return z > 0 ? 1 : double{a.negative_slope};
+    case Activation::tanh: return 1 - y * y;
+    case Activation::sigmoid: return y * (1 - y);
+    default: return 1;
+  }
+}
+
+// The same weight [small, large, 16] in the order of a layout.
+Values in_layout(const Case& c, Conv4x4WeightLayout layout, const Values& weight) {
+  if (layout == Conv4x4WeightLayout::contiguous) return weight;
+  Values result(weight.size());
+  const int64_t large = c.g.large_channels;
+  for (int64_t k = 0; k < c.g.small_channels; ++k) {
+    for (int64_t i = 0; i < large; ++i) {
+      for (int64_t tap = 0; tap < 16; ++tap) result[(k * 16 + tap) * large + i] = weight[(k * large + i) * 16 + tap];
+    }
+  }
+  return result;
+}
+
+const std::initializer_list<Conv4x4WeightLayout> kLayouts = {Conv4x4WeightLayout::contiguous,
+                                                             Conv4x4WeightLayout::channels_last};
+
+// A prologue with its arrays, and what it makes of values.
+struct PrologueCase {
+  Conv4x4Prologue::Kind kind;
+  ActivationSpec activation;
+  bool null_arrays;
+  Values coefficients[3];
+  Values y;
+
+  static PrologueCase random(Conv4x4Prologue::Kind kind, int64_t channels, int64_t size, DataType type) {
+    PrologueCase p{kind, {static_cast<Activation>(random_integer(0, 4)), 0.2f}, random_integer(0, 4) == 0, {}, {}};
+    if (kind != Conv4x4Prologue::Kind::activate) p.null_arrays = false;
+    p.coefficients[0] = random_values(channels, DataType::float32, 1.0, 0.2);
+    p.coefficients[1] = random_values(channels, DataType::float32, 0.3, 0.5);  // padding is seen if act(shift) leaks in
+    p.coefficients[2] = random_values(channels, DataType::float32, 0.3, 0.2);
+    p.y = random_values(size, type);
+    return p;
+  }
+
+  Values apply(const Values& x) const {
+    Values result = x;
+    const int64_t channels = static_cast<int64_t>(coefficients[0].size());
+    for (size_t i = 0; i < x.size(); ++i) {
+      const int64_t c = static_cast<int64_t>(i) % channels;
+      if (kind == Conv4x4Prologue::Kind::activate) {
+        result[i] = act(activation, null_arrays ? x[i] : coefficients[0][c] * x[i] + coefficients[1][c]);
+      } else if (kind == Conv4x4Prologue::Kind::batch_norm_backward) {
+        result[i] = coefficients[0][c] * x[i] + coefficients[1][c] * y[i] + coefficients[2][c];
+      }
+    }
+    return result;
+  }
+};
+
+// The arrays of a PrologueCase on the "device".
+struct PrologueBuffers {
+  Buffer first, second, third, y;
+  Conv4x4Prologue prologue;
+
+  PrologueBuffers(const PrologueCase& p, DataType type, bool misaligned)
+      : first(DataType::float32, p.coefficients[0]), second(DataType::float32, p.coefficients[1]),
+        third(DataType::float32, p.coefficients[2]), y(type, p.y, misaligned) {
+    prologue.kind = p.kind;
+    prologue.activation = p.activation;
+    if (p.kind == Conv4x4Prologue::Kind::activate && !p.null_arrays) {
+      prologue.scale = first.floats(), prologue.shift = second.floats();
+    }
+    if (p.kind == Conv4x4Prologue::Kind::batch_norm_backward) {
+      prologue.a = first.floats(), prologue.b = second.floats(), prologue.c = third.floats(), prologue.y = y.data();
+    }
+  }
+};
+
+using Prologue = Conv4x4Prologue::Kind;
+using Epilogue = Conv4x4Epilogue::Kind;
+
+void check_direction(const Case& c, Conv4x4Direction direction, Prologue prologue_kind, Epilogue epilogue_kind) {
+  const bool down = direction == Conv4x4Direction::down;
+  const int64_t input_size = down ? c.large_size() : c.small_size(), output_size = down ? c.small_size() : c.large_size();
+  const int64_t input_channels = down ? c.g.large_channels : c.g.small_channels;
+  const int64_t channels = down ? c.g.small_channels : c.g.large_channels;
+  const std::string name = c.name() + (down ? " down" : " up") + " prologue " +
+                           std::to_string(static_cast<int>(prologue_kind)) + " epilogue " +
+                           std::to_string(static_cast<int>(epilogue_kind));
+  const double depth = down ? 16.0 * static_cast<double>(input_channels) : (c.g.stride == 2 ? 4.0 : 1.0) * input_channels;
+  const Values x = random_values(input_size, c.type);
+  const DataType weight_type = random_integer(0, 1) == 0 ? DataType::float32 : c.type;
+  const Values weight = random_values(c.weight_size(), weight_type, 0.0, 1 / std::sqrt(depth));
+  const Conv4x4WeightLayout layout = random_choice(kLayouts);
+  const Values bias = random_values(channels, DataType::float32, 0.5, 0.5);
+  const Values y = random_values(output_size, c.type), scale = random_values(channels, DataType::float32, 1.0, 0.2);
+  const Values shift = random_values(channels, DataType::float32, 0.0, 0.3);
+  const Values mean = random_values(channels, DataType::float32, 0.0, 0.3), invstd(channels, 1.25);
+  const PrologueCase prologue = PrologueCase::random(prologue_kind, input_channels, input_size, c.type);
+  const ActivationSpec activation{static_cast<Activation>(random_integer(0, 4)), 0.2f};
+  const bool with_bias = epilogue_kind != Epilogue::activation_backward && random_integer(0, 2) != 0;
+
+  int64_t tiles = 0, rows_per_count = 1;
+  std::vector<Buffer> outputs;
+  under_every_schedule(name, [&] {
+    Buffer input(c.type, x, c.misaligned), w(weight_type, in_layout(c, layout, weight)), output(c.type, output_size, c.misaligned);
+    Buffer bias_buffer(DataType::float32, bias), previous(c.type, y, c.misaligned);
+    Buffer scales(DataType::float32, scale), shifts(DataType::float32, shift);
+    Buffer means(DataType::float32, mean), invstds(DataType::float32, invstd);
+    PrologueBuffers prologue_buffers(prologue, c.type, c.misaligned);
+
+    Conv4x4PackArgs pack{c.g, direction, c.type, c.math, weight_type, layout, w.data(), nullptr};
+    Buffer packed(c.type, static_cast<int64_t>(conv4x4s2_packed_bytes(pack)) / size_of(c.type));
+    pack.packed = packed.data();
+    expect_success(name, conv4x4s2_pack_launch(pack, nullptr));
+
+    Conv4x4Args args;
+    args.geometry = c.g, args.direction = direction, args.type = c.type, args.math = c.math;
+    args.multiprocessors = c.multiprocessors();
+    args.input = input.data(), args.packed_weight = packed.data(), args.output = output.data();
+    args.prologue = prologue_buffers.prologue;
+    args.epilogue.kind = epilogue_kind;
+    args.epilogue.activation = activation;
+    if (with_bias) args.epilogue.bias = bias_buffer.floats();
+    const StatisticsTiles shape = conv4x4s2_statistics_shape(args);
+    tiles = shape.tiles, rows_per_count = shape.rows_per_count;
+    const bool has_tiles = epilogue_kind == Epilogue::statistics || epilogue_kind == Epilogue::activation_backward;
+    Buffer first(DataType::float32, has_tiles ? tiles * channels : 0), second = first;
+    Buffer counts(DataType::float32, epilogue_kind == Epilogue::statistics ? tiles / rows_per_count : 0);
+    args.epilogue.statistics = {tiles, rows_per_count, first.floats(), second.floats(), counts.floats()};
+    args.epilogue.gradients = {tiles, first.floats(), second.floats()};
+    args.epilogue.y = previous.data();
+    args.epilogue.scale = scales.floats(), args.epilogue.shift = shifts.floats();
+    args.epilogue.mean = means.floats(), args.epilogue.invstd = invstds.floats();
+    expect_success(name, conv4x4s2_launch(args, nullptr));
+    outputs = {output, first, second, counts};
+    return outputs;
+  });
+
+  const Values operand = prologue.apply(x);
+  Values want = convolve(c, direction, operand, weight);
+  double squares = 0;
+  for (double value : operand) squares += value * value;
+  const double typical = std::sqrt(squares / static_cast<double>(input_size));  // of a sum, with weights ~ 1 / sqrt(depth)
+  Values xhat(output_size);
+  for (int64_t i = 0; i < output_size; ++i) {
+    const int64_t k = i % channels;
+    if (with_bias) want[i] += bias[k];
+    if (epilogue_kind == Epilogue::bias_activation) want[i] = act(activation, want[i]);
+    if (epilogue_kind == Epilogue::activation_backward) want[i] *= act_derivative(activation, scale[k] * y[i] + shift[k]);
+    xhat[i] = (y[i] - mean[k]) * invstd[k];
+  }
+  expect_close(name, outputs[0].values(), want, c.tolerance(), typical);
+
+  const double n = static_cast<double>(output_size / channels);
+  const Values first = outputs[1].values(), second = outputs[2].values(), counts = outputs[3].values();
+  if (epilogue_kind == Epilogue::statistics) {
+    Values got_mean(channels), got_var(channels), want_mean(channels), want_var(channels);
+    double total = 0;
+    for (double count : counts) total += count * static_cast<double>(rows_per_count);
+    expect_close(name + " count", {total}, {n}, 0);
+    for (int64_t t = 0; t < tiles; ++t) {
+      for (int64_t k = 0; k < channels; ++k) got_mean[k] += counts[t / rows_per_count] * first[t * channels + k] / n;
+    }
+    for (int64_t t = 0; t < tiles; ++t) {
+      for (int64_t k = 0; k < channels; ++k) {
+        got_var[k] += (second[t * channels + k] +
+                       counts[t / rows_per_count] * std::pow(first[t * channels + k] - got_mean[k], 2)) / n;
+      }
+    }
+    for (int64_t i = 0; i < output_size; ++i) want_mean[i % channels] += want[i] / n;
+    for (int64_t i = 0; i < output_size; ++i) want_var[i % channels] += std::pow(want[i] - want_mean[i % channels], 2) / n;
+    expect_close(name + " mean", got_mean, want_mean, c.tolerance());
+    expect_close(name + " variance", got_var, want_var, 2 * c.tolerance());
+  }
+  if (epilogue_kind == Epilogue::activation_backward) {
+    Values got_dz(channels), got_xhat(channels), want_dz(channels), want_xhat(channels), terms(channels);
+    for (int64_t i = 0; i < tiles * channels; ++i) {
+      got_dz[i % channels] += first[i];
+      got_xhat[i % channels] += second[i];
+    }
+    for (int64_t i = 0; i < output_size; ++i) {
+      want_dz[i % channels] += want[i];
+      want_xhat[i % channels] += want[i] * xhat[i];
+      terms[i % channels] += std::abs(want[i]);
+    }
+    const double scale = *std::max_element(terms.begin(), terms.end());
+    expect_close(name + " sum dz", got_dz, want_dz, c.tolerance(), scale);
+    expect_close(name + " sum dz xhat", got_xhat, want_xhat, 2 * c.tolerance(), scale);
+  }
+}
+
+void check_weight_gradient(const Case& c, Prologue small_kind, Prologue large_kind) {
+  const std::string name = c.name() + " weight gradient, prologues " + std::to_string(static_cast<int>(small_kind)) +
+                           " " + std::to_string(static_cast<int>(large_kind));
+  const Values small = random_values(c.small_size(), c.type), large = random_values(c.large_size(), c.type);
+  const PrologueCase small_prologue = PrologueCase::random(small_kind, c.g.small_channels, c.small_size(), c.type);
+  const PrologueCase large_prologue = PrologueCase::random(large_kind, c.g.large_channels, c.large_size(), c.type);
+  const DataType weight_type = random_integer(0, 1) == 0 ? DataType::float32 : c.type;
+  const Conv4x4WeightLayout layout = random_choice(kLayouts);
+  std::vector<Buffer> outputs;
+  under_every_schedule(name, [&] {
+    Buffer small_buffer(c.type, small, c.misaligned), large_buffer(c.type, large, c.misaligned);
+    PrologueBuffers small_buffers(small_prologue, c.type, c.misaligned);
+    PrologueBuffers large_buffers(large_prologue, c.type, c.misaligned);
+    Buffer grad(weight_type, c.weight_size());
+    Conv4x4WeightGradientArgs args;
+    args.geometry = c.g, args.type = c.type, args.math = c.math, args.multiprocessors = c.multiprocessors();
+    args.small = small_buffer.data(), args.large = large_buffer.data();
+    args.small_prologue = small_buffers.prologue, args.large_prologue = large_buffers.prologue;
+    args.weight_type = weight_type, args.weight_layout = layout, args.grad_weight = grad.data();
+    Buffer workspace(DataType::float32, static_cast<int64_t>(conv4x4s2_weight_gradient_workspace_bytes(args)) / 4);
+    args.workspace = workspace.data();
+    expect_success(name, conv4x4s2_weight_gradient_launch(args, nullptr));
+    outputs = {grad};
+    return outputs;
+  });
+  const Values a = small_prologue.apply(small), b = large_prologue.apply(large);
+  const int64_t k_count = c.g.small_channels, c_count = c.g.large_channels;
+  Values want(c.weight_size());
+  for_each_tap(c.g, [&](int64_t small_pixel, int64_t large_pixel, int64_t tap) {
+    for (int64_t k = 0; k < k_count; ++k) {
+      for (int64_t i = 0; i < c_count; ++i) {
+        want[(k * c_count + i) * 16 + tap] += a[small_pixel * k_count + k] * b[large_pixel * c_count + i];
+      }
+    }
+  });
+  expect_close(name, outputs[0].values(), in_layout(c, layout, want), c.tolerance());
+}
+
+Conv4x4Geometry halving(int64_t batch, int64_t large_height, int64_t large_width, int64_t small_channels,
+                        int64_t large_channels) {
+  return {batch, large_height / 2, large_width / 2, small_channels, large_height, large_width, large_channels, 2};
+}
+
+Conv4x4Geometry pixel(int64_t batch, int64_t small_channels, int64_t large_channels) {
+  return {batch, 1, 1, small_channels, 4, 4, large_channels, 1};
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int cases = 0;
+  const int most = argc > 1 ? std::atoi(argv[1]) : 1000;  // fewer under slow tools
+  const auto run = [&](const Case& c) {
+    if (cases == most) return;
+    // Each case one combination a direction; over the list every prologue meets every epilogue.
+    const auto prologue = static_cast<Prologue>(cases % 3), other = static_cast<Prologue>((cases + 1 + cases / 3) % 3);
+    const auto epilogue = static_cast<Epilogue>(cases % 4), other_epilogue = static_cast<Epilogue>((cases + 2) % 4);
+    check_direction(c, Conv4x4Direction::down, prologue, epilogue);
+    if (conv4x4s2_supported(c.g, Conv4x4Direction::up)) check_direction(c, Conv4x4Direction::up, other, other_epilogue);
+    check_weight_gradient(c, other, prologue);
+    ++cases;
+  };
+  const auto f32 = DataType::float32, bf16 = DataType::bfloat16, f16 = DataType::float16;
+  const auto exact = Conv4x4Math::float32, tf32 = Conv4x4Math::tf32;
+
+  // Every arithmetic on the small tile: vector path with a remainder of rows, columns and depth.
+  run({halving(3, 8, 12, 72, 24), bf16, exact, false, false});
+  run({halving(2, 7, 10, 40, 16), f16, exact, false, false});
+  run({halving(3, 6, 10, 72, 12), f32, tf32, false, false});
+  run({halving(2, 9, 8, 68, 20), f32, exact, false, false});
+  // Large tile: several tiles in both directions.
+  run({halving(3, 16, 14, 136, 72), bf16, exact, true, false});
+  run({halving(2, 16, 18, 72, 132), f32, tf32, true, false});
+  run({halving(5, 11, 13, 88, 72), f16, exact, true, false});
+  // Pictures: 1 and 3 channels, and channel counts that are no multiple of a vector.
+  run({halving(2, 28, 28, 16, 1), bf16, exact, false, false});
+  run({halving(1, 32, 32, 8, 3), f32, tf32, false, false});
+  run({halving(2, 14, 14, 100, 3), f32, exact, false, false});
+  run({halving(3, 6, 6, 3, 100), bf16, exact, false, false});
+  run({halving(4, 4, 4, 1, 5), f16, exact, false, false});
+  run({halving(1, 2, 2, 1, 1), f32, exact, false, false});
+  run({halving(1, 3, 3, 7, 9), f32, tf32, false, false});
+  // k4 s1 p0: matrix products to and from 1x1, and a larger stride-1 convolution.
+  run({pixel(5, 100, 24), bf16, exact, false, false});
+  run({pixel(70, 8, 8), f32, exact, false, false});
+  run({pixel(3, 1, 72), f16, exact, false, false});
+  run({pixel(130, 96, 16), bf16, exact, true, false});
+  run({pixel(4, 33, 3), f32, tf32, false, false});
+  run({{2, 3, 5, 24, 6, 8, 16, 1}, bf16, exact, false, false});
+  // Misaligned pointers take the element path.
+  run({halving(2, 6, 4, 16, 8), bf16, exact, false, true});
+  run({halving(2, 6, 4, 16, 8), f32, exact, false, true});
+  for (int i = 0; i < 12; ++i) {
+    Case c{};
+    const int64_t channels[] = {1, 3, 4, 8, 16, 24, 31, 64, 100};
+    c.g = random_integer(0, 4) == 0
+              ? pixel(random_integer(1, 40), channels[random_integer(0, 8)], channels[random_integer(0, 6)])
+              : halving(random_integer(1, 4), random_integer(2, 14), random_integer(2, 14),
+                        channels[random_integer(0, 8)], channels[random_integer(0, 7)]);
+    c.type = random_choice({f32, bf16, f16});
+    c.math = random_choice({exact, tf32});
+    c.large_tile = random_integer(0, 3) == 0;
+    run(c);
+  }
+
+  // What the kernels do not take must be refused, not computed wrongly.
+  const auto expect_refused = [&](const char* what, bool supported) {
+    if (supported) std::printf("FAILED %s is not refused\n", what), ++failures;
+  };
+  Conv4x4Geometry wrong = halving(1, 8, 8, 4, 4);
+  wrong.large_width = 10;
+  expect_refused("a large grid that is not twice the small one", conv4x4s2_supported(wrong, Conv4x4Direction::down));
+  wrong = {1, 2, 2, 4, 5, 5, 4, 1};
+  expect_refused("stride 1 up from 2x2", conv4x4s2_supported(wrong, Conv4x4Direction::up));
+  wrong = halving(int64_t{1} << 24, 16, 16, 4, 4);
+  expect_refused("more than 2^31 rows", conv4x4s2_supported(wrong, Conv4x4Direction::down));
+  return report("conv4x4s2: down, up, weight gradient, pack; all prologues and epilogues", cases);
+}

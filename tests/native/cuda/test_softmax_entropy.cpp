@@ -1,0 +1,149 @@
+// softmax_entropy kernels against a float64 reference: one, few and many rows, 1 to 4096 classes, strided rows,
+// labels with ignored rows, extreme logits.
+#include "../../../csrc/cuda/softmax_entropy.h"
+
+#include "testing.h"
+
+using namespace fastgan::cuda;
+using namespace fastgan::cuda::testing;
+
+namespace {
+
+struct Case {
+  int64_t rows, classes, row_stride;
+  DataType type;
+  bool with_labels;
+  double deviation;  // of the logits
+
+  std::string name() const {
+    return "softmax_entropy [" + std::to_string(rows) + ", " + std::to_string(classes) + "] stride " +
+           std::to_string(row_stride) + " " + name_of(type) + (with_labels ? " labels" : "") + " deviation " +
+           std::to_string(deviation);
+  }
+};
+
+void run(const Case& c) {
+  const int64_t n = c.rows, k_count = c.classes;
+  const Values logits = random_values((n - 1) * c.row_stride + k_count, c.type, 0.0, c.deviation);
+  DeviceVector<int64_t> labels(n), counts(1);
+  int64_t& label_count = counts[0];
+  for (int64_t& label : labels) {
+    label = random_integer(0, 3) == 0 ? -100 : random_integer(0, k_count - 1);
+    label_count += label != -100;
+  }
+  const Values upstream = random_values(3, DataType::float32);
+  std::vector<Buffer> outputs;
+  under_every_schedule(c.name(), [&] {
+    Buffer input(c.type, logits), q(DataType::float32, k_count), log_normalizer(DataType::float32, n);
+    Buffer scalars(DataType::float32, 3), grad_scalars(DataType::float32, upstream), grad(c.type, n * k_count);
+    SoftmaxEntropyArgs args;
+    args.rows = n, args.classes = k_count, args.row_stride = c.row_stride, args.type = c.type;
+    args.logits = input.data();
+    if (c.with_labels) args.labels = labels.data(), args.label_count = counts.data();
+    args.multiprocessors = 1;  // four blocks: small inputs use several rows a block and the last-block merge
+    Buffer workspace(DataType::float32, static_cast<int64_t>(softmax_entropy_workspace_bytes(args) / 4));
+    args.workspace = workspace.data();
+    args.mean_probabilities = q.floats(), args.log_normalizer = log_normalizer.floats();
+    args.conditional = scalars.floats(), args.marginal = scalars.floats() + 1, args.cross_entropy = scalars.floats() + 2;
+    args.grad_conditional = grad_scalars.floats(), args.grad_marginal = grad_scalars.floats() + 1;
+    args.grad_cross_entropy = grad_scalars.floats() + 2;
+    args.grad_logits = grad.data();
+    expect_success(c.name(), softmax_entropy_forward_launch(args, nullptr));
+    expect_success(c.name(), softmax_entropy_backward_launch(args, nullptr));
+    outputs = {scalars, q, log_normalizer, grad};
+    return outputs;
+  });
+
+  Values p(n * k_count), log_p(n * k_count), q(k_count), log_normalizer(n), scalars(3), grad(n * k_count);
+  for (int64_t i = 0; i < n; ++i) {
+    const double* row = logits.data() + i * c.row_stride;
+    const double max = *std::max_element(row, row + k_count);
+    double s = 0;
+    for (int64_t k = 0; k < k_count; ++k) s += std::exp(row[k] - max);
+    log_normalizer[i] = std::log(s);
+    for (int64_t k = 0; k < k_count; ++k) {
+      log_p[i * k_count + k] = row[k] - max - std::log(s);
+      p[i * k_count + k] = std::exp(log_p[i * k_count + k]);
+      q[k] += p[i * k_count + k] / static_cast<double>(n);
+      scalars[0] -= p[i * k_count + k] * log_p[i * k_count + k] / static_cast<double>(n);
+    }
+    if (c.with_labels && labels[i] >= 0) {
+      scalars[2] -= log_p[i * k_count + labels[i]] / static_cast<double>(label_count);
+    }
+  }
+  for (double value : q) scalars[1] -= value > 0 ? value * std::log(value) : 0;
+  for (int64_t i = 0; i < n; ++i) {
+    double mean_t = 0;
+    const auto t = [&](int64_t k) {
+      return upstream[0] * log_p[i * k_count + k] + upstream[1] * (q[k] > 0 ? std::log(q[k]) : 0.0);
+    };
+    for (int64_t k = 0; k < k_count; ++k) mean_t += p[i * k_count + k] * t(k);
+    for (int64_t k = 0; k < k_count; ++k) {
+      double& g = grad[i * k_count + k];
+      g = p[i * k_count + k] * (mean_t - t(k)) / static_cast<double>(n);
+      if (c.with_labels && labels[i] >= 0) {
+        g += upstream[2] * (p[i * k_count + k] - (labels[i] == k)) / static_cast<double>(label_count);
+      }
+    }
+  }
+  const double exact = 4e-6 * (1 + c.deviation / 30);
+  expect_close(c.name() + " conditional, marginal, cross-entropy", outputs[0].values(), scalars, exact);
+  expect_close(c.name() + " mean probabilities", outputs[1].values(), q, exact);
+  expect_close(c.name() + " log normalizer", outputs[2].values(), log_normalizer, exact);
+  expect_close(c.name() + " grad", outputs[3].values(), grad, 4 * exact + rounding_of(c.type));
+}
+
+// A label outside [0, classes) must not go unnoticed.
+void out_of_range_label_gives_nan() {
+  for (int64_t classes : {5, 40, 1100}) {
+    Buffer input(DataType::float32, random_values(2 * classes, DataType::float32));
+    Buffer q(DataType::float32, classes), log_normalizer(DataType::float32, 2), scalars(DataType::float32, 3);
+    const DeviceVector<int64_t> labels{1, classes}, label_count{2};
+    SoftmaxEntropyArgs args;
+    args.rows = 2, args.classes = classes, args.row_stride = classes, args.logits = input.data();
+    args.labels = labels.data(), args.label_count = label_count.data();
+    Buffer workspace(DataType::float32, static_cast<int64_t>(softmax_entropy_workspace_bytes(args) / 4));
+    args.workspace = workspace.data(), args.mean_probabilities = q.floats();
+    args.log_normalizer = log_normalizer.floats();
+    args.conditional = scalars.floats(), args.marginal = scalars.floats() + 1, args.cross_entropy = scalars.floats() + 2;
+    expect_success("out-of-range label", softmax_entropy_forward_launch(args, nullptr));
+    const Values values = scalars.values();
+    if (!std::isnan(values[2]) || std::isnan(values[0])) {
+      std::printf("FAILED out-of-range label with %d classes gave %g\n", static_cast<int>(classes), values[2]);
+      ++failures;
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int cases = 0;
+  const int most = argc > 1 ? std::atoi(argv[1]) : 1000;  // fewer under slow tools
+  const auto check = [&](const Case& c) {
+    if (cases == most) return;
+    run(c);
+    ++cases;
+  };
+  check({1, 2, 2, DataType::float32, true, 1.0});
+  check({1, 1, 1, DataType::float32, false, 1.0});
+  check({1500, 10, 10, DataType::float32, true, 3.0});   // several tiles a block
+  check({300, 20, 23, DataType::bfloat16, true, 2.0});
+  check({100, 10, 10, DataType::float32, false, 5000.0});  // one-hot rows: entropies of 0, nothing infinite
+  check({50, 300, 300, DataType::float32, false, 5000.0});
+  check({5, 4096, 4096, DataType::float32, true, 2.0});
+  check({6, 1025, 1030, DataType::float16, true, 2.0});
+  check({40, 1000, 1000, DataType::float32, true, 2.0});
+  for (int i = 0; i < 16; ++i) {
+    Case c{};
+    c.classes = random_choice({2, 3, 10, 11, 20, 21, 33, 100, 257, 1024});
+    c.rows = random_integer(1, c.classes <= 20 ? 600 : 40);
+    c.row_stride = c.classes + random_choice({0, 0, 5});
+    c.type = random_choice({DataType::float32, DataType::bfloat16, DataType::float16});
+    c.with_labels = random_integer(0, 1) == 0;
+    c.deviation = random_choice({0.1, 1.0, 10.0});
+    check(c);
+  }
+  out_of_range_label_gives_nan();
+  return report("softmax_entropy: forward and backward, thread, warp and block a row", cases);
+}
