@@ -184,7 +184,9 @@ def sources(cuda):
 def extension(cuda):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    arguments = {"cxx": ["-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]}
+    # at::parallel_for is a template that is serial without -fopenmp. Its runtime is the one PyTorch has loaded, so
+    # nothing is linked: a second OpenMP runtime would mean a second pool of threads.
+    arguments = {"cxx": ["-O2", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]}
     if cuda:
         arguments["cxx"].append("-DFASTGAN_WITH_CUDA")
         arguments["nvcc"] = ["-O3", "-DFASTGAN_WITH_CUDA", "--expt-relaxed-constexpr"]
