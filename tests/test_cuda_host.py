@@ -25,9 +25,19 @@ pytestmark = pytest.mark.skipif(
 def test_cuda_kernels_equal_float64_reference_under_every_thread_order(stem, tmp_path):
     executable = tmp_path / stem
     build = subprocess.run(
-        [*os.environ.get("CXX", "g++").split(), *FLAGS, "-x", "c++", ROOT / f"csrc/cuda/{stem}.cu",
-         ROOT / "csrc/cuda/host/fibers.cpp", ROOT / f"tests/native/cuda/test_{stem}.cpp", "-o", executable],
-        capture_output=True, text=True,
+        [
+            *os.environ.get("CXX", "g++").split(),
+            *FLAGS,
+            "-x",
+            "c++",
+            ROOT / f"csrc/cuda/{stem}.cu",
+            ROOT / "csrc/cuda/host/fibers.cpp",
+            ROOT / f"tests/native/cuda/test_{stem}.cpp",
+            "-o",
+            executable,
+        ],
+        capture_output=True,
+        text=True,
     )
     assert build.returncode == 0, build.stderr
     run = subprocess.run([executable], capture_output=True, text=True)

@@ -49,8 +49,12 @@ def layer_case(layer, batch, device, dtype):
         y = getattr(F, name)(x, w, **where)
         if bn:
             y = F.batch_norm(y, None, None, *bn, training=True)
-        return {"relu": F.relu, "leaky_relu": lambda z: F.leaky_relu(z, 0.2), "tanh": torch.tanh,
-                "identity": lambda z: z}[activation](y)
+        return {
+            "relu": F.relu,
+            "leaky_relu": lambda z: F.leaky_relu(z, 0.2),
+            "tanh": torch.tanh,
+            "identity": lambda z: z,
+        }[activation](y)
 
     return fused, plain, tensors, f"{name} {in_channels}->{out_channels} {size}px"
 
@@ -91,11 +95,16 @@ def layers(arguments, device):
             times = compare(calls, device)
             row = {"layer": name, "batch": batch, "error": error, "forward_flops": flops(layer, batch), "times": times}
             results.append(row)
-            ratio = {way: times[f"pytorch {way}"]["median_s"] / times[f"fastgan {way}"]["median_s"]
-                     for way in ("forward", "backward")}
-            print(f"{name:32s} batch {batch:5d}  forward {times['fastgan forward']['median_s'] * 1e6:8.1f} us "
-                  f"x{ratio['forward']:.2f}   backward {times['fastgan backward']['median_s'] * 1e6:8.1f} us "
-                  f"x{ratio['backward']:.2f}", flush=True)
+            ratio = {
+                way: times[f"pytorch {way}"]["median_s"] / times[f"fastgan {way}"]["median_s"]
+                for way in ("forward", "backward")
+            }
+            print(
+                f"{name:32s} batch {batch:5d}  forward {times['fastgan forward']['median_s'] * 1e6:8.1f} us "
+                f"x{ratio['forward']:.2f}   backward {times['fastgan backward']['median_s'] * 1e6:8.1f} us "
+                f"x{ratio['backward']:.2f}",
+                flush=True,
+            )
     return results
 
 
@@ -120,9 +129,14 @@ def entropies(device, shapes):
         times = compare({"fastgan": lambda: both(fastgan.ops.softmax_entropy), "pytorch": lambda: both(plain)}, device)
         seconds = times["fastgan"]["median_s"]
         moved = 3 * logits.numel() * logits.element_size()  # logits read twice, gradient written
-        results.append({"layer": f"softmax_entropy [{rows}, {classes}]", "error": error, "bytes": moved, "times": times})
-        print(f"softmax_entropy [{rows}, {classes}] forward + backward {seconds * 1e6:.1f} us "
-              f"({moved / seconds / 1e12:.2f} TB/s) x{times['pytorch']['median_s'] / seconds:.2f}", flush=True)
+        results.append(
+            {"layer": f"softmax_entropy [{rows}, {classes}]", "error": error, "bytes": moved, "times": times}
+        )
+        print(
+            f"softmax_entropy [{rows}, {classes}] forward + backward {seconds * 1e6:.1f} us "
+            f"({moved / seconds / 1e12:.2f} TB/s) x{times['pytorch']['median_s'] / seconds:.2f}",
+            flush=True,
+        )
     return results
 
 

@@ -12,8 +12,13 @@ import torch
 
 def machine() -> dict:
     """What the numbers belong to."""
-    facts = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "cuda": torch.version.cuda,
-             "python": platform.python_version(), "cpu_count": torch.get_num_threads()}
+    facts = {
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "cpu_count": torch.get_num_threads(),
+    }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cudnn"] = torch.backends.cudnn.version()
@@ -57,7 +62,10 @@ def compare(candidates: dict, device: torch.device, rounds: int = 15, target_sec
         for name, function in candidates.items():
             samples[name].append(_seconds(function, device, calls[name]))
     return {
-        name: {"median_s": statistics.median(values), "p20_s": sorted(values)[len(values) // 5],
-               "p80_s": sorted(values)[len(values) * 4 // 5]}
+        name: {
+            "median_s": statistics.median(values),
+            "p20_s": sorted(values)[len(values) // 5],
+            "p80_s": sorted(values)[len(values) * 4 // 5],
+        }
         for name, values in samples.items()
     }

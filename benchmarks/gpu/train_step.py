@@ -1,10 +1,10 @@
-"""A whole DCGAN training step (discriminator, generator, Adam): PyTorch's ways against fastgan, in one process, in turn.
+"""A whole DCGAN training step (discriminator, generator, Adam): PyTorch's ways against fastgan, in one process.
 
     python benchmarks/gpu/train_step.py --output train_step.json [--device cuda] [--seconds 210]
 
 Configurations: eager (float32, contiguous); channels_last + bfloat16 autocast; the same captured in a CUDA graph; the
-same under torch.compile; fused by fastgan; fused and captured. A configuration that no longer fits --seconds is left out
-and said so.
+same under torch.compile; fused by fastgan; fused and captured. A configuration that no longer fits --seconds is left
+out and said so.
 """
 
 import argparse
@@ -38,11 +38,15 @@ class Step:
             adam |= dict(fused=True, capturable=True)
         self.optimizers = [torch.optim.Adam(n.parameters(), **adam) for n in (self.generator, self.discriminator)]
         self.noise = torch.randn(batch, self.generator.latent_dim, device=device)
-        self.run = torch.compile(self.losses_and_gradients, mode=compile_mode) if compile_mode else self.losses_and_gradients
+        self.run = (
+            torch.compile(self.losses_and_gradients, mode=compile_mode) if compile_mode else self.losses_and_gradients
+        )
 
     def losses_and_gradients(self):
         """Gradients of the discriminator, then of the generator; the two losses."""
-        generator_parameters, discriminator_parameters = (list(n.parameters()) for n in (self.generator, self.discriminator))
+        generator_parameters, discriminator_parameters = (
+            list(n.parameters()) for n in (self.generator, self.discriminator)
+        )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
             fake = self.generator(self.noise)
             real_logits, fake_logits = self.discriminator(self.real), self.discriminator(fake.detach())
@@ -109,7 +113,9 @@ def main():
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=210, help="leave out what does not fit into this")
-    parser.add_argument("--cases", nargs="+", default=["64x3x128", "32x1x128", "64x3x1024"], help="size x channels x batch")
+    parser.add_argument(
+        "--cases", nargs="+", default=["64x3x128", "32x1x128", "64x3x1024"], help="size x channels x batch"
+    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     begin, torch.backends.cudnn.benchmark = time.monotonic(), True
@@ -121,7 +127,9 @@ def main():
         for name, build in configurations(device, image_size, channels, batch):
             before = time.monotonic()
             if before - begin + slowest > arguments.seconds:
-                print(f"{case} {name}: left out, {before - begin:.0f} s of {arguments.seconds:.0f} s are gone", flush=True)
+                print(
+                    f"{case} {name}: left out, {before - begin:.0f} s of {arguments.seconds:.0f} s are gone", flush=True
+                )
                 continue
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -132,9 +140,12 @@ def main():
         times = compare(ready, device, rounds=9, target_seconds=0.05)
         fastest = min((n for n in times if not n.startswith("fastgan")), key=lambda n: times[n]["median_s"])
         for name, row in times.items():
-            print(f"{case} {name:32s} {row['median_s'] * 1e3:8.3f} ms  {batch / row['median_s']:10.0f} images/s  "
-                  f"x{times['eager float32']['median_s'] / row['median_s']:.2f} of eager  "
-                  f"x{times[fastest]['median_s'] / row['median_s']:.2f} of {fastest}", flush=True)
+            print(
+                f"{case} {name:32s} {row['median_s'] * 1e3:8.3f} ms  {batch / row['median_s']:10.0f} images/s  "
+                f"x{times['eager float32']['median_s'] / row['median_s']:.2f} of eager  "
+                f"x{times[fastest]['median_s'] / row['median_s']:.2f} of {fastest}",
+                flush=True,
+            )
         results.append({"image_size": image_size, "channels": channels, "batch": batch, "times": times})
         write(arguments.output, results)
 

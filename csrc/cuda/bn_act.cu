@@ -13,7 +13,7 @@ namespace fastgan::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMergeChannels = 8;   // one 32-byte sector of a row of tiles
+constexpr int kMergeChannels = 8;  // one 32-byte sector of a row of tiles
 constexpr int kMergeLanes = 32;
 constexpr int64_t kTargetTiles = 1024;  // several blocks for each of up to 148 multiprocessors
 constexpr int64_t kMinTileVectors = 2;  // vectors a thread handles at least, so that partial results stay few
@@ -23,13 +23,13 @@ constexpr int64_t kMinTileVectors = 2;  // vectors a thread handles at least, so
 // that channel's outer * inner_vectors.
 struct Traversal {
   int64_t channels, inner;
-  int64_t rows;           // outer, or outer * inner_vectors
+  int64_t rows;  // outer, or outer * inner_vectors
   int64_t rows_per_tile;
   int64_t tiles;
   int64_t inner_vectors;
   int channel_blocks;
-  int channel_lanes;      // a power of two
-  bool aligned;           // every vector is whole and aligned to 16 bytes
+  int channel_lanes;  // a power of two
+  bool aligned;       // every vector is whole and aligned to 16 bytes
 };
 
 int vector_size(DataType type) { return 16 / size_of(type); }
@@ -73,7 +73,7 @@ template <typename T, bool kPlanar>
 struct Walk {
   int64_t tile, channel;  // channel: the first one of the vector
   int64_t row, row_end;
-  int row_step, count;    // count: valid channels of the vector (channels_last only)
+  int row_step, count;  // count: valid channels of the vector (channels_last only)
 
   __device__ explicit Walk(const Traversal& t) {
     const int lane = static_cast<int>(threadIdx.x) % t.channel_lanes;
@@ -358,7 +358,8 @@ __device__ __forceinline__ void fold(const float* weight, const float* bias, int
   shift[channel] = fmaf(-mean, product, bias != nullptr ? bias[channel] : 0.0f);
 }
 
-__device__ __forceinline__ void write_batch_norm(const BatchNormForwardArgs& p, int64_t channel, float mean, float var) {
+__device__ __forceinline__ void write_batch_norm(const BatchNormForwardArgs& p, int64_t channel, float mean,
+                                                 float var) {
   const float invstd = 1.0f / sqrtf(var + p.eps);
   p.mean[channel] = mean;
   p.invstd[channel] = invstd;
@@ -389,7 +390,8 @@ __global__ void __launch_bounds__(kThreads) batch_norm_forward_kernel(MergeForwa
   const auto count_of = [&](int64_t tile) { return double{t.count[tile / t.rows_per_count]}; };
   const double mean =
       merge_tiles(valid ? t.tiles : 0,
-                  [&](int64_t tile) { return count_of(tile) * double{t.mean[tile * p.channels + channel]}; }) * params.per_value;
+                  [&](int64_t tile) { return count_of(tile) * double{t.mean[tile * p.channels + channel]}; }) *
+      params.per_value;
   const double m2 = merge_tiles(valid ? t.tiles : 0, [&](int64_t tile) {
     const double delta = double{t.mean[tile * p.channels + channel]} - mean;
     return double{t.m2[tile * p.channels + channel]} + count_of(tile) * delta * delta;
@@ -414,11 +416,11 @@ __global__ void __launch_bounds__(kThreads) batch_norm_backward_kernel(MergeBack
   const int64_t channel = int64_t{blockIdx.x} * kMergeChannels + threadIdx.x % kMergeChannels;
   const bool valid = channel < p.channels;
   const GradientTiles& t = p.tiles;
-  const double sum_dz = merge_tiles(
-      valid ? t.tiles : 0, [&](int64_t tile) { return double{t.sum_dz[tile * p.channels + channel]}; });
-  const double sum_dz_xhat =
-      merge_tiles(valid && t.sum_dz_xhat != nullptr ? t.tiles : 0,
-                  [&](int64_t tile) { return double{t.sum_dz_xhat[tile * p.channels + channel]}; });
+  const double sum_dz =
+      merge_tiles(valid ? t.tiles : 0, [&](int64_t tile) { return double{t.sum_dz[tile * p.channels + channel]}; });
+  const double sum_dz_xhat = merge_tiles(valid && t.sum_dz_xhat != nullptr ? t.tiles : 0, [&](int64_t tile) {
+    return double{t.sum_dz_xhat[tile * p.channels + channel]};
+  });
   if (!valid || threadIdx.x >= kMergeChannels) return;
   p.sum_dz[channel] = static_cast<float>(sum_dz);
   if (p.sum_dz_xhat != nullptr) p.sum_dz_xhat[channel] = static_cast<float>(sum_dz_xhat);
@@ -464,7 +466,8 @@ static_assert(kMergeChannels * kMergeLanes == kThreads, "merge_tiles gives every
 int64_t bn_act_tiles(const BnActShape& shape) { return tile_count(shape); }
 
 cudaError_t batch_statistics_launch(const BatchStatisticsArgs& args, cudaStream_t stream) {
-  const StatisticsParams params{make_traversal(args.shape, args.type, is_aligned16(args.input)), args.input, args.tiles};
+  const StatisticsParams params{make_traversal(args.shape, args.type, is_aligned16(args.input)), args.input,
+                                args.tiles};
   return dispatch(args.type, args.shape, [&](auto zero, auto planar) {
     return launch(batch_statistics_kernel<decltype(zero), planar.value>, grid_of(params.traversal), kThreads,
                   kThreads * sizeof(Moments), stream, params);

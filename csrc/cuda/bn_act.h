@@ -31,13 +31,14 @@ struct ActivationSpec {
 };
 
 // A tile's number of values, their mean, and the sum of their squared deviations from it.
-// Rows of `mean` and `m2` outnumber entries of `count` by `rows_per_count` (k4 s1 p0 on 1x1: 16 output positions a row).
+// Rows of `mean` and `m2` outnumber entries of `count` by `rows_per_count` (k4 s1 p0 on 1x1: 16 output positions a
+// row).
 struct StatisticsTiles {
-  int64_t tiles = 0;           // rows of mean and m2
+  int64_t tiles = 0;  // rows of mean and m2
   int64_t rows_per_count = 1;
-  float* mean = nullptr;       // [tiles, channels]
-  float* m2 = nullptr;         // [tiles, channels]
-  float* count = nullptr;      // [tiles / rows_per_count]
+  float* mean = nullptr;   // [tiles, channels]
+  float* m2 = nullptr;     // [tiles, channels]
+  float* count = nullptr;  // [tiles / rows_per_count]
 };
 
 // A tile's sums of dz and of dz * xhat.
@@ -111,17 +112,17 @@ struct BnActBackwardArgs {
   BnActShape shape;
   DataType type;
   const void* grad_output;
-  const void* input;               // the convolution's raw output
-  const float* scale = nullptr;    // [channels]
-  const float* shift = nullptr;    // [channels]
-  const float* mean = nullptr;     // [channels]; for the reduction
-  const float* invstd = nullptr;   // [channels]; for the reduction
+  const void* input;              // the convolution's raw output
+  const float* scale = nullptr;   // [channels]
+  const float* shift = nullptr;   // [channels]
+  const float* mean = nullptr;    // [channels]; for the reduction
+  const float* invstd = nullptr;  // [channels]; for the reduction
   ActivationSpec activation;
-  GradientTiles tiles;             // out of the reduction
-  const float* a = nullptr;        // [channels]; for the application, grad_input = a * dz + b * input + c
-  const float* b = nullptr;        // [channels]; null: 0, as in evaluation mode
-  const float* c = nullptr;        // [channels]; null: 0
-  void* grad_input = nullptr;      // out of the application; may be grad_output
+  GradientTiles tiles;         // out of the reduction
+  const float* a = nullptr;    // [channels]; for the application, grad_input = a * dz + b * input + c
+  const float* b = nullptr;    // [channels]; null: 0, as in evaluation mode
+  const float* c = nullptr;    // [channels]; null: 0
+  void* grad_input = nullptr;  // out of the application; may be grad_output
 };
 cudaError_t bn_act_backward_reduce_launch(const BnActBackwardArgs& args, cudaStream_t stream);
 cudaError_t bn_act_backward_apply_launch(const BnActBackwardArgs& args, cudaStream_t stream);

@@ -61,8 +61,8 @@ bool gather_uses_large_tile(const Conv4x4Args& args, const Product& product) {
 }
 
 bool aligned_prologue(const Conv4x4Prologue& p) {
-  return is_aligned16(p.scale) && is_aligned16(p.shift) && is_aligned16(p.y) && is_aligned16(p.a) && is_aligned16(p.b) &&
-         is_aligned16(p.c);
+  return is_aligned16(p.scale) && is_aligned16(p.shift) && is_aligned16(p.y) && is_aligned16(p.a) &&
+         is_aligned16(p.b) && is_aligned16(p.c);
 }
 
 WindowOperand make_operand(const void* x, const Conv4x4Prologue& prologue, int64_t height, int64_t width,
@@ -164,15 +164,16 @@ Split split_of(const Conv4x4WeightGradientArgs& args) {
 
 bool indices_fit(const Conv4x4Geometry& g) {
   const int64_t pixels = g.batch * (g.large_height + 1) * (g.large_width + 1);
-  return pixels < kMaxIndex - 128 && kTaps * g.large_channels < kMaxIndex - 256 && 4 * g.small_channels < kMaxIndex - 256;
+  return pixels < kMaxIndex - 128 && kTaps * g.large_channels < kMaxIndex - 256 &&
+         4 * g.small_channels < kMaxIndex - 256;
 }
 
 }  // namespace
 
 bool conv4x4s2_weight_gradient_supported(const Conv4x4Geometry& g) {
   return g.batch >= 1 && g.small_channels >= 1 && g.large_channels >= 1 &&
-         grid_matches(g.small_height, g.large_height, g.stride) && grid_matches(g.small_width, g.large_width, g.stride) &&
-         indices_fit(g);
+         grid_matches(g.small_height, g.large_height, g.stride) &&
+         grid_matches(g.small_width, g.large_width, g.stride) && indices_fit(g);
 }
 
 bool conv4x4s2_supported(const Conv4x4Geometry& g, Conv4x4Direction direction) {
@@ -188,9 +189,15 @@ size_t conv4x4s2_packed_bytes(const Conv4x4PackArgs& args) {
 cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs& args, cudaStream_t stream) {
   const Product product = product_of(args.geometry, args.direction);
   const WeightStrides strides(args.weight_layout, args.geometry.large_channels);
-  const PackParams params{args.weight, strides, args.packed, args.geometry.small_channels, args.geometry.large_channels,
-                          product.columns, padded_depth(product, args.type),
-                          args.direction == Conv4x4Direction::up, product.from_pixel};
+  const PackParams params{args.weight,
+                          strides,
+                          args.packed,
+                          args.geometry.small_channels,
+                          args.geometry.large_channels,
+                          product.columns,
+                          padded_depth(product, args.type),
+                          args.direction == Conv4x4Direction::up,
+                          product.from_pixel};
   if (params.depth_padded != product.depth) {
     const cudaError_t error = clear_async(args.packed, conv4x4s2_packed_bytes(args), stream);
     if (error != cudaSuccess) return error;
@@ -272,8 +279,10 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
   if (!conv4x4s2_weight_gradient_supported(g)) return cudaErrorInvalidValue;
   const Split split = split_of(args);
   WeightGradientParams p{};
-  p.small = make_operand(args.small, args.small_prologue, g.small_height, g.small_width, g.small_channels, 0, args.type);
-  p.large = make_operand(args.large, args.large_prologue, g.large_height, g.large_width, g.large_channels, 2, args.type);
+  p.small =
+      make_operand(args.small, args.small_prologue, g.small_height, g.small_width, g.small_channels, 0, args.type);
+  p.large =
+      make_operand(args.large, args.large_prologue, g.large_height, g.large_width, g.large_channels, 2, args.type);
   p.small_image = g.small_height * g.small_width;
   p.large_image = g.large_height * g.large_width;
   p.pixels = static_cast<int>(g.batch * p.small_image);
@@ -296,7 +305,8 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
     });
   });
   if (error != cudaSuccess) return error;
-  const WeightReduceParams reduce{p.partial, static_cast<int>(split.splits), g.small_channels, g.large_channels,
+  const WeightReduceParams reduce{p.partial,        static_cast<int>(split.splits),
+                                  g.small_channels, g.large_channels,
                                   args.grad_weight, WeightStrides(args.weight_layout, g.large_channels)};
   const dim3 grid(static_cast<unsigned>(divide_up(g.small_channels * g.large_channels, kReduceThreads)));
   switch (args.weight_type) {

@@ -10,7 +10,8 @@
 //   conv4x4s2_weight_gradient_launch
 //
 // Activations are channels_last, dense: [batch, height, width, channels]. Weights are PyTorch's:
-// [small_channels, large_channels, 4, 4] for both kinds of layer, in either memory format. Per-channel arrays are float32.
+// [small_channels, large_channels, 4, 4] for both kinds of layer, in either memory format. Per-channel arrays are
+// float32.
 //
 // Every function launches on `stream`, allocates nothing, does not synchronise, and returns the launch's error.
 #pragma once
@@ -50,10 +51,10 @@ struct Conv4x4Prologue {
   const float* scale = nullptr;  // [channels]; null: 1
   const float* shift = nullptr;  // [channels]; null: 0
   ActivationSpec activation;
-  const void* y = nullptr;    // shaped like x
-  const float* a = nullptr;   // [channels]
-  const float* b = nullptr;   // [channels]
-  const float* c = nullptr;   // [channels]
+  const void* y = nullptr;   // shaped like x
+  const float* a = nullptr;  // [channels]
+  const float* b = nullptr;  // [channels]
+  const float* c = nullptr;  // [channels]
 };
 
 // What happens to the float32 sums before they are stored.
@@ -81,7 +82,7 @@ struct Conv4x4Args {
   Conv4x4Direction direction = Conv4x4Direction::down;
   DataType type = DataType::float32;
   Conv4x4Math math = Conv4x4Math::float32;
-  int multiprocessors = 132;        // of the device
+  int multiprocessors = 132;  // of the device
   const void* input = nullptr;
   const void* packed_weight = nullptr;  // by conv4x4s2_pack_launch
   void* output = nullptr;
@@ -96,12 +97,12 @@ enum class Conv4x4WeightLayout : int { contiguous = 0, channels_last };
 struct Conv4x4PackArgs {
   Conv4x4Geometry geometry;
   Conv4x4Direction direction = Conv4x4Direction::down;
-  DataType type = DataType::float32;         // of the activations and of the packed weights
+  DataType type = DataType::float32;  // of the activations and of the packed weights
   Conv4x4Math math = Conv4x4Math::float32;
   DataType weight_type = DataType::float32;  // float32 master weights need no separate cast
   Conv4x4WeightLayout weight_layout = Conv4x4WeightLayout::contiguous;
-  const void* weight = nullptr;              // [small_channels, large_channels, 4, 4]
-  void* packed = nullptr;                    // conv4x4s2_packed_bytes, aligned to 16 bytes
+  const void* weight = nullptr;  // [small_channels, large_channels, 4, 4]
+  void* packed = nullptr;        // conv4x4s2_packed_bytes, aligned to 16 bytes
 };
 size_t conv4x4s2_packed_bytes(const Conv4x4PackArgs& args);
 cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs& args, cudaStream_t stream);

@@ -1,5 +1,5 @@
-// Main loops F and T and the matrix-product form: output[pixel, column] = sum over j of window(pixel)[j] weight[column, j],
-// an implicit matrix product over the windows' columns.
+// Main loops F and T and the matrix-product form: output[pixel, column] = sum over j of window(pixel)[j] weight[column,
+// j], an implicit matrix product over the windows' columns.
 //
 //   down, stride 2     one window of 4x4 taps an output pixel
 //   up, stride 2       four phases (output row and column parity), each a convolution with 2x2 taps: no multiplication
@@ -7,8 +7,8 @@
 //   down, stride 1     4x4 taps; from a 4x4 picture to 1x1 this is a matrix product
 //   up from 1x1        one tap, 16 * channels columns: a matrix product whose output row is the 4x4 picture
 //
-// Three stages of shared memory, one barrier an iteration. Weights come by cp.async. Windows do too (kDirect) if there is
-// nothing to do to them; else they pass through registers, loaded two stages ahead, transformed and stored after the
+// Three stages of shared memory, one barrier an iteration. Weights come by cp.async. Windows do too (kDirect) if there
+// is nothing to do to them; else they pass through registers, loaded two stages ahead, transformed and stored after the
 // multiplication.
 #pragma once
 
@@ -22,24 +22,26 @@ struct GatherParams {
   const void* weight;  // [phases, columns, depth_padded]
   void* output;
   Conv4x4Epilogue epilogue;
-  int64_t input_image;   // pixels of an input image
-  int64_t rows;          // batch * grid_height * grid_width
+  int64_t input_image;  // pixels of an input image
+  int64_t rows;         // batch * grid_height * grid_width
   int columns;
-  int depth_padded;      // of a row of weights: input.columns rounded up to 16 bytes
+  int depth_padded;             // of a row of weights: input.columns rounded up to 16 bytes
   int grid_height, grid_width;  // windows an image has in one phase
   FastDivisor grid_size, grid_width_divisor;
-  int window_step, window_origin;  // first pixel of window p: p * step + origin (+ phase parity)
+  int window_step, window_origin;                // first pixel of window p: p * step + origin (+ phase parity)
   int output_height, output_width, output_step;  // output pixel of window p: p * step + phase parity
-  int channels;                // epilogue arrays have this many entries; column j is channel j % channels
+  int channels;  // epilogue arrays have this many entries; column j is channel j % channels
   FastDivisor channel_divisor;
   int row_tiles, column_tiles;
-  bool paired_output;          // two neighbouring columns can be stored and read as one access
+  bool paired_output;  // two neighbouring columns can be stored and read as one access
 };
 
 template <typename T>
 __device__ __forceinline__ void load_pair(const T* p, bool paired, bool second, float (&values)[2]) {
   if (paired) {
-    struct alignas(2 * sizeof(T)) Pair { T first, second; };
+    struct alignas(2 * sizeof(T)) Pair {
+      T first, second;
+    };
     const Pair pair = *reinterpret_cast<const Pair*>(p);
     values[0] = to_float(pair.first);
     values[1] = to_float(pair.second);
@@ -52,7 +54,9 @@ __device__ __forceinline__ void load_pair(const T* p, bool paired, bool second, 
 template <typename T>
 __device__ __forceinline__ void store_pair(T* p, bool paired, bool second, const float (&values)[2]) {
   if (paired) {
-    struct alignas(2 * sizeof(T)) Pair { T first, second; } pair;
+    struct alignas(2 * sizeof(T)) Pair {
+      T first, second;
+    } pair;
     from_float(values[0], pair.first);
     from_float(values[1], pair.second);
     *reinterpret_cast<Pair*>(p) = pair;

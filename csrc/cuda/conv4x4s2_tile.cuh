@@ -28,7 +28,7 @@ struct Float32Math {
 };
 
 constexpr int kStages = 3;
-constexpr int kDepthBytes = 64;             // of the summed dimension in a stage
+constexpr int kDepthBytes = 64;  // of the summed dimension in a stage
 constexpr int kRowBytes = kDepthBytes + 16;
 constexpr int kChunksPerRow = kDepthBytes / 16;
 
@@ -166,8 +166,8 @@ __device__ __forceinline__ void multiply_pixel_stage(const char* a, const char* 
 #pragma unroll
       for (int j = 0; j < Tile::kColumnTiles; j += 2) {
         uint32_t loaded[4];
-        load_matrix_x4_transposed(loaded, b + (step + lane % 16) * kBRow +
-                                              (sums.first_column() + j * 8 + lane / 16 * 8) * 2);
+        load_matrix_x4_transposed(loaded,
+                                  b + (step + lane % 16) * kBRow + (sums.first_column() + j * 8 + lane / 16 * 8) * 2);
         b_fragments[j][0] = loaded[0];
         b_fragments[j][1] = loaded[1];
         b_fragments[j + 1][0] = loaded[2];

@@ -349,7 +349,8 @@ struct Gradients {
     conditional = p.grad_conditional != nullptr ? *p.grad_conditional / rows : 0.0f;
     marginal = p.grad_marginal != nullptr ? *p.grad_marginal / rows : 0.0f;
     const int64_t count = p.labels != nullptr ? *p.label_count : 0;
-    cross_entropy = p.grad_cross_entropy != nullptr && count > 0 ? *p.grad_cross_entropy / static_cast<float>(count) : 0.0f;
+    cross_entropy =
+        p.grad_cross_entropy != nullptr && count > 0 ? *p.grad_cross_entropy / static_cast<float>(count) : 0.0f;
   }
 
   // log_p: clamped, so that 0 log 0 = 0

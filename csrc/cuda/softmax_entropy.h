@@ -20,14 +20,14 @@ struct SoftmaxEntropyArgs {
   int64_t classes = 0;     // at least 1
   int64_t row_stride = 0;  // of the logits, in elements; the classes of a row lie side by side
   DataType type = DataType::float32;
-  const void* logits = nullptr;             // [rows, classes]
-  const int64_t* labels = nullptr;          // [rows]; null: no row carries one
-  int64_t ignore_index = -100;              // the label of a row that carries none
-  const int64_t* label_count = nullptr;     // [1], rows whose label is not ignore_index; needed with labels
-  int multiprocessors = 132;                // of the device
-  void* workspace = nullptr;                // softmax_entropy_workspace_bytes(args), aligned to 16 bytes
-  float* mean_probabilities = nullptr;      // [classes], q: out of forward, into backward
-  float* log_normalizer = nullptr;          // [rows], log s: out of forward
+  const void* logits = nullptr;          // [rows, classes]
+  const int64_t* labels = nullptr;       // [rows]; null: no row carries one
+  int64_t ignore_index = -100;           // the label of a row that carries none
+  const int64_t* label_count = nullptr;  // [1], rows whose label is not ignore_index; needed with labels
+  int multiprocessors = 132;             // of the device
+  void* workspace = nullptr;             // softmax_entropy_workspace_bytes(args), aligned to 16 bytes
+  float* mean_probabilities = nullptr;   // [classes], q: out of forward, into backward
+  float* log_normalizer = nullptr;       // [rows], log s: out of forward
   // Out of forward, in nats. cross_entropy is 0 without labels, NaN where a label is out of range.
   float* conditional = nullptr;
   float* marginal = nullptr;
@@ -36,7 +36,7 @@ struct SoftmaxEntropyArgs {
   const float* grad_conditional = nullptr;
   const float* grad_marginal = nullptr;
   const float* grad_cross_entropy = nullptr;
-  void* grad_logits = nullptr;              // [rows, classes], dense, out of backward
+  void* grad_logits = nullptr;  // [rows, classes], dense, out of backward
 };
 
 // Forward's scratch; backward needs none.

@@ -32,7 +32,8 @@ inline cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream();
 
 // Scratch memory from PyTorch's allocator: on the current stream, and capturable in a CUDA graph.
 inline at::Tensor scratch(const at::Tensor& like, size_t bytes) {
-  return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+  return at::empty({static_cast<int64_t>(bytes)},
+                   like.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
 }
 
 }  // namespace fastgan

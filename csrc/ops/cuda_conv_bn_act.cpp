@@ -2,17 +2,14 @@
 // channels_last; everything else runs ATen's convolution (cuDNN) between the fused batch-norm and activation kernels.
 // float64 runs on ATen's operators.
 //
-// All launches are on the current stream, allocate through PyTorch and never synchronise: a CUDA graph can capture them.
+// All launches are on the current stream, allocate through PyTorch and never synchronise: a CUDA graph can capture
+// them.
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/native/ConvUtils.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/ones_like.h>
-#include <ATen/ops/relu.h>
-#include <ATen/ops/sigmoid.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -49,9 +46,7 @@ cuda::BnActShape kernel_shape(const Tensor& tensor) {  // [N, C, H, W], dense
 
 float* floats(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr<float>() : nullptr; }
 
-Tensor as_float(const OptionalTensor& array) {
-  return defined(array) ? array->to(at::kFloat).contiguous() : Tensor();
-}
+Tensor as_float(const OptionalTensor& array) { return defined(array) ? array->to(at::kFloat).contiguous() : Tensor(); }
 
 Tensor empty_floats(const Tensor& like, at::IntArrayRef sizes) {
   return at::empty(sizes, like.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
@@ -75,14 +70,14 @@ std::vector<int64_t> output_sizes(const Tensor& input, const Tensor& weight, con
 std::optional<Conv4x4Geometry> fast_geometry(const Tensor& input, const Tensor& weight, const ConvLayer& layer,
                                              at::IntArrayRef output) {
   const auto both = [](IntArrayRef pair, int64_t value) { return pair[0] == value && pair[1] == value; };
-  const bool shape_known = weight.size(2) == 4 && weight.size(3) == 4 && layer.groups == 1 && both(layer.dilation, 1) &&
-                           ((both(layer.stride, 2) && both(layer.padding, 1)) ||
-                            (both(layer.stride, 1) && both(layer.padding, 0)));
+  const bool shape_known =
+      weight.size(2) == 4 && weight.size(3) == 4 && layer.groups == 1 && both(layer.dilation, 1) &&
+      ((both(layer.stride, 2) && both(layer.padding, 1)) || (both(layer.stride, 1) && both(layer.padding, 0)));
   if (!shape_known || input.scalar_type() == at::kDouble || input.numel() == 0) return std::nullopt;
   const at::IntArrayRef small = layer.transposed ? input.sizes() : output;
   const at::IntArrayRef large = layer.transposed ? output : input.sizes();
-  const Conv4x4Geometry geometry{small[0], small[2], small[3], small[1], large[2], large[3], large[1],
-                                 static_cast<int>(layer.stride[0])};
+  const Conv4x4Geometry geometry{small[0], small[2], small[3], small[1],
+                                 large[2], large[3], large[1], static_cast<int>(layer.stride[0])};
   if (!conv4x4s2_supported(geometry, Conv4x4Direction::down)) return std::nullopt;
   if (!conv4x4s2_supported(geometry, Conv4x4Direction::up)) return std::nullopt;
   return geometry;
@@ -110,9 +105,14 @@ cuda::Conv4x4WeightLayout weight_layout(at::MemoryFormat format) {
 void run_main_loop(const Conv4x4Geometry& geometry, Conv4x4Direction direction, const Tensor& input,
                    const Tensor& weight, const Tensor& output, cuda::Conv4x4Epilogue& epilogue, Tensor& tiles) {
   const Tensor dense_weight = weight.contiguous(weight_format(weight));
-  cuda::Conv4x4PackArgs pack{geometry, direction, cuda_type(input.scalar_type()), math_of(input),
-                             cuda_type(weight.scalar_type()), weight_layout(weight_format(weight)),
-                             dense_weight.const_data_ptr(), nullptr};
+  cuda::Conv4x4PackArgs pack{geometry,
+                             direction,
+                             cuda_type(input.scalar_type()),
+                             math_of(input),
+                             cuda_type(weight.scalar_type()),
+                             weight_layout(weight_format(weight)),
+                             dense_weight.const_data_ptr(),
+                             nullptr};
   const Tensor packed = scratch(input, conv4x4s2_packed_bytes(pack));
   pack.packed = packed.mutable_data_ptr();
   C10_CUDA_CHECK(conv4x4s2_pack_launch(pack, current_stream()));
@@ -189,16 +189,6 @@ Tensor in_output_format(const Tensor& output, const Tensor& input, const Tensor&
 
 Tensor channels(const Tensor& array) { return array.view({1, -1, 1, 1}); }
 
-Tensor apply_activation(const Tensor& z, const cuda::ActivationSpec& activation) {
-  switch (activation.kind) {
-    case Activation::relu: return at::relu(z);
-    case Activation::leaky_relu: return at::leaky_relu(z, activation.negative_slope);
-    case Activation::tanh: return at::tanh(z);
-    case Activation::sigmoid: return at::sigmoid(z);
-    default: return z;
-  }
-}
-
 // act'(z) from y = act(z)
 Tensor derivative_from_output(const Tensor& y, const cuda::ActivationSpec& activation) {
   switch (activation.kind) {
@@ -241,8 +231,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cuda(
     }
     const Tensor invstd = (var + eps).rsqrt();
     const Tensor xhat = (y - channels(mean)) * channels(invstd);
-    return {dense(apply_activation(with_bn_parameters(xhat, bn_weight, bn_bias), activation)), saved(y), mean.clone(),
-            invstd};
+    return {dense(activate(with_bn_parameters(xhat, bn_weight, bn_bias), activation.kind, activation.negative_slope)),
+            saved(y), mean.clone(), invstd};
   }
 
   const auto sizes = output_sizes(input, weight, layer);
@@ -270,7 +260,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cuda(
     const int64_t rows = cuda::bn_act_tiles(shape);
     tiles = empty_floats(y, {2 * rows * count + rows});
     batch_norm.tiles = {rows, 1, floats(tiles), floats(tiles) + rows * count, floats(tiles) + 2 * rows * count};
-    C10_CUDA_CHECK(cuda::batch_statistics_launch({shape, type, y.const_data_ptr(), batch_norm.tiles}, current_stream()));
+    C10_CUDA_CHECK(
+        cuda::batch_statistics_launch({shape, type, y.const_data_ptr(), batch_norm.tiles}, current_stream()));
   }
   const Tensor gamma = as_float(bn_weight), beta = as_float(bn_bias);
   const Tensor new_mean = as_float(running_mean), new_var = as_float(running_var);
@@ -293,19 +284,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cuda(
   if (training && defined(running_var) && !new_var.is_same(*running_var)) running_var->copy_(new_var);
 
   const Tensor output = save_for_backward ? at::empty_like(y) : y;
-  C10_CUDA_CHECK(cuda::scale_shift_act_launch({shape, type, y.const_data_ptr(), batch_norm.scale, batch_norm.shift, activation,
-                                         output.mutable_data_ptr()},
-                                        current_stream()));
+  C10_CUDA_CHECK(cuda::scale_shift_act_launch(
+      {shape, type, y.const_data_ptr(), batch_norm.scale, batch_norm.shift, activation, output.mutable_data_ptr()},
+      current_stream()));
   return {in_output_format(output, input, weight), saved(y), mean, invstd};
 }
 
 // The gradients the mask does not ask for come back with shape [0].
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cuda(
-    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& conv_output,
-    const Tensor& mean, const Tensor& invstd, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
-    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
-    int64_t groups, bool training, c10::string_view activation_name, double negative_slope,
-    std::array<bool, 5> output_mask) {
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& conv_output, const Tensor& mean,
+    const Tensor& invstd, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups,
+    bool training, c10::string_view activation_name, double negative_slope, std::array<bool, 5> output_mask) {
   const at::cuda::CUDAGuard device_guard(input.device());
   const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
   const cuda::ActivationSpec activation{parse_activation("conv_bn_act_backward", activation_name),
@@ -316,7 +306,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cuda(
   Tensor dy, sum_dz, sum_dz_xhat, scale;
   if (y.scalar_type() == at::kDouble) {
     const Tensor xhat = (y - channels(mean)) * channels(invstd);
-    const Tensor output = apply_activation(with_bn_parameters(xhat, bn_weight, bn_bias), activation);
+    const Tensor output =
+        activate(with_bn_parameters(xhat, bn_weight, bn_bias), activation.kind, activation.negative_slope);
     const Tensor dz = grad_output * derivative_from_output(output, activation);
     sum_dz = dz.sum({0, 2, 3});
     sum_dz_xhat = (dz * xhat).sum({0, 2, 3});
@@ -332,9 +323,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cuda(
     dy = at::empty_like(y);
     if (y.numel() > 0) {
       const Tensor gamma = as_float(bn_weight), beta = as_float(bn_bias);
-      C10_CUDA_CHECK(cuda::batch_norm_fold_launch({channel_count, floats(mean), floats(invstd), floats(gamma), floats(beta),
-                                             row(2), row(3)},
-                                            current_stream()));
+      C10_CUDA_CHECK(cuda::batch_norm_fold_launch(
+          {channel_count, floats(mean), floats(invstd), floats(gamma), floats(beta), row(2), row(3)},
+          current_stream()));
       const cuda::BnActShape shape = kernel_shape(y);
       const int64_t tile_count = cuda::bn_act_tiles(shape);
       const Tensor tiles = empty_floats(y, {2 * tile_count * channel_count});
@@ -395,7 +386,7 @@ Tensor conv_act_forward_cuda(const Tensor& input, const Tensor& weight, const Op
   const cuda::ActivationSpec activation{parse_activation("conv_act_forward", activation_name),
                                         static_cast<float>(negative_slope)};
   if (input.scalar_type() == at::kDouble) {
-    return dense(apply_activation(convolution(input, weight, bias, layer), activation));
+    return dense(activate(convolution(input, weight, bias, layer), activation.kind, activation.negative_slope));
   }
   const auto sizes = output_sizes(input, weight, layer);
   if (const auto geometry = fast_geometry(input, weight, layer, sizes)) {
@@ -411,16 +402,18 @@ Tensor conv_act_forward_cuda(const Tensor& input, const Tensor& weight, const Op
   }
   const Tensor y = dense(convolution(input, weight, bias, layer));
   if (activation.kind == Activation::identity || y.numel() == 0) return y;
-  C10_CUDA_CHECK(cuda::scale_shift_act_launch({kernel_shape(y), cuda_type(y.scalar_type()), y.const_data_ptr(), nullptr, nullptr,
-                                         activation, y.mutable_data_ptr()},
-                                        current_stream()));
+  C10_CUDA_CHECK(cuda::scale_shift_act_launch({kernel_shape(y), cuda_type(y.scalar_type()), y.const_data_ptr(), nullptr,
+                                               nullptr, activation, y.mutable_data_ptr()},
+                                              current_stream()));
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_act_backward_cuda(
-    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& output, IntArrayRef stride,
-    IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups,
-    c10::string_view activation_name, double negative_slope, std::array<bool, 3> output_mask) {
+std::tuple<Tensor, Tensor, Tensor> conv_act_backward_cuda(const Tensor& grad_output, const Tensor& input,
+                                                          const Tensor& weight, const Tensor& output,
+                                                          IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                                          bool transposed, IntArrayRef output_padding, int64_t groups,
+                                                          c10::string_view activation_name, double negative_slope,
+                                                          std::array<bool, 3> output_mask) {
   const at::cuda::CUDAGuard device_guard(input.device());
   const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
   const cuda::ActivationSpec activation{parse_activation("conv_act_backward", activation_name),
@@ -441,9 +434,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_act_backward_cuda(
       const int64_t tile_count = cuda::bn_act_tiles(shape);
       const Tensor tiles = output_mask[2] ? empty_floats(y, {tile_count * y.size(1)}) : Tensor();
       const cuda::GradientTiles sums{tile_count, floats(tiles), nullptr};
-      C10_CUDA_CHECK(cuda::act_backward_launch({shape, cuda_type(y.scalar_type()), grad.const_data_ptr(), y.const_data_ptr(),
-                                          activation, dy.mutable_data_ptr(), sums},
-                                         current_stream()));
+      C10_CUDA_CHECK(cuda::act_backward_launch({shape, cuda_type(y.scalar_type()), grad.const_data_ptr(),
+                                                y.const_data_ptr(), activation, dy.mutable_data_ptr(), sums},
+                                               current_stream()));
       if (output_mask[2]) {
         cuda::BatchNormBackwardArgs merge;
         merge.channels = y.size(1);

@@ -21,8 +21,9 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_b
     void (*kernel)(Args);
     const Args* args;
   } context{kernel, &args};
-  run_grid(grid, threads, shared_bytes,
-           [](void* c) { static_cast<Context*>(c)->kernel(*static_cast<Context*>(c)->args); }, &context);
+  run_grid(
+      grid, threads, shared_bytes, [](void* c) { static_cast<Context*>(c)->kernel(*static_cast<Context*>(c)->args); },
+      &context);
   return cudaSuccess;
 }
 
@@ -53,7 +54,8 @@ struct LoadMatrixOperand {
   uint32_t (*registers)[4];
 };
 
-// Register j of lane l: elements (l / 4, 2 (l % 4) + {0, 1}) of matrix j; transposed, elements (2 (l % 4) + {0, 1}, l / 4).
+// Register j of lane l: elements (l / 4, 2 (l % 4) + {0, 1}) of matrix j; transposed, elements (2 (l % 4) + {0, 1}, l /
+// 4).
 template <bool kTransposed>
 void load_matrix_combine(void* const operands[32]) {
   for (int matrix = 0; matrix < 4; ++matrix) {
@@ -92,7 +94,7 @@ struct MmaOperand {
 template <int kDepth>
 void multiply_add(void* const operands[32], const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
   for (int lane = 0; lane < 32; ++lane) {
-    float(&c)[4] = *static_cast<MmaOperand*>(operands[lane])->c;
+    float (&c)[4] = *static_cast<MmaOperand*>(operands[lane])->c;
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
       float sum = c[i];

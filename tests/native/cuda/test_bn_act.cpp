@@ -132,13 +132,15 @@ void training_case(const Case& c) {
   }
   for (int64_t i = 0; i < size; ++i) {
     const int64_t k = c.channel_of(i);
-    want_grad[i] = (affine ? weight[k] : 1.0) / std::sqrt(var[k] + eps) *
-                   (dz[i] - sum_dz[k] / n - xhat[i] * sum_dz_xhat[k] / n);
+    want_grad[i] =
+        (affine ? weight[k] : 1.0) / std::sqrt(var[k] + eps) * (dz[i] - sum_dz[k] / n - xhat[i] * sum_dz_xhat[k] / n);
   }
   // A kink of the activation may fall on the other side of 0 by rounding; the inputs are random, so it does not.
   const double exact = 3e-6 * (1 + std::abs(c.mean)), stored = exact + rounding_of(c.type);
   const Values vectors = outputs[0].values();
-  const auto vector = [&](int i) { return Values(vectors.begin() + i * channels, vectors.begin() + (i + 1) * channels); };
+  const auto vector = [&](int i) {
+    return Values(vectors.begin() + i * channels, vectors.begin() + (i + 1) * channels);
+  };
   expect_close(c.name() + " mean", vector(0), mean, exact);
   expect_close(c.name() + " folded scale", vector(9), vector(2), 0);
   expect_close(c.name() + " folded shift", vector(10), vector(3), 0);
@@ -166,7 +168,12 @@ void inference_case(const Case& c) {
     inference.mean = vectors.floats(), inference.invstd = vectors.floats() + channels;
     inference.scale = vectors.floats() + 2 * channels, inference.shift = vectors.floats() + 3 * channels;
     expect_success(c.name(), batch_norm_inference_launch(inference, nullptr));
-    ActBackwardArgs backward{c.shape, c.type, grad_output.data(), output.data(), c.activation, grad.data(),
+    ActBackwardArgs backward{c.shape,
+                             c.type,
+                             grad_output.data(),
+                             output.data(),
+                             c.activation,
+                             grad.data(),
                              {tiles, partial.floats(), nullptr}};
     expect_success(c.name(), act_backward_launch(backward, nullptr));
     BatchNormBackwardArgs merge;
@@ -187,7 +194,9 @@ void inference_case(const Case& c) {
     sums[c.channel_of(i)] += want[i];
   }
   const Values vectors = outputs[0].values();
-  const auto vector = [&](int i) { return Values(vectors.begin() + i * channels, vectors.begin() + (i + 1) * channels); };
+  const auto vector = [&](int i) {
+    return Values(vectors.begin() + i * channels, vectors.begin() + (i + 1) * channels);
+  };
   expect_close(c.name() + " inference shift", vector(3), want_shift, 1e-6);
   expect_close(c.name() + " activation grad", outputs[1].values(), want, 1e-6 + rounding_of(c.type));
   expect_close(c.name() + " activation bias grad", vector(4), sums, 3e-5);
@@ -205,12 +214,12 @@ int main(int argc, char** argv) {
     ++cases;
   };
   const ActivationSpec relu{Activation::relu, 0.0f};
-  run({{37, 64, 1}, DataType::float32, relu, false, 100.0});     // |mean| >> deviation
+  run({{37, 64, 1}, DataType::float32, relu, false, 100.0});  // |mean| >> deviation
   run({{2, 3, 45}, DataType::float32, relu, false, 1000.0});
-  run({{700, 3, 1}, DataType::bfloat16, relu, false, 0.0});      // several tiles
+  run({{700, 3, 1}, DataType::bfloat16, relu, false, 0.0});  // several tiles
   run({{3, 5, 32 * 32}, DataType::float16, relu, false, 0.0});
   run({{5, 1, 1}, DataType::float32, relu, false, 0.0});
-  run({{20, 520, 1}, DataType::bfloat16, relu, false, 0.0});     // several blocks of channels
+  run({{20, 520, 1}, DataType::bfloat16, relu, false, 0.0});  // several blocks of channels
   for (int i = 0; i < 30; ++i) {
     Case c{};
     c.shape.channels = random_choice({1, 3, 8, 16, 31, 64, 100});

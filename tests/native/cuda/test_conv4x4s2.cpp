@@ -1,5 +1,5 @@
-// conv4x4s2 kernels (main loops F, T and W, the matrix-product forms, every prologue and epilogue) against naive float64
-// loops: odd channel counts, odd grids, all storage types, both tiles, misaligned pointers.
+// conv4x4s2 kernels (main loops F, T and W, the matrix-product forms, every prologue and epilogue) against naive
+// float64 loops: odd channel counts, odd grids, all storage types, both tiles, misaligned pointers.
 #include "../../../csrc/cuda/conv4x4s2.h"
 
 #include "testing.h"
@@ -14,8 +14,8 @@ struct Case {
   Conv4x4Geometry g;
   DataType type;
   Conv4x4Math math;
-  bool large_tile;   // by pretending that the device has one multiprocessor
-  bool misaligned;   // activations one element past a 16-byte boundary
+  bool large_tile;  // by pretending that the device has one multiprocessor
+  bool misaligned;  // activations one element past a 16-byte boundary
 
   int64_t small_size() const { return g.batch * g.small_height * g.small_width * g.small_channels; }
   int64_t large_size() const { return g.batch * g.large_height * g.large_width * g.large_channels; }
@@ -148,8 +148,10 @@ struct PrologueBuffers {
   Conv4x4Prologue prologue;
 
   PrologueBuffers(const PrologueCase& p, DataType type, bool misaligned)
-      : first(DataType::float32, p.coefficients[0]), second(DataType::float32, p.coefficients[1]),
-        third(DataType::float32, p.coefficients[2]), y(type, p.y, misaligned) {
+      : first(DataType::float32, p.coefficients[0]),
+        second(DataType::float32, p.coefficients[1]),
+        third(DataType::float32, p.coefficients[2]),
+        y(type, p.y, misaligned) {
     prologue.kind = p.kind;
     prologue.activation = p.activation;
     if (p.kind == Conv4x4Prologue::Kind::activate && !p.null_arrays) {
@@ -166,13 +168,15 @@ using Epilogue = Conv4x4Epilogue::Kind;
 
 void check_direction(const Case& c, Conv4x4Direction direction, Prologue prologue_kind, Epilogue epilogue_kind) {
   const bool down = direction == Conv4x4Direction::down;
-  const int64_t input_size = down ? c.large_size() : c.small_size(), output_size = down ? c.small_size() : c.large_size();
+  const int64_t input_size = down ? c.large_size() : c.small_size(),
+                output_size = down ? c.small_size() : c.large_size();
   const int64_t input_channels = down ? c.g.large_channels : c.g.small_channels;
   const int64_t channels = down ? c.g.small_channels : c.g.large_channels;
   const std::string name = c.name() + (down ? " down" : " up") + " prologue " +
                            std::to_string(static_cast<int>(prologue_kind)) + " epilogue " +
                            std::to_string(static_cast<int>(epilogue_kind));
-  const double depth = down ? 16.0 * static_cast<double>(input_channels) : (c.g.stride == 2 ? 4.0 : 1.0) * input_channels;
+  const double depth =
+      down ? 16.0 * static_cast<double>(input_channels) : (c.g.stride == 2 ? 4.0 : 1.0) * input_channels;
   const Values x = random_values(input_size, c.type);
   const DataType weight_type = random_integer(0, 1) == 0 ? DataType::float32 : c.type;
   const Values weight = random_values(c.weight_size(), weight_type, 0.0, 1 / std::sqrt(depth));
@@ -188,7 +192,8 @@ void check_direction(const Case& c, Conv4x4Direction direction, Prologue prologu
   int64_t tiles = 0, rows_per_count = 1;
   std::vector<Buffer> outputs;
   under_every_schedule(name, [&] {
-    Buffer input(c.type, x, c.misaligned), w(weight_type, in_layout(c, layout, weight)), output(c.type, output_size, c.misaligned);
+    Buffer input(c.type, x, c.misaligned), w(weight_type, in_layout(c, layout, weight)),
+        output(c.type, output_size, c.misaligned);
     Buffer bias_buffer(DataType::float32, bias), previous(c.type, y, c.misaligned);
     Buffer scales(DataType::float32, scale), shifts(DataType::float32, shift);
     Buffer means(DataType::float32, mean), invstds(DataType::float32, invstd);
@@ -226,13 +231,15 @@ void check_direction(const Case& c, Conv4x4Direction direction, Prologue prologu
   Values want = convolve(c, direction, operand, weight);
   double squares = 0;
   for (double value : operand) squares += value * value;
-  const double typical = std::sqrt(squares / static_cast<double>(input_size));  // of a sum, with weights ~ 1 / sqrt(depth)
+  const double typical =
+      std::sqrt(squares / static_cast<double>(input_size));  // of a sum, with weights ~ 1 / sqrt(depth)
   Values xhat(output_size);
   for (int64_t i = 0; i < output_size; ++i) {
     const int64_t k = i % channels;
     if (with_bias) want[i] += bias[k];
     if (epilogue_kind == Epilogue::bias_activation) want[i] = act(activation, want[i]);
-    if (epilogue_kind == Epilogue::activation_backward) want[i] *= act_derivative(activation, scale[k] * y[i] + shift[k]);
+    if (epilogue_kind == Epilogue::activation_backward)
+      want[i] *= act_derivative(activation, scale[k] * y[i] + shift[k]);
     xhat[i] = (y[i] - mean[k]) * invstd[k];
   }
   expect_close(name, outputs[0].values(), want, c.tolerance(), typical);
@@ -250,11 +257,13 @@ void check_direction(const Case& c, Conv4x4Direction direction, Prologue prologu
     for (int64_t t = 0; t < tiles; ++t) {
       for (int64_t k = 0; k < channels; ++k) {
         got_var[k] += (second[t * channels + k] +
-                       counts[t / rows_per_count] * std::pow(first[t * channels + k] - got_mean[k], 2)) / n;
+                       counts[t / rows_per_count] * std::pow(first[t * channels + k] - got_mean[k], 2)) /
+                      n;
       }
     }
     for (int64_t i = 0; i < output_size; ++i) want_mean[i % channels] += want[i] / n;
-    for (int64_t i = 0; i < output_size; ++i) want_var[i % channels] += std::pow(want[i] - want_mean[i % channels], 2) / n;
+    for (int64_t i = 0; i < output_size; ++i)
+      want_var[i % channels] += std::pow(want[i] - want_mean[i % channels], 2) / n;
     expect_close(name + " mean", got_mean, want_mean, c.tolerance());
     expect_close(name + " variance", got_var, want_var, 2 * c.tolerance());
   }

@@ -44,7 +44,8 @@ void run(const Case& c) {
     Buffer workspace(DataType::float32, static_cast<int64_t>(softmax_entropy_workspace_bytes(args) / 4));
     args.workspace = workspace.data();
     args.mean_probabilities = q.floats(), args.log_normalizer = log_normalizer.floats();
-    args.conditional = scalars.floats(), args.marginal = scalars.floats() + 1, args.cross_entropy = scalars.floats() + 2;
+    args.conditional = scalars.floats(), args.marginal = scalars.floats() + 1,
+    args.cross_entropy = scalars.floats() + 2;
     args.grad_conditional = grad_scalars.floats(), args.grad_marginal = grad_scalars.floats() + 1;
     args.grad_cross_entropy = grad_scalars.floats() + 2;
     args.grad_logits = grad.data();
@@ -105,7 +106,8 @@ void out_of_range_label_gives_nan() {
     Buffer workspace(DataType::float32, static_cast<int64_t>(softmax_entropy_workspace_bytes(args) / 4));
     args.workspace = workspace.data(), args.mean_probabilities = q.floats();
     args.log_normalizer = log_normalizer.floats();
-    args.conditional = scalars.floats(), args.marginal = scalars.floats() + 1, args.cross_entropy = scalars.floats() + 2;
+    args.conditional = scalars.floats(), args.marginal = scalars.floats() + 1,
+    args.cross_entropy = scalars.floats() + 2;
     expect_success("out-of-range label", softmax_entropy_forward_launch(args, nullptr));
     const Values values = scalars.values();
     if (!std::isnan(values[2]) || std::isnan(values[0])) {
@@ -127,7 +129,7 @@ int main(int argc, char** argv) {
   };
   check({1, 2, 2, DataType::float32, true, 1.0});
   check({1, 1, 1, DataType::float32, false, 1.0});
-  check({1500, 10, 10, DataType::float32, true, 3.0});   // several tiles a block
+  check({1500, 10, 10, DataType::float32, true, 3.0});  // several tiles a block
   check({300, 20, 23, DataType::bfloat16, true, 2.0});
   check({100, 10, 10, DataType::float32, false, 5000.0});  // one-hot rows: entropies of 0, nothing infinite
   check({50, 300, 300, DataType::float32, false, 5000.0});

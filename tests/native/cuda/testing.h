@@ -44,7 +44,7 @@ struct ManagedAllocator {
   bool operator!=(const ManagedAllocator&) const { return false; }
 };
 template <typename T>
-using DeviceVector = std::vector<T, ManagedAllocator<T>>;
+using DeviceVector = std::vector<T, ManagedAllocator<T> >;
 #endif
 
 using Values = std::vector<double>;

@@ -1,0 +1,126 @@
+"""Compiles every CUDA source for every target with warnings as errors and tabulates what the compiler reports.
+
+    python benchmarks/cuda_compile_report.py [--output benchmarks/results/cuda_compile.md] [--json FILE]
+
+Needs nvcc, no GPU and no PyTorch. Registers are per thread; spills and stack are bytes of local memory per thread.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STEMS = ("bn_act", "softmax_entropy", "conv4x4s2")
+ARCHITECTURES = ("80", "86", "89", "90a")
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<architecture>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores, "
+    r"(?P<spill_loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def nvcc_version() -> str:
+    return (
+        subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True)
+        .stdout.split("release ")[1]
+        .split()[1]
+    )
+
+
+def demangle(names: list[str]) -> list[str]:
+    text = subprocess.run(["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True).stdout
+    short = []
+    for line in text.splitlines():
+        line = line.replace("fastgan::cuda::", "").replace("(anonymous namespace)::", "").removeprefix("void ")
+        short.append(line.split("(")[0].replace("> >", ">>"))
+    return short
+
+
+def compile_source(stem: str) -> list[dict]:
+    """Rows with kernel, architecture, registers, stack, spill_stores and spill_loads; raises on any warning."""
+    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    with tempfile.TemporaryDirectory() as folder:
+        result = subprocess.run(
+            [
+                "nvcc",
+                "-std=c++17",
+                "-O3",
+                "-c",
+                *gencode,
+                "-Werror",
+                "all-warnings",
+                "-Xptxas",
+                "-v",
+                "-Xcompiler",
+                "-Wall,-Wextra,-Werror",
+                "-o",
+                f"{folder}/{stem}.o",
+                ROOT / f"csrc/cuda/{stem}.cu",
+            ],
+            capture_output=True,
+            text=True,
+        )
+    if result.returncode != 0:
+        raise RuntimeError(f"nvcc failed on {stem}.cu:\n{result.stdout}{result.stderr}")
+    entries = [m.groupdict() for m in ENTRY.finditer(result.stdout + result.stderr)]
+    rows = []
+    for entry, kernel in zip(entries, demangle([e["name"] for e in entries]), strict=True):
+        numbers = {key: int(entry[key]) for key in ("registers", "stack", "spill_stores", "spill_loads")}
+        rows.append({"stem": stem, "kernel": kernel, "architecture": f"sm_{entry['architecture']}", **numbers})
+    return rows
+
+
+def write_table(rows: list[dict], path: Path, seconds: float) -> None:
+    columns = [f"sm_{a}" for a in ARCHITECTURES]
+    lines = [
+        "# CUDA kernels as the compiler sees them",
+        "",
+        f"nvcc {nvcc_version()}, {time.strftime('%Y-%m-%d')}, warnings as errors, all sources for {', '.join(columns)} "
+        f"in {seconds:.0f} s of processor time.",
+        "Written by `python benchmarks/cuda_compile_report.py --output benchmarks/results/cuda_compile.md`.",
+        "Registers per thread, `+n` bytes of spills where there are any.",
+        "",
+        f"| kernel | {' | '.join(columns)} |",
+        f"|---|{'---|' * len(columns)}",
+    ]
+    for kernel in sorted({row["kernel"] for row in rows}):
+        cells = []
+        for column in columns:
+            row = next(r for r in rows if r["kernel"] == kernel and r["architecture"] == column)
+            spills = row["spill_stores"] + row["spill_loads"]
+            cells.append(f"{row['registers']}" + (f" +{spills}" if spills else ""))
+        lines.append(f"| `{kernel}` | {' | '.join(cells)} |")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="write the table here (Markdown)")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    arguments = parser.parse_args()
+    if shutil.which("nvcc") is None:
+        raise SystemExit("cuda_compile_report: nvcc is not on PATH")
+    import resource
+
+    rows = [row for stem in STEMS for row in compile_source(stem)]
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if arguments.output:
+        write_table(rows, arguments.output, usage.ru_utime + usage.ru_stime)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+    spilled = [f"{r['kernel']} ({r['architecture']})" for r in rows if r["spill_stores"] + r["spill_loads"]]
+    print(
+        f"{len(rows)} kernels, {len(spilled)} with spills{': ' + ', '.join(spilled) if spilled else ''}, "
+        f"most registers {max(r['registers'] for r in rows)}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The CUDA sources compile for every target without a warning, and the compiler spills no register."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "benchmarks/cuda_compile_report.py"
+THREADS = {
+    "gather_kernel": {"128, 128": 256, "64, 64": 128},
+    "weight_gradient_kernel": {"128, 128": 256, "64, 64": 128},
+}
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+
+
+@pytest.fixture(scope="module")
+def report(request, tmp_path_factory) -> list[dict]:
+    """What the compiler reports; compiled again only when a source or the compiler has changed."""
+    sources = sorted(path for path in (ROOT / "csrc/cuda").iterdir() if path.is_file())
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout
+    content = version + SCRIPT.read_bytes() + (ROOT / "csrc/activation.h").read_bytes()
+    key = "fastgan/cuda_compile/" + hashlib.sha256(content + b"".join(p.read_bytes() for p in sources)).hexdigest()
+    rows = request.config.cache.get(key, None)
+    if rows is None:
+        output = tmp_path_factory.mktemp("compile") / "report.json"
+        run = subprocess.run([sys.executable, SCRIPT, "--json", output], capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+        rows = json.loads(output.read_text())
+        request.config.cache.set(key, rows)
+    return rows
+
+
+def test_every_kernel_compiles_for_every_target(report):
+    architectures = {"sm_80", "sm_86", "sm_89", "sm_90a"}
+    for kernel in {row["kernel"] for row in report}:
+        assert {row["architecture"] for row in report if row["kernel"] == kernel} == architectures, kernel
+
+
+def test_no_kernel_spills_registers(report):
+    spilled = [
+        (r["kernel"], r["architecture"], r["spill_stores"]) for r in report if r["spill_stores"] + r["spill_loads"]
+    ]
+    assert spilled == []
+
+
+def test_main_loops_leave_room_for_a_block_on_every_multiprocessor(report):
+    main_loops = [row for row in report if row["kernel"].split("<")[0] in THREADS]
+    assert len(main_loops) == 4 * (2 * 3 * 2 + 2 + 3 * 2 + 1)  # targets * (F and T: direct or not, both tiles; W)
+    for row in main_loops:
+        tiles = THREADS[row["kernel"].split("<")[0]]
+        threads = next(count for tile, count in tiles.items() if f"Tile<{tile}" in row["kernel"])
+        assert row["registers"] * threads <= 65536, row
+
+
+def test_report_in_the_repository_lists_these_kernels(report):
+    table = (ROOT / "benchmarks/results/cuda_compile.md").read_text()
+    missing = [row["kernel"] for row in report if f"`{row['kernel']}`" not in table]
+    assert not missing, f"run python {SCRIPT.relative_to(ROOT)} --output benchmarks/results/cuda_compile.md"
