@@ -10,8 +10,8 @@ def softmax_entropy(logits):
     """Entropy of each prediction, and of their mean.
 
     The two numbers of the categorical GAN (Springenberg, "Unsupervised and semi-supervised learning with categorical
-    generative adversarial networks", arXiv 1511.06390, equations 2, 4 and 6), computed in log space: finite for
-    logits up to +-1e4, exactly 0 where a row's probability lies on one class, and 0 log 0 = 0.
+    generative adversarial networks", arXiv 1511.06390), computed in log space: finite for logits up to +-1e4, exactly
+    0 where a row's probability lies on one class, and 0 log 0 = 0.
 
     Args:
         logits: (N, K), at least one row and one class; float32, float64, bfloat16 or float16. Rows may be strided.
