@@ -29,6 +29,11 @@ TORCH_LIBRARY(fastgan, m) {
       "int[2] output_padding=0, int groups=1, int[2] dilation=1, str activation='relu', float negative_slope=0.2) "
       "-> Tensor");
 
+  m.def("softmax_entropy(Tensor logits) -> (Tensor, Tensor)");
+  m.def(
+      "softmax_entropy_cross_entropy(Tensor logits, Tensor labels, *, int ignore_index=-100) "
+      "-> (Tensor, Tensor, Tensor)");
+
   // What the public operators dispatch to, one for both directions of convolution.
   // forward: (output, conv_output, mean, invstd); conv_output has shape [0] unless save_for_backward.
   // backward: gradients of (input, weight, bias, bn_weight, bn_bias); shape [0] where output_mask says false.
@@ -62,6 +67,15 @@ TORCH_LIBRARY(fastgan, m) {
   m.def(
       "conv_stack_backward(Tensor grad_output, Tensor input, Tensor[] parameters, Tensor output, Tensor raw, "
       "Tensor statistics, int[] layers, float[] numbers, int[] output_mask) -> Tensor[]");
+
+  // (conditional [], marginal [], cross_entropy [], mean_probabilities [K], log_normalizer [N]); without labels
+  // cross_entropy is 0. An absent gradient counts as 0.
+  m.def(
+      "softmax_entropy_forward(Tensor logits, Tensor? labels, int ignore_index) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "softmax_entropy_backward(Tensor? grad_conditional, Tensor? grad_marginal, Tensor? grad_cross_entropy, "
+      "Tensor logits, Tensor? labels, int ignore_index, Tensor mean_probabilities, Tensor log_normalizer) -> Tensor");
 }
 
 namespace {

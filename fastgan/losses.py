@@ -1,10 +1,13 @@
 """Adversarial losses. All take logits, are minimised, and work in log space."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional as F
+
+from fastgan.ops.softmax_entropy import softmax_entropy, softmax_entropy_cross_entropy
 
 # With D = sigmoid(logit): -log D = softplus(-logit), -log(1 - D) = softplus(logit).
 _DISCRIMINATOR_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -87,3 +90,157 @@ def _checked_logits(function: str, name: str, logits: Tensor) -> Tensor:
         raise ValueError(f"{function}: {name} must have shape [N] or [N, ...] with N > 0, got {list(logits.shape)}")
     # A mean over a batch loses digits in half precision.
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def catgan_discriminator_loss(
+    real_logits: Tensor,
+    fake_logits: Tensor,
+    labeled_logits: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    supervised_weight: float = 1.0,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+) -> Tensor:
+    """Loss of the CatGAN's discriminator, a classifier (Springenberg 2015, arXiv 1511.06390).
+
+    ``-H[mean p(real)] + E H[p(real)] - E H[p(fake)] + supervised_weight * CE(labeled, labels)``, with p the softmax
+    of the logits: sure about every real image, uses all categories equally, unsure about every generated one. The
+    sign of the cross-entropy is that of a term to be minimised.
+
+    Args:
+        real_logits: logits of real images, [N, K].
+        fake_logits: logits of generated images, [M, K].
+        labeled_logits: logits of images whose class is known, [L, K]; ``real_logits`` itself where every real image
+            is labeled, which then costs no further pass. None without labels.
+        labels: their classes, int64 [L] in [0, K), or -100 for an image whose class is not known after all.
+        supervised_weight: weight of the cross-entropy.
+        process_group: a group of ``torch.distributed``, one process a part of the batch: the marginal is then that
+            of the real images of all of them (one all-reduce of K + 1 numbers). Gradients averaged over the
+            processes, as by DistributedDataParallel, are those of one process with the whole batch.
+
+    Returns:
+        Scalar in nats, to be minimised; float64 for float64 logits, else float32. Differentiable to any order, with
+        a process group to the first.
+
+    Raises:
+        ValueError: shapes that do not fit, labels without logits or the reverse.
+        IndexError: a label outside [0, K) other than -100.
+    """
+    function = "catgan_discriminator_loss"
+    classes = _checked_categories(function, "real_logits", real_logits)
+    for name, logits in (("fake_logits", fake_logits), ("labeled_logits", labeled_logits)):
+        if logits is not None and _checked_categories(function, name, logits) != classes:
+            raise ValueError(
+                f"{function}: {name} must have {classes} categories like real_logits, got shape {list(logits.shape)}"
+            )
+    if (labeled_logits is None) != (labels is None):
+        missing, given = ("labels", "labeled_logits") if labels is None else ("labeled_logits", "labels")
+        raise ValueError(f"{function}: {missing} must be given with {given}, got None")
+    fake_conditional, _ = softmax_entropy(fake_logits)
+    if labels is None:
+        conditional, marginal = _entropies(real_logits, process_group)
+        return conditional - marginal - fake_conditional
+    if labels.shape != labeled_logits.shape[:1]:
+        raise ValueError(
+            f"{function}: labels must have shape [{len(labeled_logits)}] (a class for each row of labeled_logits), "
+            f"got {list(labels.shape)}"
+        )
+    if labeled_logits is real_logits and process_group is None:
+        conditional, marginal, cross_entropy = softmax_entropy_cross_entropy(real_logits, labels)
+    else:
+        conditional, marginal = _entropies(real_logits, process_group)
+        _, _, cross_entropy = softmax_entropy_cross_entropy(labeled_logits, labels)
+    return conditional - marginal - fake_conditional + supervised_weight * cross_entropy
+
+
+def catgan_generator_loss(
+    fake_logits: Tensor, *, process_group: "torch.distributed.ProcessGroup | None" = None
+) -> Tensor:
+    """Loss of the CatGAN's generator (Springenberg 2015, arXiv 1511.06390).
+
+    ``-H[mean p(fake)] + E H[p(fake)]``: each generated image belongs clearly to one category, and all categories
+    come up equally often.
+
+    Args:
+        fake_logits: the discriminator's logits of generated images, [N, K].
+        process_group: as in :func:`catgan_discriminator_loss`.
+
+    Returns:
+        Scalar in nats, to be minimised; float64 for float64 logits, else float32. Differentiable to any order, with
+        a process group to the first.
+
+    Raises:
+        ValueError: logits that are not [N, K] with N > 0, or not floating point.
+    """
+    _checked_categories("catgan_generator_loss", "fake_logits", fake_logits)
+    conditional, marginal = _entropies(fake_logits, process_group)
+    return conditional - marginal
+
+
+def feature_matching_loss(real_features: Tensor, fake_features: Tensor) -> Tensor:
+    """Loss of a generator that matches mean features (Salimans et al. 2016, arXiv 1606.03498, section 3.1).
+
+    The mean absolute difference of the two batches' mean features, which their code minimises; the paper writes the
+    squared norm. An alternative to :func:`catgan_generator_loss`.
+
+    Args:
+        real_features: a hidden layer of the discriminator for real images, [N, F]; taken as constant.
+        fake_features: the same layer for generated images, [M, F].
+
+    Returns:
+        Scalar, float32 for half-precision features.
+
+    Raises:
+        ValueError: features of different length, or no [N, F] tensors.
+    """
+    real = _checked_logits("feature_matching_loss", "real_features", real_features)
+    fake = _checked_logits("feature_matching_loss", "fake_features", fake_features)
+    if real.dim() != 2 or fake.shape[1:] != real.shape[1:]:
+        raise ValueError(
+            f"feature_matching_loss: real_features and fake_features must have shapes [N, F] and [M, F], "
+            f"got {list(real.shape)} and {list(fake.shape)}"
+        )
+    return (real.detach().mean(0) - fake.mean(0)).abs().mean()
+
+
+def _checked_categories(function: str, name: str, logits: Tensor) -> int:
+    if logits.dim() != 2 or logits.numel() == 0:
+        raise ValueError(f"{function}: {name} must have shape [N, K] with N > 0 and K > 0, got {list(logits.shape)}")
+    if not logits.is_floating_point():
+        raise ValueError(f"{function}: {name} must be a floating-point tensor, got {logits.dtype}")
+    return logits.shape[1]
+
+
+def _entropies(logits: Tensor, process_group: Any) -> tuple[Tensor, Tensor]:
+    if process_group is None:
+        return softmax_entropy(logits)
+    return _GlobalEntropies.apply(logits, process_group)
+
+
+class _GlobalEntropies(torch.autograd.Function):
+    """softmax_entropy of the rows of all processes, each of which holds some of them.
+
+    The gradient a process gets for its rows is the whole batch's times the number of processes, and the conditional
+    entropy it returns is its share times that number: averages over the processes are then the whole batch's values.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, process_group: Any) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        log_p = F.log_softmax(logits.to(dtype), 1).clamp_min(-1e30)
+        p = log_p.exp()
+        sums = torch.cat([p.sum(0), p.new_tensor([len(p)])])
+        distributed.all_reduce(sums, group=process_group)
+        q, rows = sums[:-1] / sums[-1], sums[-1]
+        share = distributed.get_world_size(process_group) / rows
+        ctx.save_for_backward(logits, q, share)
+        return -(p * log_p).sum() * share, -torch.special.xlogy(q, q).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_conditional: Tensor, grad_marginal: Tensor):
+        logits, q, share = ctx.saved_tensors
+        log_p = F.log_softmax(logits.to(q.dtype), 1).clamp_min(-1e30)
+        p = log_p.exp()
+        terms = grad_conditional * log_p + grad_marginal * torch.where(q == 0, 1, q).log()
+        return (share * p * ((p * terms).sum(1, keepdim=True) - terms)).to(logits.dtype), None

@@ -5,6 +5,7 @@
 // run at the speed of memory; one task per channel in the contiguous layout was slower than blocks for 3 channels.
 #include "bn_act.h"
 #include "bn_act_blocks.h"
+#include "load.h"
 #include "parallel.h"
 #include "scalar_math.h"
 
@@ -12,18 +13,6 @@ namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
 constexpr int kLanes = 16;  // partial sums of an inner loop: fixed, so that every instruction set adds in one order
-
-template <typename T> struct Load;
-template <> struct Load<float> { static float from(float v) { return v; } static float to(float v) { return v; } };
-template <> struct Load<double> { static double from(double v) { return v; } static double to(double v) { return v; } };
-template <> struct Load<BFloat16> {
-  static float from(BFloat16 v) { return bits_to_float(static_cast<uint32_t>(v.bits) << 16); }
-  static BFloat16 to(float v) { return {float_to_bfloat16_bits(v)}; }
-};
-template <> struct Load<Half> {
-  static float from(Half v) { return half_bits_to_float(v.bits); }
-  static Half to(float v) { return {float_to_half_bits(v)}; }
-};
 
 // z -> act(z), and the derivative from z or from act(z).
 template <Activation kind, typename A>

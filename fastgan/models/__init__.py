@@ -1,5 +1,6 @@
 """The model families: each function returns its pair of networks, initialised for training."""
 
+from fastgan.models.catgan import catgan
 from fastgan.models.dcgan import dcgan
 
-__all__ = ["dcgan"]
+__all__ = ["catgan", "dcgan"]

@@ -3,5 +3,14 @@
 from fastgan.ops._conv import ACTIVATIONS
 from fastgan.ops.conv2d_bn_act import conv2d_act, conv2d_bn_act
 from fastgan.ops.conv_transpose2d_bn_act import conv_transpose2d_act, conv_transpose2d_bn_act
+from fastgan.ops.softmax_entropy import softmax_entropy, softmax_entropy_cross_entropy
 
-__all__ = ["ACTIVATIONS", "conv2d_act", "conv2d_bn_act", "conv_transpose2d_act", "conv_transpose2d_bn_act"]
+__all__ = [
+    "ACTIVATIONS",
+    "conv2d_act",
+    "conv2d_bn_act",
+    "conv_transpose2d_act",
+    "conv_transpose2d_bn_act",
+    "softmax_entropy",
+    "softmax_entropy_cross_entropy",
+]

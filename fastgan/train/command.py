@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-from fastgan.data import load_dataset
 from fastgan.train.checkpoint import TrainingError, load_checkpoint
 from fastgan.train.config import TrainConfig, parse_arguments, resumed_config
 from fastgan.train.trainer import Trainer
@@ -27,10 +26,7 @@ def run(config_class: type[TrainConfig], arguments: list[str] | None = None) -> 
             config = resumed_config(config_class, given, checkpoint["config"], checkpoint["step"])
         else:
             checkpoint, config = None, config_class(**given)
-        dataset = load_dataset(
-            config.dataset, config.data_root, image_size=config.image_size, channels=config.channels
-        )
-        trainer = Trainer(config, dataset, checkpoint)
+        trainer = Trainer(config, config.load_data(), checkpoint)
     except (ValueError, TrainingError) as error:
         return _failed(error)
     try:

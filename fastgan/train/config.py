@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastgan.data import DATASETS, ImageDataset
+from fastgan.data import DATASETS, ImageDataset, load_dataset
 from fastgan.losses import GENERATOR_LOSSES
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,6 +96,14 @@ class TrainConfig:
         """
         device = self.torch_device if generator is None else generator.device
         return torch.randn(count, self.latent_dim, device=device, generator=generator)
+
+    def load_data(self) -> ImageDataset:
+        """The training images."""
+        return load_dataset(self.dataset, self.data_root, image_size=self.image_size, channels=self.channels)
+
+    def learning_rate_at(self, progress: float) -> float:
+        """Adam's step size when this part of the run is done, from 0 to 1."""
+        return self.learning_rate
 
     def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Any]:
         """The generator, the discriminator and the :class:`~fastgan.train.trainer.Objective`."""

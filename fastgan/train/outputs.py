@@ -93,22 +93,23 @@ class Progress:
         self.bar = tqdm(initial=step, total=total, unit="it", disable=None, dynamic_ncols=True)
         self.first, self.total = step, total
         self.started = self.printed = time.monotonic()
+        self.figures: dict[str, float] = {}  # the latest of each, also of those that come once an epoch
 
     def advance(self) -> None:
         self.bar.update()
 
     def show(self, record: dict[str, Any], *, always: bool = False) -> None:
         """Show the figures of a logged step; ``always`` prints the plain line whatever the time."""
-        figures = {name: value for name, value in record.items() if name not in ("step", "images_per_second")}
+        self.figures |= {name: value for name, value in record.items() if name not in ("step", "images_per_second")}
         if not self.bar.disable:
-            self.bar.set_postfix(figures, refresh=False)
+            self.bar.set_postfix(self.figures, refresh=False)
             return
         now = time.monotonic()
         if always or now - self.printed >= 10:
             self.printed = now
             rate = (record["step"] - self.first) / (now - self.started)
             left = tqdm.format_interval((self.total - record["step"]) / rate)
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
             print(f"step {record['step']}/{self.total}  {shown}  {rate:.3g} it/s  {left} left", flush=True)
 
     def close(self) -> None:

@@ -177,6 +177,9 @@ class Trainer:
             Figures for the log: ``loss_d``, ``loss_g`` and the objective's own.
         """
         generator, discriminator = self.networks.values()
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.learning_rate_at(self.step / self.total_steps)
         z = self.config.latent(len(batch.images))
 
         # Discriminator: real images against fakes that carry no gradient back to the generator.

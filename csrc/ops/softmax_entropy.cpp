@@ -1,0 +1,226 @@
+// softmax_entropy and softmax_entropy_cross_entropy: checks, allocation, autograd, dispatch.
+//
+// Both public operators call softmax_entropy_forward, which carries the derivative. Its first derivative is
+// softmax_entropy_backward; where a graph of the derivative is asked for (create_graph), the derivative is composed
+// of differentiable ATen operators instead, so that every higher order is right.
+#include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "../cpu/softmax_entropy.h"
+
+namespace fastgan {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// conditional [], marginal [], cross_entropy [], mean_probabilities [K], log_normalizer [N]
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+const char* op_name(const OptionalTensor& labels) {
+  return labels.has_value() ? "softmax_entropy_cross_entropy" : "softmax_entropy";
+}
+
+void check(const Tensor& logits, const OptionalTensor& labels) {
+  const char* op = op_name(labels);
+  TORCH_CHECK(logits.dim() == 2, op, ": logits must have shape [N, K], got ", logits.sizes());
+  TORCH_CHECK_TYPE(logits.is_floating_point(), op, ": logits must be of a floating-point dtype, got ", logits.scalar_type());
+  TORCH_CHECK(logits.size(0) > 0, op, ": logits must have at least one row (the mean of none is undefined), got shape ",
+              logits.sizes());
+  TORCH_CHECK(logits.size(1) > 0, op, ": logits must have at least one class (K >= 1), got shape ", logits.sizes());
+  if (!labels.has_value()) return;
+  TORCH_CHECK(labels->dim() == 1 && labels->size(0) == logits.size(0), op, ": labels must have shape [", logits.size(0),
+              "] (logits.size(0)), got ", labels->sizes());
+  TORCH_CHECK_TYPE(labels->scalar_type() == at::kLong, op, ": labels must be of dtype int64, got ", labels->scalar_type());
+  TORCH_CHECK(labels->device() == logits.device(), op, ": labels must be on ", logits.device(), " like logits, got ",
+              labels->device());
+}
+
+at::ScalarType accumulate_type(const Tensor& logits) {
+  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// at::empty without its way through the dispatcher: at 100 x 10 the allocations cost as much as the kernels.
+Tensor empty(at::IntArrayRef size, at::ScalarType dtype) { return at::detail::empty_cpu(size, dtype); }
+
+template <typename T> struct Storage { using type = T; };
+template <> struct Storage<at::BFloat16> { using type = cpu::BFloat16; };
+template <> struct Storage<at::Half> { using type = cpu::Half; };
+
+template <typename F>
+void dispatch_storage(const Tensor& logits, F&& f) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "softmax_entropy",
+                                  [&] { f(typename Storage<scalar_t>::type{}); });
+}
+
+Tensor with_dense_rows(const Tensor& logits) {
+  return logits.size(1) == 1 || logits.stride(1) == 1 ? logits : logits.contiguous();
+}
+
+cpu::SoftmaxEntropyLabels label_arguments(const Tensor& logits, const Tensor& labels, int64_t ignore_index) {
+  if (!labels.defined()) return {nullptr, ignore_index, 0};
+  cpu::SoftmaxEntropyLabels arguments{labels.const_data_ptr<int64_t>(), ignore_index, 0};
+  const int64_t bad =
+      cpu::check_labels(arguments.labels, logits.size(0), logits.size(1), ignore_index, &arguments.count);
+  TORCH_CHECK_INDEX(bad < 0, "softmax_entropy_cross_entropy: labels must lie in [0, ", logits.size(1),
+                    ") (logits.size(1)) or equal ignore_index (", ignore_index, "), got ", arguments.labels[bad],
+                    " at row ", bad);
+  return arguments;
+}
+
+Tensor contiguous_labels(const OptionalTensor& labels) { return labels.has_value() ? labels->contiguous() : Tensor(); }
+
+ForwardResult softmax_entropy_forward_cpu(const Tensor& logits_in, const OptionalTensor& labels_in, int64_t ignore_index) {
+  check(logits_in, labels_in);
+  const Tensor logits = with_dense_rows(logits_in), labels = contiguous_labels(labels_in);
+  const auto arguments = label_arguments(logits, labels, ignore_index);
+  const int64_t rows = logits.size(0), classes = logits.size(1);
+  const auto dtype = accumulate_type(logits);
+  Tensor conditional = empty({}, dtype), marginal = empty({}, dtype), cross_entropy = empty({}, dtype),
+         mean_probabilities = empty({classes}, dtype), log_normalizer = empty({rows}, dtype),
+         workspace = empty({cpu::softmax_entropy_workspace_size(rows, classes)}, dtype);
+  dispatch_storage(logits, [&](auto storage) {
+    using T = decltype(storage);
+    using A = cpu::Accumulate<T>;
+    const auto values = cpu::softmax_entropy_kernels<T>().forward(
+        {rows, classes, logits.stride(0)}, static_cast<const T*>(logits.const_data_ptr()), arguments,
+        mean_probabilities.mutable_data_ptr<A>(), log_normalizer.mutable_data_ptr<A>(),
+        workspace.mutable_data_ptr<A>());
+    *conditional.mutable_data_ptr<A>() = values.conditional;
+    *marginal.mutable_data_ptr<A>() = values.marginal;
+    *cross_entropy.mutable_data_ptr<A>() = values.cross_entropy;
+  });
+  return {conditional, marginal, cross_entropy, mean_probabilities, log_normalizer};
+}
+
+template <typename A>
+A scalar(const OptionalTensor& value) {
+  return value.has_value() && value->defined() ? value->item<A>() : A(0);
+}
+
+// Gradients that are absent count as 0.
+Tensor softmax_entropy_backward_cpu(const OptionalTensor& grad_conditional, const OptionalTensor& grad_marginal,
+                                    const OptionalTensor& grad_cross_entropy, const Tensor& logits_in,
+                                    const OptionalTensor& labels_in, int64_t ignore_index,
+                                    const Tensor& mean_probabilities, const Tensor& log_normalizer) {
+  check(logits_in, labels_in);
+  const Tensor logits = with_dense_rows(logits_in), labels = contiguous_labels(labels_in);
+  const auto arguments = label_arguments(logits, labels, ignore_index);
+  const int64_t rows = logits.size(0), classes = logits.size(1);
+  Tensor grad_logits = empty({rows, classes}, logits.scalar_type()),
+         workspace = empty({cpu::softmax_entropy_workspace_size(rows, classes)}, log_normalizer.scalar_type());
+  dispatch_storage(logits, [&](auto storage) {
+    using T = decltype(storage);
+    using A = cpu::Accumulate<T>;
+    cpu::softmax_entropy_kernels<T>().backward(
+        {rows, classes, logits.stride(0)}, static_cast<const T*>(logits.const_data_ptr()), arguments,
+        mean_probabilities.const_data_ptr<A>(), log_normalizer.const_data_ptr<A>(),
+        {scalar<A>(grad_conditional), scalar<A>(grad_marginal), scalar<A>(grad_cross_entropy)},
+        static_cast<T*>(grad_logits.mutable_data_ptr()), workspace.mutable_data_ptr<A>());
+  });
+  return grad_logits;
+}
+
+ForwardResult call_forward(const Tensor& logits, const OptionalTensor& labels, int64_t ignore_index) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastgan::softmax_entropy_forward", "")
+                             .typed<ForwardResult(const Tensor&, const OptionalTensor&, int64_t)>();
+  return op.call(logits, labels, ignore_index);
+}
+
+Tensor call_backward(const OptionalTensor& grad_conditional, const OptionalTensor& grad_marginal,
+                     const OptionalTensor& grad_cross_entropy, const Tensor& logits, const OptionalTensor& labels,
+                     int64_t ignore_index, const Tensor& mean_probabilities, const Tensor& log_normalizer) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fastgan::softmax_entropy_backward", "")
+          .typed<Tensor(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                        const OptionalTensor&, int64_t, const Tensor&, const Tensor&)>();
+  return op.call(grad_conditional, grad_marginal, grad_cross_entropy, logits, labels, ignore_index, mean_probabilities,
+                 log_normalizer);
+}
+
+// The derivative as differentiable ATen operators: the formulas of cpu/softmax_entropy_kernel.cpp.
+Tensor differentiable_backward(const Tensor& grad_conditional, const Tensor& grad_marginal,
+                               const Tensor& grad_cross_entropy, const Tensor& logits, const Tensor& labels,
+                               int64_t ignore_index) {
+  const Tensor l = logits.to(accumulate_type(logits));
+  const Tensor log_p = at::log_softmax(l, 1).clamp_min(-1e30), p = log_p.exp();
+  const double rows = static_cast<double>(l.size(0));
+  Tensor t = at::zeros_like(p);
+  if (grad_conditional.defined()) t = t + grad_conditional * log_p;
+  if (grad_marginal.defined()) {
+    const Tensor q = p.mean(0);
+    t = t + grad_marginal * at::where(q == 0, at::ones_like(q), q).log();
+  }
+  Tensor grad = p * ((p * t).sum(1, true) - t) / rows;
+  if (grad_cross_entropy.defined() && labels.defined()) {
+    const Tensor labeled = labels != ignore_index;
+    const Tensor target = at::one_hot(at::where(labeled, labels, 0), l.size(1)).to(p.scalar_type());
+    const Tensor count = labeled.sum().clamp_min(1);
+    grad = grad + (grad_cross_entropy / count) * (p - target) * labeled.unsqueeze(1);
+  }
+  return grad.to(logits.scalar_type());
+}
+
+class SoftmaxEntropy : public torch::autograd::Function<SoftmaxEntropy> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& logits, const OptionalTensor& labels,
+                               int64_t ignore_index) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [conditional, marginal, cross_entropy, mean_probabilities, log_normalizer] =
+        call_forward(logits, labels, ignore_index);
+    ctx->save_for_backward({logits, labels.value_or(Tensor()), mean_probabilities, log_normalizer});
+    ctx->saved_data["ignore_index"] = ignore_index;
+    ctx->mark_non_differentiable({mean_probabilities, log_normalizer});
+    ctx->set_materialize_grads(false);
+    return {conditional, marginal, cross_entropy, mean_probabilities, log_normalizer};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &logits = saved[0], &labels = saved[1];
+    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
+    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return {Tensor(), Tensor(), Tensor()};
+    if (at::GradMode::is_enabled())
+      return {differentiable_backward(grads[0], grads[1], grads[2], logits, labels, ignore_index), Tensor(), Tensor()};
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+    return {call_backward(optional(grads[0]), optional(grads[1]), optional(grads[2]), logits, optional(labels),
+                          ignore_index, saved[2], saved[3]),
+            Tensor(), Tensor()};
+  }
+};
+
+ForwardResult softmax_entropy_forward_autograd(const Tensor& logits, const OptionalTensor& labels, int64_t ignore_index) {
+  const auto outputs = SoftmaxEntropy::apply(logits, labels, ignore_index);
+  return {outputs[0], outputs[1], outputs[2], outputs[3], outputs[4]};
+}
+
+std::tuple<Tensor, Tensor> softmax_entropy(const Tensor& logits) {
+  const auto result = call_forward(logits, std::nullopt, -100);
+  return {std::get<0>(result), std::get<1>(result)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> softmax_entropy_cross_entropy(const Tensor& logits, const Tensor& labels,
+                                                                 int64_t ignore_index) {
+  const auto result = call_forward(logits, labels, ignore_index);
+  return {std::get<0>(result), std::get<1>(result), std::get<2>(result)};
+}
+
+TORCH_LIBRARY_IMPL(fastgan, CompositeImplicitAutograd, m) {
+  m.impl("softmax_entropy", softmax_entropy);
+  m.impl("softmax_entropy_cross_entropy", softmax_entropy_cross_entropy);
+}
+TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
+  m.impl("softmax_entropy_forward", softmax_entropy_forward_cpu);
+  m.impl("softmax_entropy_backward", softmax_entropy_backward_cpu);
+}
+TORCH_LIBRARY_IMPL(fastgan, Autograd, m) { m.impl("softmax_entropy_forward", softmax_entropy_forward_autograd); }
+
+}  // namespace
+}  // namespace fastgan

@@ -1,0 +1,261 @@
+"""Training of the CatGAN: unsupervised, semi-supervised and supervised."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastgan.data import Batch, ImageDataset, load_dataset, normalize
+from fastgan.losses import catgan_discriminator_loss, catgan_generator_loss, feature_matching_loss
+from fastgan.metrics.clustering import (
+    count_categories, evaluate, hungarian_map, majority_map, predict, recalibrate_batch_norm,
+)
+from fastgan.models.catgan import ARCHITECTURES, catgan
+from fastgan.ops import softmax_entropy
+from fastgan.train.catgan_pictures import save_categories, save_confusion
+from fastgan.train.config import TrainConfig, option
+from fastgan.train.trainer import Objective, Trainer
+
+GENERATOR_LOSSES = ("catgan", "feature-matching")
+# Training images whose labels fit the map from categories to classes, and those that batch norm is measured on
+# before an evaluation.
+MAP_IMAGES, BATCH_NORM_IMAGES = 10_000, 5_000
+
+
+@dataclasses.dataclass(kw_only=True)
+class CatGANConfig(TrainConfig):
+    """Train a CatGAN (Springenberg 2015): a classifier from few labels, or none."""
+
+    family: ClassVar[str] = "catgan"
+
+    labels: str = option("100", "labeled training images: a number, the same for each class, or 'all'")
+    categories: int | None = option(None, "outputs of the classifier; by default the classes, 20 without labels",
+                                    minimum=1)
+    supervised_weight: float = option(1.0, "weight of the cross-entropy against the entropies", minimum=0)
+    architecture: str = option("conv", "perceptron or convolutions", choices=ARCHITECTURES)
+    generator_loss: str = option("catgan", "loss of the generator", choices=GENERATOR_LOSSES)
+    base_channels: int = option(16, "channels of the convolutions next to the image", minimum=1)
+    input_noise: float | None = option(None, "standard deviation of the noise on the images; by default the model's",
+                                       minimum=0)
+    hidden_noise: float | None = option(None, "standard deviation of the noise on hidden layers; by default the "
+                                        "model's", minimum=0)
+    augment: bool = option(True, "small random shifts, turns and sizes of the real images, a noise like the others")
+    views: int = option(2, "noisy versions of each real image whose mean prediction the entropies are of", minimum=1)
+    labeled_batch: int = option(50, "labeled images in a batch, beside the --batch-size others", minimum=1)
+    validation: int = option(0, "training images to hold out; the error is then measured on them and the test set is "
+                             "not read", minimum=0)
+    decay: float = option(0.5, "last part of the run in which the step size falls linearly to 0", minimum=0)
+    image_size: int = option(28, "height and width of the images in pixels", minimum=1)
+    epochs: int = option(10, "passes over the training images", minimum=1, may_change=True)
+    batch_size: int = option(100, "images in a batch", minimum=1)
+    learning_rate: float = option(1e-3, "Adam's step size, of both networks", minimum=0)
+    ema: float = option(0.999, "decay of the averaged weights that are evaluated and drawn from; 0 for none",
+                        minimum=0, below=1)
+    output: str = option("runs/catgan", "folder the results are written to", may_change=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.labels != "all" and not self.labels.isdecimal():
+            raise ValueError(f"--labels must be 'all' or a number of images, got {self.labels!r}")
+        if self.decay > 1:
+            raise ValueError(f"--decay must be at most 1, got {self.decay}")
+
+    def load_data(self) -> ImageDataset:
+        dataset = super().load_data()
+        return _split(dataset, self.validation)[0] if self.validation else dataset
+
+    def learning_rate_at(self, progress: float) -> float:
+        return self.learning_rate * (min(1.0, (1 - progress) / self.decay) if self.decay else 1.0)
+
+    def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Objective]:
+        labels = dataset.labels
+        if labels is None and self.labels != "0":
+            raise ValueError(f"--labels {self.labels}: the data set {dataset.name!r} has no labels; use --labels 0")
+        classes = 0 if labels is None else int(labels.max()) + 1
+        categories = self.categories or (20 if self.labels == "0" else classes)
+        if self.labels != "0" and categories < classes:
+            raise ValueError(
+                f"--categories must be at least the number of classes with labels, {classes}, got {categories}"
+            )
+        channels, size, _ = dataset.image_shape
+        generator, classifier = catgan(
+            size, channels, categories, self.latent_dim, self.architecture,
+            base_channels=self.base_channels, input_noise=self.input_noise, hidden_noise=self.hidden_noise,
+        )  # fmt: skip
+        return generator, classifier, CatGANObjective(self, dataset, classes, categories)
+
+
+class CatGANObjective(Objective):
+    """The CatGAN's losses over real, labeled and generated images, and its evaluation."""
+
+    def __init__(self, config: CatGANConfig, dataset: ImageDataset, classes: int, categories: int):
+        super().__init__(config.generator_loss)
+        self.config, self.dataset, self.classes, self.categories = config, dataset, classes, categories
+        count = len(dataset) if config.labels == "all" else int(config.labels)
+        self.all_labeled = count > 0 and count == len(dataset)
+        self.labeled = None
+        if count and not self.all_labeled:
+            chosen = choose_labeled(dataset.labels, count, config.seed)
+            device = config.torch_device
+            self.labeled = Batch(dataset.images[chosen].to(device), dataset.labels[chosen].to(device))
+        self.judged = None if dataset.labels is None else self._load_judged()
+
+    def discriminator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
+        views = self.config.views
+        images = [self._noisy(batch.images) for _ in range(views)]
+        labels = batch.labels.repeat(views) if self.all_labeled else None
+        if self.labeled is not None:
+            chosen = torch.randint(len(self.labeled.images), (self.config.labeled_batch,), device=fake.device)
+            images.append(self._noisy(normalize(self.labeled.images[chosen])))
+            labels = self.labeled.labels[chosen]
+        logits = discriminator(torch.cat(images)).float()
+        with _other_buffers(discriminator):  # the running statistics are those of real images
+            fake_logits = discriminator(fake)
+        real = logits[: views * len(batch.images)]
+        labeled_logits = None if labels is None else real if self.all_labeled else logits[len(real) :]
+        mixed = mix_views(real, views)
+        loss = catgan_discriminator_loss(
+            mixed, fake_logits, labeled_logits, labels, supervised_weight=self.config.supervised_weight
+        )
+        with torch.no_grad():
+            conditional, marginal = softmax_entropy(mixed.detach())
+            figures = {
+                "entropy_real": conditional,
+                "entropy_marginal": marginal,
+                "entropy_fake": softmax_entropy(fake_logits.detach())[0],
+            }
+            if labels is not None:
+                figures["cross_entropy"] = F.cross_entropy(labeled_logits, labels)
+        return loss, figures
+
+    def generator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
+        if self.kind == "catgan":
+            return catgan_generator_loss(discriminator(fake)), {}
+        with torch.no_grad():
+            real = discriminator.features(self._noisy(batch.images))
+        return feature_matching_loss(real, discriminator.features(fake)), {}
+
+    def evaluate(self, trainer: Trainer) -> dict[str, float]:
+        """Errors in percent on the test set, or on the held-out images; pictures beside the metrics."""
+        if self.judged is None:
+            return {}
+        classifier = trainer.averaged.get("discriminator", trainer.networks["discriminator"])
+        with trainer.autocast():
+            recalibrate_batch_norm(classifier, self.dataset.images[:BATCH_NORM_IMAGES])
+            categories = predict(classifier, self.judged.images)
+            if self.config.labels != "0":
+                result = evaluate(categories, self.judged.labels, self.classes)
+                errors = {"test_error": result.error}
+            else:
+                images, labels = self.dataset.images[:MAP_IMAGES], self.dataset.labels[:MAP_IMAGES]
+                counts = count_categories(predict(classifier, images), labels, self.categories, self.classes)
+                majority, hungarian = majority_map(counts), hungarian_map(counts)
+                result = evaluate(categories, self.judged.labels, self.classes, majority)
+                errors = {
+                    "test_error_majority": result.error,
+                    "test_error_hungarian": evaluate(categories, self.judged.labels, self.classes, hungarian).error,
+                }
+                save_categories(trainer.output / "categories.png", counts, categories, self.judged.images)
+        save_confusion(trainer.output / "confusion.png", result.confusion, result.error)
+        return errors
+
+    def _noisy(self, images: Tensor) -> Tensor:
+        return random_affine(images) if self.config.augment else images
+
+    def _load_judged(self) -> ImageDataset:
+        config = self.config
+        if config.validation:
+            return _split(TrainConfig.load_data(config), config.validation)[1]
+        return load_dataset(
+            config.dataset, config.data_root, image_size=config.image_size, channels=config.channels, split="test"
+        )
+
+
+def choose_labeled(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Indices of ``count`` labeled examples, equally many of each class (to one), drawn by ``seed``.
+
+    Args:
+        labels: classes of the training images, int64 [N].
+        count: how many keep their label.
+        seed: decides which.
+
+    Returns:
+        int64 [count].
+
+    Raises:
+        ValueError: count below the number of classes, or a class with too few examples.
+    """
+    classes = int(labels.max()) + 1
+    if not classes <= count <= len(labels):
+        raise ValueError(
+            f"--labels must be 0 or between {classes}, one a class, and {len(labels)}, all there are, got {count}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for label in range(classes):
+        share = count // classes + (label < count % classes)
+        members = (labels == label).nonzero()[:, 0]
+        if share > len(members):
+            raise ValueError(
+                f"--labels {count}: {share} of class {label} are needed, the data set has {len(members)}; "
+                "use fewer, or 'all'"
+            )
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:share]])
+    return torch.cat(chosen)
+
+
+def mix_views(logits: Tensor, views: int) -> Tensor:
+    """Logits [N, K] of the mean prediction over several noisy views of N images, from [views * N, K]."""
+    if views == 1:
+        return logits
+    log_p = F.log_softmax(logits.float(), 1).unflatten(0, (views, -1))
+    return log_p.logsumexp(0) - math.log(views)
+
+
+def random_affine(images: Tensor) -> Tensor:
+    """Turns by up to 10 degrees, sizes by up to 10% and shifts by up to 2 of 28 pixels, each image by its own.
+
+    Args:
+        images: float [N, C, H, W] in [-1, 1], where -1 is the background that is moved in.
+    """
+    count, device = len(images), images.device
+    angle, size, x, y = (2 * torch.rand(4, count, device=device) - 1) * torch.tensor(
+        [math.radians(10), 0.1, 4 / 28, 4 / 28], device=device
+    )[:, None]
+    scale = 1 + size
+    cosine, sine = scale * angle.cos(), scale * angle.sin()
+    matrix = torch.stack([cosine, sine, x, -sine, cosine, y], 1).view(count, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1
+
+
+def _split(dataset: ImageDataset, held_out: int) -> tuple[ImageDataset, ImageDataset]:
+    """Training and validation images; the choice is the same for every seed of a run."""
+    if not held_out < len(dataset):
+        raise ValueError(f"--validation must be below the number of training images, {len(dataset)}, got {held_out}")
+    if dataset.labels is None:
+        raise ValueError(f"--validation: the data set {dataset.name!r} has no labels")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    parts = order[held_out:], order[:held_out]
+    return tuple(ImageDataset(dataset.name, dataset.images[part], dataset.labels[part]) for part in parts)
+
+
+@contextlib.contextmanager
+def _other_buffers(network: nn.Module) -> Iterator[None]:
+    """Inside, a network works on copies of its buffers. They cannot be written back instead: the backward pass of
+    what went before would find them changed."""
+    originals = [(module, dict(module.named_buffers(recurse=False))) for module in network.modules()]
+    try:
+        for module, buffers in originals:
+            for name, buffer in buffers.items():
+                setattr(module, name, buffer.clone())
+        yield
+    finally:
+        for module, buffers in originals:
+            for name, buffer in buffers.items():
+                setattr(module, name, buffer)

@@ -1,0 +1,254 @@
+"""softmax_entropy and softmax_entropy_cross_entropy."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastgan import _extension
+from fastgan.ops import softmax_entropy, softmax_entropy_cross_entropy
+from fastgan.ops.softmax_entropy import softmax_entropy_cross_entropy_reference, softmax_entropy_reference
+
+needs_kernels = pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="the compiled extension is missing")
+
+
+def random_logits(rows, classes, dtype=torch.float64, scale=3.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(rows, classes, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def random_labels(rows, classes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (rows,), generator=generator)
+    labels[::3] = -100
+    return labels
+
+
+def outputs_and_gradient(function, logits, weights):
+    logits = logits.detach().requires_grad_()
+    outputs = function(logits)
+    total = sum(weight * output for weight, output in zip(weights, outputs))
+    return [output.detach() for output in outputs], torch.autograd.grad(total, logits)[0]
+
+
+@pytest.mark.parametrize("rows, classes", [(1, 1), (1, 10), (7, 3), (16, 10), (33, 17), (100, 10), (5000, 10), (3, 1000)])
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)],
+)
+def test_values_and_gradient_match_float64_pytorch(rows, classes, dtype, tolerance):
+    logits, labels = random_logits(rows, classes, dtype), random_labels(rows, classes)
+    weights = (2.0, -3.0, 0.5)
+    values, gradient = outputs_and_gradient(lambda x: softmax_entropy_cross_entropy(x, labels), logits, weights)
+    expected, expected_gradient = outputs_and_gradient(
+        lambda x: softmax_entropy_cross_entropy_reference(x, labels), logits.double(), weights
+    )
+    for value, reference in zip(values, expected):
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(value.double(), reference, atol=3e-6 if dtype != torch.float64 else 1e-12, rtol=1e-6)
+    assert gradient.dtype == dtype
+    assert (gradient.double() - expected_gradient).abs().max() <= tolerance * expected_gradient.abs().max() + 1e-12
+    assert list(softmax_entropy(logits)) == values[:2]
+
+
+def test_one_hot_rows_have_exactly_no_entropy_and_no_gradient():
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 0.0, 1e4]], requires_grad=True)
+    conditional, marginal = softmax_entropy(logits)
+    assert conditional.item() == 0.0
+    assert marginal.item() == pytest.approx(math.log(2), abs=1e-7)
+    assert torch.equal(torch.autograd.grad(3 * conditional - marginal, logits)[0], torch.zeros(2, 3))
+
+
+def test_uniform_rows_have_the_entropy_log_k():
+    for scale in (0.0, 1e4, -1e4):
+        conditional, marginal = softmax_entropy(torch.full((5, 10), scale))
+        assert conditional.item() == pytest.approx(math.log(10), abs=1e-6)
+        assert marginal.item() == pytest.approx(math.log(10), abs=1e-6)
+
+
+def test_a_single_class_has_no_entropy():
+    logits = torch.randn(4, 1, requires_grad=True)
+    conditional, marginal = softmax_entropy(logits)
+    assert conditional.item() == 0.0 and marginal.item() == 0.0
+    assert torch.equal(torch.autograd.grad(conditional + marginal, logits)[0], torch.zeros(4, 1))
+
+
+def test_minus_infinity_means_probability_zero():
+    logits = torch.tensor([[0.0, 0.0, -math.inf]], requires_grad=True)
+    conditional, marginal = softmax_entropy(logits)
+    assert conditional.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert marginal.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert torch.isfinite(torch.autograd.grad(conditional - marginal, logits)[0]).all()
+
+
+def test_nan_is_not_hidden():
+    logits = torch.zeros(40, 3)
+    logits[20, 1] = math.nan
+    assert all(value.isnan() for value in softmax_entropy(logits))
+
+
+def test_large_offsets_keep_their_digits():
+    logits = random_logits(50, 10, torch.float32)
+    shifted = logits + 8192.0  # exact in float32 up to its spacing of 2^-10
+    exact = softmax_entropy_reference(shifted.double())
+    for value, reference in zip(softmax_entropy(shifted), exact):
+        assert value.item() == pytest.approx(reference.item(), abs=2e-6)
+
+
+@pytest.mark.parametrize("make", [lambda x: x.t().contiguous().t(), lambda x: x[::2], lambda x: x[:, 2:7], lambda x: x[:1].expand(9, -1)])
+def test_strided_logits(make):
+    strided = make(random_logits(12, 10, torch.float32))
+    values, gradient = outputs_and_gradient(softmax_entropy, strided, (1.0, -1.0))
+    expected, expected_gradient = outputs_and_gradient(softmax_entropy, strided.contiguous(), (1.0, -1.0))
+    assert values == expected
+    assert torch.equal(gradient, expected_gradient)
+
+
+def test_cross_entropy_is_that_of_the_labeled_rows():
+    logits, labels = random_logits(20, 4, torch.float32), random_labels(20, 4)
+    cross_entropy = softmax_entropy_cross_entropy(logits, labels)[2]
+    torch.testing.assert_close(cross_entropy, torch.nn.functional.cross_entropy(logits, labels))
+
+
+def test_without_any_label_the_cross_entropy_and_its_gradient_are_zero():
+    logits = torch.randn(5, 4, requires_grad=True)
+    cross_entropy = softmax_entropy_cross_entropy(logits, torch.full((5,), -100))[2]
+    assert cross_entropy.item() == 0.0
+    assert torch.equal(torch.autograd.grad(cross_entropy, logits)[0], torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("function", [softmax_entropy, softmax_entropy_reference])
+@pytest.mark.parametrize(
+    "logits, error, message",
+    [
+        (torch.randn(3), RuntimeError, r"softmax_entropy: logits must have shape \[N, K\], got \[3\]"),
+        (torch.randn(0, 3), RuntimeError, r"softmax_entropy: logits must have at least one row .* got shape \[0, 3\]"),
+        (torch.randn(3, 0), RuntimeError, r"softmax_entropy: logits must have at least one class .* \[3, 0\]"),
+        (torch.ones(3, 3, dtype=torch.int64), TypeError, "softmax_entropy: logits must be of a floating-point dtype"),
+    ],
+)
+def test_errors_of_logits_name_what_is_wrong(function, logits, error, message):
+    with pytest.raises(error, match=message):
+        function(logits)
+
+
+@pytest.mark.parametrize("function", [softmax_entropy_cross_entropy, softmax_entropy_cross_entropy_reference])
+@pytest.mark.parametrize(
+    "labels, error, message",
+    [
+        (torch.zeros(4, dtype=torch.int64), RuntimeError, r"labels must have shape \[3\] \(logits.size\(0\)\), got \[4\]"),
+        (torch.zeros(3), TypeError, "labels must be of dtype int64, got"),
+        (torch.tensor([0, 5, 1]), IndexError, r"labels must lie in \[0, 5\) .* got 5 at row 1"),
+        (torch.tensor([0, 1, -1]), IndexError, r"labels must lie in \[0, 5\) .* got -1 at row 2"),
+    ],
+)
+def test_errors_of_labels_name_what_is_wrong(function, labels, error, message):
+    with pytest.raises(error, match=message):
+        function(torch.randn(3, 5), labels)
+
+
+def test_derivatives_up_to_third_order():
+    logits = random_logits(4, 3).requires_grad_()
+    labels = torch.tensor([0, -100, 2, 1])
+
+    def total(x):
+        conditional, marginal, cross_entropy = softmax_entropy_cross_entropy(x, labels)
+        return conditional.square() - 2 * marginal + conditional * cross_entropy
+
+    assert torch.autograd.gradcheck(total, logits)
+    assert torch.autograd.gradgradcheck(total, logits)
+
+    def curvature(x):
+        gradient = torch.autograd.grad(total(x), x, create_graph=True)[0]
+        return torch.autograd.grad(gradient.square().sum(), x, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(curvature, logits)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_each_output_alone_is_differentiable(index):
+    logits = random_logits(6, 5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: softmax_entropy(x)[index], logits)
+    assert torch.autograd.gradgradcheck(lambda x: softmax_entropy(x)[index], logits)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    logits = random_logits(5, 4, dtype).requires_grad_()
+    torch.library.opcheck(torch.ops.fastgan.softmax_entropy_forward.default, (logits, None, -100))
+    torch.library.opcheck(torch.ops.fastgan.softmax_entropy_forward.default, (logits, random_labels(5, 4), -100))
+    torch.library.opcheck(torch.ops.fastgan.softmax_entropy.default, (logits,))
+
+
+def test_compiles_without_graph_break():
+    labels = random_labels(9, 4)
+
+    def loss(x):
+        conditional, marginal = softmax_entropy(x)
+        return conditional - marginal + softmax_entropy_cross_entropy(x, labels)[2]
+
+    logits = random_logits(9, 4, torch.float32)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    _, expected = outputs_and_gradient(lambda x: (loss(x),), logits, (1.0,))
+    _, gradient = outputs_and_gradient(lambda x: (compiled(x),), logits, (1.0,))
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_entropies_stay_float32_under_autocast():
+    logits = random_logits(50, 10, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = softmax_entropy(logits)
+    for value, reference in zip(values, softmax_entropy_reference(logits.double())):
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(reference.item(), abs=2e-6)
+
+
+def test_results_do_not_depend_on_the_number_of_threads_or_the_run():
+    logits = random_logits(20_000, 10, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append(outputs_and_gradient(softmax_entropy, logits, (1.0, -1.0)))
+    finally:
+        torch.set_num_threads(threads)
+    for values, gradient in results[1:]:
+        assert values == results[0][0]
+        assert torch.equal(gradient, results[0][1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 40), classes=st.integers(1, 24), scale=st.floats(0, 200), seed=st.integers(0, 1000))
+def test_entropies_obey_their_bounds(rows, classes, scale, seed):
+    logits = random_logits(rows, classes, torch.float32, scale, seed)
+    conditional, marginal = softmax_entropy(logits)
+    assert -1e-6 <= conditional <= marginal + 1e-5
+    assert marginal <= math.log(classes) + 1e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", _extension.build_info()["cpu_isas_available"])
+def test_every_instruction_set_agrees_with_pytorch(isa):
+    program = """
+import torch
+from fastgan.ops import softmax_entropy_cross_entropy as fused
+from fastgan.ops.softmax_entropy import softmax_entropy_cross_entropy_reference as reference
+torch.manual_seed(0)
+for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 8e-3), (torch.float64, 1e-12)):
+    logits, labels = (4 * torch.randn(77, 10)).to(dtype).requires_grad_(), torch.randint(10, (77,))
+    exact = logits.detach().double().requires_grad_()
+    ours, theirs = fused(logits, labels), reference(exact, labels)
+    for a, b in zip(ours, theirs):
+        assert abs(a.item() - b.item()) < 3e-6, (dtype, a, b)
+    gradient, = torch.autograd.grad(ours[0] - 2 * ours[1] + ours[2], logits)
+    expected, = torch.autograd.grad(theirs[0] - 2 * theirs[1] + theirs[2], exact)
+    assert (gradient.double() - expected).abs().max() <= tolerance * expected.abs().max(), dtype
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "FASTGAN_CPU_ISA": isa})
