@@ -46,6 +46,11 @@ def explain(op, *args, **kwargs):
         path, reason = "fused CUDA kernels", f"CUDA kernels: {_extension.build_info()['cuda_reason']}"
     lines = [f"{where}: {path}", reason]
     if "weight" in call.arguments:
+        if not name.endswith("bn_act") and call.arguments["activation"] == "leaky_relu" and call.arguments["negative_slope"] < 0:
+            lines = [
+                f"{where}: PyTorch's convolution and leaky_relu",
+                "negative_slope is below 0: the fused backward tells the sign of an activation's argument from its result",
+            ]
         lines.append(f"convolution: {_convolution_loop(call.arguments)}")
     return "\n  ".join(lines)
 

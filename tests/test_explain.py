@@ -24,6 +24,14 @@ def test_fused_cpu_path_names_instruction_set_and_convolution(op):
 
 
 @requires_kernels
+def test_negative_slope_below_zero_leaves_the_fused_kernels_without_batch_norm():
+    below = dict(activation="leaky_relu", negative_slope=-0.1)
+    assert "negative_slope is below 0" in fastgan.explain(ops.conv2d_act, **layer(), **below)
+    assert "fused CPU kernels" in fastgan.explain(ops.conv2d_bn_act, **layer(), **below)
+    assert "fused CPU kernels" in fastgan.explain(ops.conv2d_act, **layer(), activation="relu", negative_slope=-0.1)
+
+
+@requires_kernels
 def test_instruction_set_chosen_by_the_environment_is_named_as_such(monkeypatch):
     monkeypatch.setenv("FASTGAN_CPU_ISA", fastgan.build_info()["cpu_isa"])
     assert "FASTGAN_CPU_ISA asks for it" in fastgan.explain("conv2d_act", **layer())
