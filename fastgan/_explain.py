@@ -6,6 +6,7 @@ import os
 import torch
 
 from fastgan import _extension, ops
+from fastgan.ops._conv import pair
 
 
 def explain(op, *args, **kwargs):
@@ -31,23 +32,39 @@ def explain(op, *args, **kwargs):
     input = next(iter(call.arguments.values()))
     if not isinstance(input, torch.Tensor):
         raise TypeError(f"explain: the first argument of {name} must be a torch.Tensor, got {type(input).__name__}")
-    where = f"{name} of {str(input.dtype).removeprefix('torch.')} {list(input.shape)} on {input.device}"
+    path, *reasons = _path(name, input, call.arguments)
+    if "weight" in call.arguments and path not in (_PLAIN, _SHAPES):
+        reasons.append(f"convolution: {_convolution_loop(call.arguments)}")
+    where = f"{name} of {_name(input.dtype)} {list(input.shape)} on {input.device}"
+    return "\n  ".join([f"{where}: {path}", *reasons])
+
+
+_PLAIN, _SHAPES = "plain PyTorch", "shapes only"
+
+
+def _path(name, input, arguments):
+    """(the path, reasons...)."""
     device = input.device.type
-    if device == "meta" and _extension.has_kernels("cpu"):
-        return f"{where}: only shapes are computed, since a meta tensor has no values"
-    if not _extension.has_kernels(device):
-        lines = [f"{where}: plain PyTorch ({name}_reference)", f"because {_extension.why_no_kernels(device)}"]
-        if os.environ.get("FASTGAN_STRICT") == "1":
-            lines.append("FASTGAN_STRICT=1 makes this call an error")
-        return "\n  ".join(lines)
-    if device == "cpu":
-        path, reason = "fused CPU kernels", f"instruction set {_extension.build_info()['cpu_isa']}: {_why_this_isa()}"
-    else:
-        path, reason = "fused CUDA kernels", f"CUDA kernels: {_extension.build_info()['cuda_reason']}"
-    lines = [f"{where}: {path}", reason]
-    if "weight" in call.arguments:
-        lines.append(f"convolution: {_convolution_loop(call.arguments)}")
-    return "\n  ".join(lines)
+    if not _extension.has_kernels("cpu" if device == "meta" else device):
+        strict = os.environ.get("FASTGAN_STRICT") == "1"
+        return (
+            _PLAIN,
+            f"{name}_reference, because {_extension.why_no_kernels(device)}",
+            *(["FASTGAN_STRICT=1 makes this call an error"] if strict else []),
+        )
+    if device == "meta":
+        return _SHAPES, "a meta tensor has no values to compute with"
+    if device == "cuda" and input.dtype == torch.float64:
+        return "PyTorch's operators", "float64 has no fused CUDA kernels"
+    if not name.endswith("bn_act") and arguments.get("activation") == "leaky_relu" and arguments["negative_slope"] < 0:
+        return (
+            "PyTorch's convolution and leaky_relu",
+            "negative_slope is below 0, and the fused backward takes the sign of an activation's argument from its result",
+        )
+    info = _extension.build_info()
+    if device == "cuda":
+        return "fused CUDA kernels", info["cuda_reason"]
+    return "fused CPU kernels", f"instruction set {info['cpu_isa']}: {_why_this_isa()}"
 
 
 def _operator(op):
@@ -61,6 +78,10 @@ def _operator(op):
     )
 
 
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
 def _why_this_isa():
     if os.environ.get("FASTGAN_CPU_ISA"):
         return "FASTGAN_CPU_ISA asks for it"
@@ -68,9 +89,29 @@ def _why_this_isa():
 
 
 def _convolution_loop(arguments):
-    """The main loop of a convolution and why it is the one: what convolution() of csrc/ops decides."""
+    """The main loop of a convolution and why it is the one."""
     device = arguments["input"].device.type
     dtype = arguments["input"].dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    return f"ATen's in {str(dtype).removeprefix('torch.')}, which runs {'oneDNN' if device == 'cpu' else 'cuDNN'}"
+    in_dtype = f"in {_name(dtype)}"
+    if device == "cpu":  # convolution() in csrc/ops/conv_bn_act.cpp
+        return (
+            f"ATen's (oneDNN) {in_dtype}; the minimal-filtering loops for kernel 4, stride 2, padding 1 run "
+            "where fastgan.fuse runs a whole Sequential in float32"
+        )
+    if _has_cuda_loop(arguments):
+        return f"fastgan's for kernel 4 {in_dtype}, with batch statistics or activation in its epilogue"
+    return f"ATen's (cuDNN) {in_dtype}, since fastgan's take kernel 4 with stride 2, padding 1, or from or to one pixel"
+
+
+def _has_cuda_loop(arguments):
+    """The rule of fast_geometry() in csrc/ops/cuda_conv_bn_act.cpp."""
+    input, weight = arguments["input"], arguments["weight"]
+    stride, padding, dilation = (pair(arguments[name]) for name in ("stride", "padding", "dilation"))
+    if tuple(weight.shape[2:]) != (4, 4) or arguments["groups"] != 1 or dilation != (1, 1):
+        return False
+    if input.dtype == torch.float64 or input.numel() == 0:
+        return False
+    one_pixel = tuple(input.shape[-2:]) == ((1, 1) if "output_padding" in arguments else (4, 4))
+    return (stride, padding) == ((2, 2), (1, 1)) or ((stride, padding) == ((1, 1), (0, 0)) and one_pixel)

@@ -42,18 +42,10 @@ TOOLKIT = (Path("/usr/local/cuda"), "13.0")
 NO_TOOLKIT = (None, None)
 
 
-@pytest.fixture
-def with_cuda_kernels(setup_script, tmp_path, monkeypatch):
-    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
-    (tmp_path / "csrc" / "cuda" / "bn_act.cu").touch()
-    monkeypatch.setattr(setup_script, "ROOT", tmp_path)
-    return setup_script
-
-
 @pytest.mark.parametrize("wanted", ["", "1"])
-def test_cuda_torch_with_nvcc_builds_cuda_kernels_without_asking_for_a_gpu(with_cuda_kernels, monkeypatch, wanted):
+def test_cuda_torch_with_nvcc_builds_cuda_kernels_without_asking_for_a_gpu(setup_script, monkeypatch, wanted):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
-    cuda, why = with_cuda_kernels.decide_cuda(wanted, *CUDA_TORCH, *TOOLKIT)
+    cuda, why = setup_script.decide_cuda(wanted, *CUDA_TORCH, *TOOLKIT)
     assert cuda and "13.0" in why
 
 
@@ -66,14 +58,12 @@ def test_cuda_torch_with_nvcc_builds_cuda_kernels_without_asking_for_a_gpu(with_
     ],
     ids=["torch for the CPU", "no nvcc", "nvcc of another CUDA"],
 )
-def test_without_cuda_the_cpu_kernels_are_built_and_only_asking_for_cuda_is_an_error(
-    with_cuda_kernels, pytorch, toolkit, why
-):
-    cuda, reason = with_cuda_kernels.decide_cuda("", *pytorch, *toolkit)
+def test_without_cuda_the_cpu_kernels_are_built_and_only_asking_for_cuda_is_an_error(setup_script, pytorch, toolkit, why):
+    cuda, reason = setup_script.decide_cuda("", *pytorch, *toolkit)
     assert not cuda and re.search(why, reason)
     with pytest.raises(SystemExit, match="FASTGAN_CUDA=1, but .*" + why):
-        with_cuda_kernels.decide_cuda("1", *pytorch, *toolkit)
-    assert with_cuda_kernels.decide_cuda("0", *pytorch, *toolkit) == (False, "FASTGAN_CUDA=0")
+        setup_script.decide_cuda("1", *pytorch, *toolkit)
+    assert setup_script.decide_cuda("0", *pytorch, *toolkit) == (False, "FASTGAN_CUDA=0")
 
 
 def test_fastgan_cuda_takes_0_and_1_only(setup_script):

@@ -24,6 +24,14 @@ def test_fused_cpu_path_names_instruction_set_and_convolution(op):
 
 
 @requires_kernels
+def test_negative_slope_below_zero_leaves_the_fused_kernels_without_batch_norm():
+    below = dict(activation="leaky_relu", negative_slope=-0.1)
+    assert "negative_slope is below 0" in fastgan.explain(ops.conv2d_act, **layer(), **below)
+    assert "fused CPU kernels" in fastgan.explain(ops.conv2d_bn_act, **layer(), **below)
+    assert "fused CPU kernels" in fastgan.explain(ops.conv2d_act, **layer(), activation="relu", negative_slope=-0.1)
+
+
+@requires_kernels
 def test_instruction_set_chosen_by_the_environment_is_named_as_such(monkeypatch):
     monkeypatch.setenv("FASTGAN_CPU_ISA", fastgan.build_info()["cpu_isa"])
     assert "FASTGAN_CPU_ISA asks for it" in fastgan.explain("conv2d_act", **layer())
@@ -36,15 +44,44 @@ def test_autocast_decides_the_dtype_of_the_convolution():
         assert "bfloat16" not in fastgan.explain("conv2d_act", **layer(dtype=torch.float64))
 
 
+@requires_kernels
+def test_meta_tensors_compute_shapes_only():
+    assert "shapes only" in fastgan.explain("conv2d_act", **layer("meta"))
+
+
 def test_missing_kernels_are_explained_by_their_cause(monkeypatch):
     monkeypatch.setattr(_extension, "_DEVICES", frozenset())
     monkeypatch.setattr(_extension, "_C", None)
     monkeypatch.setattr(_extension, "_missing_reason", "the moon is full")
     text = fastgan.explain("conv2d_act", **layer())
-    assert "plain PyTorch (conv2d_act_reference)" in text and "the moon is full" in text
+    assert "plain PyTorch\n  conv2d_act_reference, because" in text and "the moon is full" in text
     assert "FASTGAN_STRICT" not in text
     monkeypatch.setenv("FASTGAN_STRICT", "1")
     assert "FASTGAN_STRICT=1 makes this call an error" in fastgan.explain("conv2d_act", **layer())
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    "shapes, options, loop",
+    [
+        (((2, 16, 8, 8), (32, 16, 4, 4)), dict(stride=2, padding=1), "fastgan's"),
+        (((2, 16, 4, 4), (1, 16, 4, 4)), dict(), "fastgan's"),  # down to one pixel
+        (((2, 16, 8, 8), (32, 16, 4, 4)), dict(), "ATen's"),
+        (((2, 16, 8, 8), (32, 8, 4, 4)), dict(stride=2, padding=1, groups=2), "ATen's"),
+        (((2, 16, 8, 8), (32, 16, 3, 3)), dict(stride=2, padding=1), "ATen's"),
+    ],
+)
+def test_cuda_convolution_loop_goes_by_the_layer(monkeypatch, shapes, options, loop):
+    monkeypatch.setattr(_extension, "_DEVICES", frozenset({"cpu", "cuda"}))
+    input, weight = (torch.ones(shape).as_subclass(OnCuda) for shape in shapes)
+    text = fastgan.explain("conv2d_act", input, weight, **options)
+    assert "fused CUDA kernels" in text and f"convolution: {loop}" in text
+    assert "no fused CUDA kernels" in fastgan.explain("conv2d_act", input.double(), weight.double(), **options)
 
 
 def test_explain_changes_no_buffer_and_runs_no_operator():
