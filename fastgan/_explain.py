@@ -95,14 +95,32 @@ def _convolution_loop(arguments):
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     in_dtype = f"in {_name(dtype)}"
-    if device == "cpu":  # convolution() in csrc/ops/conv_bn_act.cpp
+    if device == "cpu":
+        if _has_minimal_filtering(arguments) and dtype == torch.float32:
+            return "fastgan's minimal filtering for kernel 4, stride 2, padding 1, batch norm and activation fused in"
         return (
-            f"ATen's (oneDNN) {in_dtype}; the minimal-filtering loops for kernel 4, stride 2, padding 1 run "
-            "where fastgan.fuse runs a whole Sequential in float32"
+            f"ATen's (oneDNN) {in_dtype}; fastgan's minimal filtering takes float32 in channels_last (or any layout "
+            "inside a Sequential given to fastgan.fuse), kernel 4, stride 2, padding 1, and channels in multiples of "
+            "16 (up to 4 on the image side)"
         )
     if _has_cuda_loop(arguments):
         return f"fastgan's for kernel 4 {in_dtype}, with batch statistics or activation in its epilogue"
     return f"ATen's (cuDNN) {in_dtype}, since fastgan's take kernel 4 with stride 2, padding 1, or from or to one pixel"
+
+
+def _has_minimal_filtering(arguments):
+    """The rule of conv_stack_single() in csrc/ops/conv_stack.cpp and conv4x4s2_supported() in csrc/cpu."""
+    input, weight = arguments["input"], arguments["weight"]
+    stride, padding, dilation = (pair(arguments[name]) for name in ("stride", "padding", "dilation"))
+    if input.dim() != 4 or input.is_contiguous() or not input.is_contiguous(memory_format=torch.channels_last):
+        return False
+    if tuple(weight.shape[2:]) != (4, 4) or (stride, padding, dilation) != ((2, 2), (1, 1), (1, 1)):
+        return False
+    if arguments["groups"] != 1 or any(pair(arguments.get("output_padding", 0))) or input.numel() == 0:
+        return False
+    small, large = weight.shape[:2]
+    least = 2 if "output_padding" in arguments else 4
+    return small % 16 == 0 and (large <= 4 or large % 16 == 0) and min(input.shape[2:]) >= least
 
 
 def _has_cuda_loop(arguments):

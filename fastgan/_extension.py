@@ -30,7 +30,8 @@ else:
     try:
         from fastgan import _C
     except ImportError as error:
-        _missing_reason = f"the compiled extension could not be loaded: {error}"
+        _C = None
+        _missing_reason = f"the compiled extension fastgan._C is missing or could not be loaded: {error}"
 
 _DEVICES = frozenset() if _C is None else frozenset({"cpu", "cuda"} if _build_config.CUDA_KERNELS else {"cpu"})
 _warned = set()

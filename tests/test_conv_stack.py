@@ -164,3 +164,32 @@ def test_autocast_and_other_dtypes_take_the_single_operators():
 def test_empty_batch_works():
     network, x = build("discriminator")
     assert fastgan.fuse(network).eval()(x[:0]).shape == (0, 1, 1, 1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bn", [False, True])
+def test_single_operators_take_the_same_loops_in_channels_last(transposed, bn):
+    conv = up(16, 32, True) if transposed else down(16, 32, True)
+    network = nn.Sequential(conv, *([nn.BatchNorm2d(32)] if bn else []), nn.LeakyReLU(0.2))
+    x = torch.randn(3, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    name = ("conv_transpose2d" if transposed else "conv2d") + ("_bn_act" if bn else "_act")
+    operator = getattr(fastgan.ops, name)
+
+    def call(x):
+        state = (network[1].weight, network[1].bias) if bn else ()
+        return operator(x, conv.weight, conv.bias, *state, stride=2, padding=1, activation="leaky_relu", negative_slope=0.2)
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call(x)
+    assert "fastgan::conv_stack_forward" in {event.name for event in profile.events()}
+    assert "minimal filtering for" in fastgan.explain(name, x, conv.weight, stride=2, padding=1)
+    results = []
+    for function in (network, call):
+        inputs = x.clone().requires_grad_()
+        output = function(inputs)
+        gradients = torch.autograd.grad(output.pow(2).sum(), [inputs, *network.parameters()])
+        results.append([output, *gradients])
+    assert results[0][0].stride() == results[1][0].stride()
+    scale = max(g.abs().max().item() for g in results[0])
+    for ours, theirs in zip(*reversed(results)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * scale)

@@ -24,6 +24,7 @@
 #include <torch/library.h>
 
 #include "../cpu/bn_act.h"
+#include "conv_stack.h"
 
 namespace fastgan {
 namespace {
@@ -448,11 +449,14 @@ Tensor conv_bn_act(const char* op, const Tensor& input, const Tensor& weight, co
                    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
                    const OptionalTensor& running_var, const ConvLayer& layer, bool training, double momentum,
                    double eps, std::string_view activation, double negative_slope) {
-  parse_activation(op, activation);
+  const Activation kind = parse_activation(op, activation);
   const AutocastTensors t(input, weight, bias);
   check_conv(op, t.input, t.weight, optional(t.bias), layer);
   check_batch_norm(op, t.input, t.weight, bn_weight, bn_bias, running_mean, running_var, layer, training, momentum,
                    eps);
+  const BatchNormArguments bn{bn_weight, bn_bias, running_mean, running_var, training, momentum, eps};
+  if (auto output = conv_stack_single(t.input, t.weight, optional(t.bias), &bn, layer, kind, negative_slope))
+    return *output;
   const bool batched = t.input.dim() == 4;
   const bool save = any_requires_grad({t.input, t.weight, t.bias, or_undefined(bn_weight), or_undefined(bn_bias)});
   const Tensor output = ConvBnAct::apply(batched ? t.input : t.input.unsqueeze(0), t.weight, optional(t.bias),
@@ -466,6 +470,8 @@ Tensor conv_act(const char* op, const Tensor& input, const Tensor& weight, const
   const Activation kind = parse_activation(op, activation);
   const AutocastTensors t(input, weight, bias);
   check_conv(op, t.input, t.weight, optional(t.bias), layer);
+  if (auto output = conv_stack_single(t.input, t.weight, optional(t.bias), nullptr, layer, kind, negative_slope))
+    return *output;
   const bool batched = t.input.dim() == 4;
   const Tensor x = batched ? t.input : t.input.unsqueeze(0);
   // With a negative slope below 0 the output does not tell the sign of its argument, which the fused backward needs.

@@ -583,7 +583,39 @@ Tensor conv_stack(const Tensor& input, at::TensorList parameters, at::TensorList
                           save && at::GradMode::is_enabled());
 }
 
+bool is(at::IntArrayRef pair, int64_t value) { return pair[0] == value && pair[1] == value; }
+
 }  // namespace
+
+OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                 const BatchNormArguments* bn, const ConvLayer& layer, Activation activation,
+                                 double negative_slope) {
+  const auto given = [](const OptionalTensor& t) { return t.has_value() && t->defined(); };
+  const bool concrete = !input.unsafeGetTensorImpl()->has_symbolic_sizes_strides() &&
+                        !weight.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  if (!concrete || !input.device().is_cpu() || input.scalar_type() != at::kFloat || input.dim() != 4 ||
+      layer.groups != 1 || !is(layer.dilation, 1) || !is(layer.output_padding, 0) || !is(layer.stride, 2) ||
+      !is(layer.padding, 1) || input.is_contiguous() || !input.is_contiguous(at::MemoryFormat::ChannelsLast))
+    return std::nullopt;
+  StackLayer one{layer.transposed, {2, 2}, {1, 1}, given(bias), bn != nullptr, bn && given(bn->weight),
+                 bn && given(bn->bias), bn && given(bn->running_mean), bn && bn->training, activation,
+                 bn ? bn->momentum : 0.0, bn ? bn->eps : 0.0, negative_slope};
+  if (geometry(one, input.size(0), input.size(1), input.size(2), input.size(3), weight).path != Path::conv4x4s2)
+    return std::nullopt;
+  std::vector<Tensor> parameters{weight}, running;
+  if (one.has_bias) parameters.push_back(*bias);
+  if (one.has_bn_weight) parameters.push_back(*bn->weight);
+  if (one.has_bn_bias) parameters.push_back(*bn->bias);
+  if (one.has_running) {
+    if (!bn->running_mean->is_contiguous() || !bn->running_var->is_contiguous()) return std::nullopt;
+    running = {*bn->running_mean, *bn->running_var};
+  }
+  const int64_t integers[StackLayer::kIntegers] = {one.transposed, 2, 2, 1, 1, one.has_bias, one.has_batch_norm,
+                                                   one.has_bn_weight, one.has_bn_bias, one.has_running, one.training,
+                                                   static_cast<int64_t>(activation)};
+  const double numbers[StackLayer::kNumbers] = {one.momentum, one.eps, one.negative_slope};
+  return conv_stack(input, parameters, running, integers, numbers);
+}
 
 TORCH_LIBRARY_IMPL(fastgan, CompositeImplicitAutograd, m) { m.impl("conv_stack", &conv_stack); }
 

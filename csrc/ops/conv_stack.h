@@ -24,4 +24,15 @@ struct StackLayer {
 
 std::vector<StackLayer> parse_stack(at::IntArrayRef layers, at::ArrayRef<double> numbers);
 
+// One layer by conv_stack, for the single operators: nothing unless it runs on the minimal-filtering loops and the
+// input is in channels_last on the CPU, as those loops are. bn is null for a layer without batch norm.
+struct BatchNormArguments {
+  OptionalTensor weight, bias, running_mean, running_var;
+  bool training;
+  double momentum, eps;
+};
+OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                 const BatchNormArguments* bn, const ConvLayer& layer, Activation activation,
+                                 double negative_slope);
+
 }  // namespace fastgan
