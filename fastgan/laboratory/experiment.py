@@ -141,7 +141,7 @@ def generator_loss_gradient(logits: Tensor, kind: str) -> Tensor:
     return probabilities - 1 if kind == "non_saturating" else -probabilities
 
 
-def fit_discriminator(config: LaboratoryConfig, generators: Mixture, *, steps: int = 2000) -> tuple[Tensor, Tensor, Tensor]:
+def fit_discriminator(config: LaboratoryConfig, generators: Mixture, *, steps: int = 1000) -> tuple[Tensor, Tensor, Tensor]:
     """Train discriminators to their optimum against a generator that stays as it is.
 
     Args:
