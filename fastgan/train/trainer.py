@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ class Objective:
     ``d_fake`` are the mean probabilities D(x) and D(G(z)).
     """
 
-    def __init__(self, kind: str = "non_saturating"):
+    def __init__(self, kind: str = "non_saturating", augment: Callable[[Tensor], Tensor] | None = None):
         self.kind = kind
+        # What real and generated images go through before the discriminator; nothing by default.
+        self.augment = augment or nn.Identity()
 
     def discriminator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
         """Loss of the discriminator; ``fake`` [N, C, H, W] is detached from the generator."""
-        real_logits, fake_logits = discriminator(batch.images), discriminator(fake)
+        real_logits, fake_logits = discriminator(self.augment(batch.images)), discriminator(self.augment(fake))
         kind = "minimax" if self.kind == "non_saturating" else self.kind
         probabilities = {"d_real": real_logits, "d_fake": fake_logits}
         figures = {name: logits.detach().float().sigmoid().mean() for name, logits in probabilities.items()}
@@ -50,7 +52,7 @@ class Objective:
 
     def generator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
         """Loss of the generator; the discriminator's weights take no gradients."""
-        return generator_loss(discriminator(fake), self.kind), {}
+        return generator_loss(discriminator(self.augment(fake)), self.kind), {}
 
     def evaluate(self, trainer: "Trainer") -> dict[str, float]:
         """Figures for the log at the end of every epoch, such as a test error."""
