@@ -1,11 +1,16 @@
+import json
+
 import pytest
 import torch
 from scipy import linalg
 
+from fastgan.data import load_dataset
+from fastgan.metrics.__main__ import main
 from fastgan.metrics.distances import (
-    frechet_distance, kernel_distance, nearest_images, nearest_neighbour_test, precision_recall,
+    appearance, frechet_distance, kernel_distance, nearest_images, nearest_neighbour_test, precision_recall,
 )
 from fastgan.metrics.features import FeatureExtractor, LeNet
+from fastgan.train import GANConfig, Trainer
 
 
 def sets(n=60, m=50, d=7, shift=0.3):
@@ -78,3 +83,27 @@ def test_extractor_takes_images_of_any_size(shape, tmp_path):
     features, probabilities = extractor(torch.zeros(shape, dtype=torch.uint8))
     assert features.shape == (3, 128) and probabilities.sum(1) == pytest.approx(torch.ones(3))
     torch.testing.assert_close(extractor(-torch.ones(shape))[0], features)
+
+
+def test_appearance_tells_contrast_from_sharpness():
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(4, 1, 16, 16, generator=generator)
+    smooth = torch.nn.functional.avg_pool2d(noise, 3, 1, 1)
+    assert appearance(2 * noise).contrast == pytest.approx(2 * appearance(noise).contrast)
+    assert appearance(2 * noise).sharpness == pytest.approx(appearance(noise).sharpness)
+    assert appearance(smooth).sharpness < appearance(noise).sharpness
+
+
+def test_command_scores_a_checkpoint_beside_held_out_images(tmp_path, monkeypatch, capsys):
+    untrained = FeatureExtractor(LeNet(10).eval(), 0.5, "untrained", tmp_path)
+    monkeypatch.setattr("fastgan.metrics.__main__.feature_extractor", lambda *_: untrained)
+    trainer = Trainer(GANConfig(device="cpu", output=str(tmp_path / "run"), max_steps=1), load_dataset("digits"))
+    trainer.train()
+    capsys.readouterr()
+    checkpoint = str(tmp_path / "run" / "checkpoint.pt")
+    monkeypatch.setattr("sys.argv", ["metrics", checkpoint, "--family", "gan", "--samples", "1000"])
+    assert main() == 0
+    extractor, held_out, scored = map(json.loads, capsys.readouterr().out.splitlines())
+    assert extractor == {"extractor": "untrained", "test_accuracy": 0.5}
+    assert held_out["of"] == "held-out images" and scored["of"] == checkpoint
+    assert held_out["frechet_distance"] < scored["frechet_distance"] and len(scored["intended_digit"]) == 10

@@ -3,13 +3,17 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastgan.data import load_dataset
-from fastgan.metrics.features import EPOCHS, feature_extractor
+from fastgan.metrics.distances import appearance
+from fastgan.metrics.features import EPOCHS, FeatureExtractor, feature_extractor
 from fastgan.metrics.generator import CHUNK, generate, score
 from fastgan.train import DCGANConfig, GANConfig, TrainingError
+from fastgan.train.checkpoint import load_checkpoint
 
 FAMILIES = {config.family: config for config in (DCGANConfig, GANConfig)}
 
@@ -35,7 +39,8 @@ def main() -> int:
         for name, images in sets.items():
             figures = score(extractor, arguments.dataset, images, arguments.data_root)
             if name != "held-out images" and arguments.family == "gan":
-                figures["intended_digit"] = _intended(extractor, images)
+                figures["intended_digit"] = _intended(extractor, images, load_checkpoint(Path(name), "gan")["config"]["digit"])
+                figures |= appearance(images)._asdict()
             print(json.dumps({"of": name} | figures), flush=True)
     except (ValueError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -43,10 +48,13 @@ def main() -> int:
     return 0
 
 
-def _intended(extractor, images: torch.Tensor) -> list[float]:
-    """Part of the images of each class that the classifier takes for it, from generators of ten classes in order."""
-    predicted = extractor(images)[1].argmax(1).view(-1, 10, CHUNK // 10)
-    return [float((predicted[:, digit] == digit).double().mean()) for digit in range(10)]
+def _intended(extractor: FeatureExtractor, images: Tensor, digit: int | None) -> list[float]:
+    """Part of the images of each class that the classifier takes for it."""
+    predicted = extractor(images)[1].argmax(1)
+    if digit is not None:
+        return [float((predicted == digit).double().mean())]
+    by_class = predicted.view(-1, 10, CHUNK // 10)
+    return [float((by_class[:, label] == label).double().mean()) for label in range(10)]
 
 
 if __name__ == "__main__":

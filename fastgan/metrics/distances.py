@@ -115,6 +115,22 @@ def nearest_images(queries: Tensor, images: Tensor) -> Tensor:
     return torch.cdist(queries.flatten(1).float(), images.flatten(1).float()).argmin(1)
 
 
+class Appearance(NamedTuple):
+    """How images look. ``contrast``: mean over the images of the standard deviation of their pixels. ``sharpness``: mean
+    size of the second difference between neighbouring pixels, over the contrast; noise counts as sharp too.
+    """
+
+    contrast: float
+    sharpness: float
+
+
+def appearance(images: Tensor) -> Appearance:
+    """Contrast and sharpness of images [N, C, H, W], in units of their pixel values."""
+    contrast = images.flatten(1).double().std(1).mean()
+    second = [images.double().diff(n=2, dim=dim).abs().mean() for dim in (-1, -2)]
+    return Appearance(float(contrast), float(sum(second) / 2 / contrast))
+
+
 def _radii(features: Tensor, neighbours: int) -> Tensor:
     # The nearest of all is the sample itself, at distance 0.
     return torch.cdist(features, features).kthvalue(neighbours + 1, 1).values
