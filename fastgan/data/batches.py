@@ -1,6 +1,6 @@
 """Shuffled batches of a data set in memory, taken on the device rather than image by image."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,11 +54,56 @@ class Batches:
         # On the CPU, so that the order is the same on every device. Its generator takes 32 bits of a seed;
         # the odd factor keeps the epochs of one seed apart from those of its neighbours.
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + epoch) % 2**32)
-        order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
+        order = self._order(generator).to(self.images.device)
+        size = len(order) // len(self)
         for number in range(start, len(self)):
-            chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
+            chosen = order[number * size : (number + 1) * size]
             labels = None if self.labels is None else self.labels[chosen]
             yield Batch(normalize(self.images[chosen]), labels)
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        """Positions of the images of an epoch, whole batches of them one after the other."""
+        return torch.randperm(len(self.images), generator=generator)[: len(self) * self.batch_size]
+
+
+class ClassBatches(Batches):
+    """Batches of equally many images of each of some classes, the classes in order.
+
+    An epoch takes every image of the smallest class about once.
+
+    Args:
+        dataset: the images, with labels.
+        batch_size: images of each class in a batch, which holds ``len(classes)`` times as many.
+        seed: seed of the order.
+        classes: the labels wanted.
+        device: where the batches are made.
+
+    Raises:
+        DataError: a data set without labels, or fewer images of a class than one batch.
+    """
+
+    def __init__(self, dataset: ImageDataset, batch_size: int, seed: int, classes: Sequence[int],
+                 device: torch.device | str = "cpu"):
+        if dataset.labels is None:
+            raise DataError(f"the data set {dataset.name!r} has no labels to choose classes by")
+        self.members = [torch.nonzero(dataset.labels == label).flatten() for label in classes]
+        for label, members in zip(classes, self.members):
+            if not 1 <= batch_size <= len(members):
+                raise DataError(
+                    f"batch_size must be between 1 and the number of images of class {label}, {len(members)} in "
+                    f"{dataset.name!r}, got {batch_size}"
+                )
+        super().__init__(dataset, batch_size, seed, device)
+
+    def __len__(self) -> int:
+        return min(map(len, self.members)) // self.batch_size
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        parts = [
+            members[torch.randperm(len(members), generator=generator)[: len(self) * self.batch_size]]
+            for members in self.members
+        ]
+        return torch.stack([part.view(len(self), self.batch_size) for part in parts], 1).flatten()
 
 
 def normalize(images: Tensor) -> Tensor:

@@ -2,5 +2,6 @@
 
 from fastgan.models.catgan import catgan
 from fastgan.models.dcgan import dcgan
+from fastgan.models.gan import mlp_gan
 
-__all__ = ["catgan", "dcgan"]
+__all__ = ["catgan", "dcgan", "mlp_gan"]

@@ -5,6 +5,9 @@ from fastgan.train.checkpoint import TrainingError
 from fastgan.train.command import run
 from fastgan.train.config import TrainConfig, option
 from fastgan.train.dcgan import DCGANConfig
+from fastgan.train.gan import GANConfig
 from fastgan.train.trainer import Objective, Trainer
 
-__all__ = ["CatGANConfig", "DCGANConfig", "Objective", "TrainConfig", "Trainer", "TrainingError", "option", "run"]
+__all__ = [
+    "CatGANConfig", "DCGANConfig", "GANConfig", "Objective", "TrainConfig", "Trainer", "TrainingError", "option", "run",
+]

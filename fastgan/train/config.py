@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastgan.data import DATASETS, ImageDataset, load_dataset
+from fastgan.data import DATASETS, Batches, ImageDataset, load_dataset
 from fastgan.losses import GENERATOR_LOSSES
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,6 +37,8 @@ class TrainConfig:
     """
 
     family: ClassVar[str]
+    # Rows and columns of the grid of samples.
+    grid: ClassVar[tuple[int, int]] = (8, 8)
 
     dataset: str = option("digits", "data set", choices=DATASETS)
     data_root: str | None = option(None, "folder of the data files, or of the images for 'folder'", may_change=True)
@@ -104,6 +106,10 @@ class TrainConfig:
     def learning_rate_at(self, progress: float) -> float:
         """Adam's step size when this part of the run is done, from 0 to 1."""
         return self.learning_rate
+
+    def batches(self, dataset: ImageDataset) -> Batches:
+        """The training batches, on the device."""
+        return Batches(dataset, self.batch_size, self.seed, self.torch_device)
 
     def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Any]:
         """The generator, the discriminator and the :class:`~fastgan.train.trainer.Objective`."""

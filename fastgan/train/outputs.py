@@ -116,14 +116,16 @@ class Progress:
         self.bar.close()
 
 
-def save_grid(path: Path, images: torch.Tensor) -> None:
-    """Write images [N, 1 or 3, H, W] in [-1, 1] as one square grid; small ones enlarged to be seen.
+def save_grid(path: Path, images: torch.Tensor, columns: int | None = None) -> None:
+    """Write images [N, 1 or 3, H, W] as one grid, a square one without ``columns``; small images enlarged to be seen.
+
+    -1 is black and 1 white; what lies beyond is cut off.
 
     Raises:
         TrainingError: the file cannot be written.
     """
     count, channels, height, width = images.shape
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     border = 2
     grid = torch.zeros(channels, rows * (height + border) + border, columns * (width + border) + border)

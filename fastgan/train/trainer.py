@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fastgan.data import Batch, Batches, ImageDataset
+from fastgan.data import Batch, ImageDataset
 from fastgan.losses import discriminator_loss, generator_loss
 from fastgan.nn import fuse
 from fastgan.train.checkpoint import TrainingError, save_checkpoint
@@ -26,7 +26,6 @@ from fastgan.train.outputs import (
     Metrics, Progress, copy_history, prepare_folder, save_animation, save_curves, save_grid, write_json,
 )
 
-GRID_IMAGES = 64
 # Curves and animation take about a second to draw: at most every so many seconds, and at the end.
 DRAWING_INTERVAL = 30.0
 
@@ -38,12 +37,14 @@ class Objective:
     ``d_fake`` are the mean probabilities D(x) and D(G(z)).
     """
 
-    def __init__(self, kind: str = "non_saturating"):
+    def __init__(self, kind: str = "non_saturating", augment: Callable[[Tensor], Tensor] | None = None):
         self.kind = kind
+        # What real and generated images go through before the discriminator; nothing by default.
+        self.augment = augment or nn.Identity()
 
     def discriminator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
         """Loss of the discriminator; ``fake`` [N, C, H, W] is detached from the generator."""
-        real_logits, fake_logits = discriminator(batch.images), discriminator(fake)
+        real_logits, fake_logits = discriminator(self.augment(batch.images)), discriminator(self.augment(fake))
         kind = "minimax" if self.kind == "non_saturating" else self.kind
         probabilities = {"d_real": real_logits, "d_fake": fake_logits}
         figures = {name: logits.detach().float().sigmoid().mean() for name, logits in probabilities.items()}
@@ -51,7 +52,7 @@ class Objective:
 
     def generator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
         """Loss of the generator; the discriminator's weights take no gradients."""
-        return generator_loss(discriminator(fake), self.kind), {}
+        return generator_loss(discriminator(self.augment(fake)), self.kind), {}
 
     def evaluate(self, trainer: "Trainer") -> dict[str, float]:
         """Figures for the log at the end of every epoch, such as a test error."""
@@ -81,7 +82,7 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        self.batches = Batches(dataset, config.batch_size, config.seed, self.device)
+        self.batches = config.batches(dataset)
         self.fingerprint = dataset.fingerprint()
         generator, discriminator, self.objective = config.build(dataset)
         if config.fuse:
@@ -103,7 +104,7 @@ class Trainer:
         }
         self.step = 0
         # From a generator of its own and on the CPU: the same noise before and after a resume, and on any device.
-        noise = config.latent(GRID_IMAGES, torch.Generator().manual_seed(config.seed))
+        noise = config.latent(math.prod(config.grid), torch.Generator().manual_seed(config.seed))
         self.grid_noise = noise.to(self.device)
         if checkpoint:
             self._restore(checkpoint)
@@ -126,13 +127,13 @@ class Trainer:
         checkpoint_every = self.config.checkpoint_every or steps_per_epoch
         progress = Progress(self.step, self.total_steps)
         drawn = time.monotonic()
-        timed_steps, seconds = 0, 0.0
+        timed_images, seconds = 0, 0.0
         with _deferred_signals() as received, contextlib.closing(progress):
             for epoch, batch in self._remaining_batches():
                 started = time.monotonic()
                 figures = self.train_step(batch)
                 seconds += time.monotonic() - started
-                timed_steps += 1
+                timed_images += len(batch.images)
                 self.step += 1
                 progress.advance()
                 run_ends = self.step == self.total_steps or bool(received)
@@ -141,12 +142,13 @@ class Trainer:
                     record = {"step": self.step, "epoch": epoch + 1}
                     record |= {name: float(figure) for name, figure in figures.items()}
                     record |= self.objective.evaluate(self) if epoch_ends else {}
-                    record["images_per_second"] = round(timed_steps * self.config.batch_size / seconds, 1)
-                    timed_steps, seconds = 0, 0.0
+                    record["images_per_second"] = round(timed_images / seconds, 1)
+                    timed_images, seconds = 0, 0.0
                     self.metrics.append(record)
                     progress.show(record, always=run_ends or epoch_ends)
                 if run_ends or epoch_ends:
-                    save_grid(self.output / "samples" / f"epoch_{epoch + 1:04d}.png", self.samples(self.grid_noise))
+                    path = self.output / "samples" / f"epoch_{epoch + 1:04d}.png"
+                    save_grid(path, self.samples(self.grid_noise), self.config.grid[1])
                 if run_ends or epoch_ends and time.monotonic() - drawn > DRAWING_INTERVAL:
                     self._draw()
                     drawn = time.monotonic()

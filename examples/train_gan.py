@@ -1,0 +1,8 @@
+"""Train ten GANs of multilayer perceptrons at once, one a digit. Without flags: in about half a minute, in runs/gan."""
+
+import sys
+
+from fastgan.train import GANConfig, run
+
+if __name__ == "__main__":
+    sys.exit(run(GANConfig))

@@ -1,0 +1,96 @@
+"""The laboratory from a command line."""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fastgan.laboratory import pictures
+from fastgan.laboratory.experiment import LaboratoryConfig, Run, fit_discriminator, gradient_norms, train
+from fastgan.laboratory.mixture import Mixture, distances
+from fastgan.train.checkpoint import TrainingError, save_checkpoint, write_atomically
+from fastgan.train.config import parse_arguments
+from fastgan.train.outputs import write_json
+
+CRITERION = "|mean error| < 0.1, std ratio 0.7 to 1.3, KS < 0.15"
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Train as the command line says, and write figures and figures' numbers into the output folder.
+
+    Returns:
+        Exit status: 0, or 1 for an error (one line on standard error).
+    """
+    try:
+        config = LaboratoryConfig(**parse_arguments(LaboratoryConfig, arguments))
+        output = Path(config.output)
+        torch.set_num_threads(config.threads)
+        started = time.perf_counter()
+        trained = train(config)
+        seconds = time.perf_counter() - started
+        summary = summarise(trained) | {"seconds": round(seconds, 2)}
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "config.json", {"family": "gaussian"} | dataclasses.asdict(config))
+        write_atomically(output / "metrics.jsonl", _lines(trained).encode())
+        save_checkpoint(output / "checkpoint.pt", {
+            "family": "gaussian", "config": dataclasses.asdict(config),
+            "networks": {"generator": trained.generator.parameters, "discriminator": trained.discriminator.parameters},
+        })
+        pictures.save_density(output / "density.png", trained)
+        pictures.save_curves(output / "losses.png", trained)
+        pictures.save_evolution(output / "samples.gif", trained)
+        # A fixed generator one deviation beside the data and a little wider.
+        fixed = Mixture((config.data.mean - config.data.std,), (1.3 * config.data.std,))
+        x, found, optimal = fit_discriminator(config, fixed)
+        summary["optimal_discriminator_error"] = float((found - optimal).abs().mean())
+        pictures.save_optimal(output / "optimal.png", x, found, optimal, summary["optimal_discriminator_error"])
+        norms = gradient_norms(config)
+        summary["early_gradient_ratio"] = float((norms["non_saturating"] / norms["minimax"]).median())
+        pictures.save_gradient_norms(output / "gradients.png", norms)
+        write_json(output / "summary.json", summary)
+    except (ValueError, TrainingError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    _report(summary, config, output)
+    return 0
+
+
+def summarise(trained: Run) -> dict:
+    """What a run came to, by name: lists with a figure a seed, and counts over the seeds."""
+    found = distances(trained.samples[-1], trained.config.data)
+    passed = (found["mean_error"] < 0.1) & ((found["std_ratio"] - 1).abs() <= 0.3) & (found["ks"] < 0.15)
+    data = trained.config.data
+    low, high = data.limits(2)
+    near = (trained.grid >= low) & (trained.grid <= high)
+    boundary = (trained.curves[-1][:, near] - 0.5).abs().mean(1)
+    return {name: [round(value, 4) for value in values.tolist()] for name, values in found.items()} | {
+        "boundary_error": [round(value, 4) for value in boundary.tolist()],
+        "passed": int(passed.sum()),
+        "seeds": len(passed),
+    }
+
+
+def _lines(trained: Run) -> str:
+    """metrics.jsonl: a line a frame with the median over the seeds of every figure."""
+    lines = []
+    for number, step in enumerate(trained.steps):
+        figures = distances(trained.samples[number], trained.config.data)
+        figures |= {name: values[number] for name, values in trained.losses.items()}
+        lines.append(json.dumps({"step": step} | {name: float(value.median()) for name, value in figures.items()}))
+    return "\n".join(lines) + "\n"
+
+
+def _report(summary: dict, config: LaboratoryConfig, output: Path) -> None:
+    def median(name: str) -> float:
+        return float(torch.tensor(summary[name]).median())
+
+    print(f"{summary['seeds']} seeds x {config.max_steps} steps in {summary['seconds']:.1f} s; "
+          f"{summary['passed']} of {summary['seeds']} pass ({CRITERION})")
+    print(f"medians: |mean error| {median('mean_error'):.3f}  std ratio {median('std_ratio'):.2f}  KS {median('ks'):.3f}  "
+          f"Wasserstein {median('wasserstein'):.3f}  JS {median('js'):.3f}")
+    print(f"mean |D - 0.5| within two deviations: {median('boundary_error'):.3f}; discriminator fitted to a fixed generator: "
+          f"mean |D - D*| {summary['optimal_discriminator_error']:.3f}")
+    print(f"early gradient, non-saturating over minimax: {summary['early_gradient_ratio']:.1f}; figures in {output}")

@@ -1,0 +1,226 @@
+"""Training of one-dimensional GANs, all seeds at once, and the experiments on their theory."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgan.laboratory.mixture import Mixture
+from fastgan.laboratory.networks import Adam, StackedMLP
+from fastgan.train.config import option
+
+GENERATOR_LOSSES = ("non_saturating", "minimax")
+
+
+@dataclasses.dataclass(kw_only=True)
+class LaboratoryConfig:
+    """Train GANs on a one-dimensional Gaussian, or a mixture, for many seeds at once.
+
+    Raises:
+        ValueError: a setting outside its limits.
+    """
+
+    means: str = option("3", "mean of the data; several with commas between make a mixture")
+    stds: str = option("0.5", "standard deviation of the data; as many as means")
+    noise_range: float = option(8.0, "the generator's input is uniform from minus this to this", minimum=1e-6)
+    seeds: int = option(10, "networks trained side by side, each with weights and samples of its own", minimum=1)
+    max_steps: int = option(4000, "training steps", minimum=1)
+    batch_size: int = option(120, "samples in a step", minimum=2)
+    hidden_features: int = option(11, "units of every hidden layer", minimum=1)
+    generator_learning_rate: float = option(5e-3, "Adam's step size; falls to 0 over the second half", minimum=0)
+    discriminator_learning_rate: float = option(5e-3, "likewise", minimum=0)
+    beta1: float = option(0.0, "Adam's decay of the mean gradient; momentum makes the two networks circle", minimum=0, below=1)
+    beta2: float = option(0.9, "Adam's decay of the mean squared gradient", minimum=0, below=1)
+    ema: float = option(0.998, "decay of the averaged generator that is shown; 0 for none", minimum=0, below=1)
+    standardize: bool = option(True, "bring the data to mean 0 and deviation 1 for both networks, as images are "
+                                     "brought to [-1, 1]; without, generators of narrow data come out too narrow")
+    generator_loss: str = option("non_saturating", "loss of the generator", choices=GENERATOR_LOSSES)
+    seed: int = option(0, "seed of everything", minimum=0, below=2**32)
+    device: str = option("cpu", "networks this small are for the CPU", choices=("cpu",))
+    threads: int = option(1, "CPU threads; more than one only costs here", minimum=1)
+    output: str = option("runs/gaussian", "folder the results are written to")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, limits = getattr(self, field.name), field.metadata
+            flag = f"--{field.name.replace('_', '-')}"
+            if limits["choices"] and value not in limits["choices"]:
+                raise ValueError(f"{flag} must be one of {', '.join(limits['choices'])}, got {value}")
+            if limits["minimum"] is not None and not value >= limits["minimum"]:
+                raise ValueError(f"{flag} must be at least {limits['minimum']}, got {value}")
+            if limits["below"] is not None and not value < limits["below"]:
+                raise ValueError(f"{flag} must be below {limits['below']}, got {value}")
+        self.data  # raises for means and stds that do not fit
+
+    @property
+    def data(self) -> Mixture:
+        try:
+            means, stds = (tuple(map(float, text.split(","))) for text in (self.means, self.stds))
+        except ValueError:
+            raise ValueError(f"--means and --stds must be numbers with commas between, got {self.means} and {self.stds}")
+        return Mixture(means, stds)
+
+
+@dataclasses.dataclass
+class Run:
+    """A finished training.
+
+    Attributes:
+        generator, discriminator: the trained stacks; the generator's weights are the averaged ones.
+        steps: of the frames, [T].
+        samples: of the generators at every frame, float32 [T, seeds, 2000], from evenly spaced inputs.
+        grid: places x of the curves, [X].
+        curves: the discriminators' probabilities over the grid at every frame, [T, seeds, X].
+        losses: name to [T, seeds], of the step at every frame.
+    """
+
+    config: LaboratoryConfig
+    generator: StackedMLP
+    discriminator: StackedMLP
+    steps: list[int]
+    samples: Tensor
+    grid: Tensor
+    curves: Tensor
+    losses: dict[str, Tensor]
+
+
+def train(config: LaboratoryConfig, *, frames: int = 20) -> Run:
+    """Train all seeds (Goodfellow et al. 2014, algorithm 1) and look at them ``frames`` times on the way."""
+    random = torch.Generator().manual_seed(config.seed)
+    data, count, seeds = config.data, config.batch_size, config.seeds
+    shift, scale = _standardisation(config)
+    generator, discriminator = _networks(config, random)
+    optimizer_g = Adam(generator.parameters, config.beta1, config.beta2)
+    optimizer_d = Adam(discriminator.parameters, config.beta1, config.beta2)
+    averaged = generator.parameters.clone()
+    real_then_fake = torch.cat([torch.ones(1, count, 1), torch.zeros(1, count, 1)], 1)
+    z = torch.empty(seeds, count, 1)
+    grid = torch.linspace(*data.limits(5), 401)
+    steps, samples, curves = [], [], []
+    losses: dict[str, list[Tensor]] = {"loss_d": [], "loss_g": []}
+    frame_steps = {round(number * config.max_steps / frames) for number in range(frames + 1)}
+    for step in range(config.max_steps + 1):
+        if step in frame_steps:
+            steps.append(step)
+            samples.append(_generate(generator, averaged, config.noise_range) * scale + shift)
+            curves.append(discriminator.forward(((grid - shift) / scale).expand(seeds, -1)[..., None]).sigmoid()[..., 0])
+        # Full speed for half of the run, then down to 0, so that the circling dies out.
+        rate = min(1.0, 2 * (1 - step / config.max_steps))
+
+        x = (data.sample((seeds, count, 1), random) - shift) / scale
+        fake = generator.forward(z.uniform_(-config.noise_range, config.noise_range, generator=random))
+        logits = discriminator.forward(torch.cat([x, fake], 1))
+        # The gradient of -log D(x) - log(1 - D(G(z))) for the logit is D(x) - 1 on data and D(G(z)) on fakes.
+        probabilities = logits.sigmoid()
+        discriminator.backward((probabilities - real_then_fake) / count)
+        if step in frame_steps:
+            losses["loss_d"].append(2 * F.binary_cross_entropy_with_logits(
+                logits, real_then_fake.expand_as(logits), reduction="none").mean((1, 2)))
+        optimizer_d.step(discriminator.gradients, config.discriminator_learning_rate * rate)
+
+        logits = discriminator.forward(fake)
+        gradient = generator_loss_gradient(logits, config.generator_loss) / count
+        generator.backward(discriminator.backward(gradient, weights=False, input=True))
+        if step in frame_steps:
+            loss = F.softplus(-logits) if config.generator_loss == "non_saturating" else -F.softplus(logits)
+            losses["loss_g"].append(loss.mean((1, 2)))
+        optimizer_g.step(generator.gradients, config.generator_learning_rate * rate)
+        averaged.lerp_(generator.parameters, 1 - min(config.ema, (1 + step) / (10 + step)) if config.ema else 1.0)
+    generator.parameters.copy_(averaged)
+    return Run(config, generator, discriminator, steps, torch.stack(samples), grid, torch.stack(curves),
+               {name: torch.stack(values) for name, values in losses.items()})
+
+
+def generator_loss_gradient(logits: Tensor, kind: str) -> Tensor:
+    """Gradient of the generator's loss of each sample for the discriminator's logit of it.
+
+    ``-log D`` (non-saturating) gives D - 1, ``log(1 - D)`` (minimax) gives -D, which vanishes where D is sure.
+    """
+    probabilities = logits.sigmoid()
+    return probabilities - 1 if kind == "non_saturating" else -probabilities
+
+
+def fit_discriminator(config: LaboratoryConfig, generators: Mixture, *, steps: int = 1000) -> tuple[Tensor, Tensor, Tensor]:
+    """Train discriminators to their optimum against a generator that stays as it is.
+
+    Args:
+        generators: the distribution of the fixed generator.
+
+    Returns:
+        Places x [X] where data or generator are at least 1% as dense as at their densest, the discriminators' probabilities
+        there [seeds, X], and the optimal ones ``p_d / (p_d + p_g)`` [X] (Goodfellow et al. 2014, proposition 1).
+    """
+    random = torch.Generator().manual_seed(config.seed)
+    shift, scale = _standardisation(config)
+    count = 2 * config.batch_size
+    _, discriminator = _networks(config, random)
+    optimizer = Adam(discriminator.parameters, 0.9, 0.999)
+    real_then_fake = torch.cat([torch.ones(1, count, 1), torch.zeros(1, count, 1)], 1)
+    for step in range(steps):
+        shape = (config.seeds, count, 1)
+        x = (torch.cat([config.data.sample(shape, random), generators.sample(shape, random)], 1) - shift) / scale
+        discriminator.backward((discriminator.forward(x).sigmoid() - real_then_fake) / count)
+        optimizer.step(discriminator.gradients, 1e-2 * (1 - step / steps))
+    limits = list(zip(config.data.limits(5), generators.limits(5)))
+    x = torch.linspace(min(limits[0]), max(limits[1]), 1001)
+    real, fake = config.data.density(x), generators.density(x)
+    inside = (real + fake) >= 0.01 * (real + fake).max()
+    x = x[inside]
+    found = discriminator.forward(((x - shift) / scale).expand(config.seeds, -1)[..., None]).sigmoid()[..., 0]
+    return x, found, (real / (real + fake))[inside]
+
+
+def gradient_norms(config: LaboratoryConfig, *, steps: int = 200) -> dict[str, Tensor]:
+    """Norm of the generator's gradient under both losses while the discriminator runs ahead, early in training.
+
+    The generators stay at their first weights and the discriminators learn, as they do in the first steps of a run
+    when the samples are easy to tell apart; both losses are taken at the same weights.
+
+    Returns:
+        Loss name to [steps, seeds].
+    """
+    random = torch.Generator().manual_seed(config.seed)
+    shift, scale = _standardisation(config)
+    count = config.batch_size
+    generator, discriminator = _networks(config, random)
+    optimizer = Adam(discriminator.parameters, config.beta1, config.beta2)
+    real_then_fake = torch.cat([torch.ones(1, count, 1), torch.zeros(1, count, 1)], 1)
+    norms: dict[str, list[Tensor]] = {kind: [] for kind in GENERATOR_LOSSES}
+    for _ in range(steps):
+        x = (config.data.sample((config.seeds, count, 1), random) - shift) / scale
+        z = torch.empty(config.seeds, count, 1).uniform_(-config.noise_range, config.noise_range, generator=random)
+        fake = generator.forward(z)
+        discriminator.backward((discriminator.forward(torch.cat([x, fake], 1)).sigmoid() - real_then_fake) / count)
+        optimizer.step(discriminator.gradients, config.discriminator_learning_rate)
+        logits = discriminator.forward(fake)
+        for kind in GENERATOR_LOSSES:
+            gradient = generator_loss_gradient(logits, kind) / count
+            generator.backward(discriminator.backward(gradient, weights=False, input=True))
+            norms[kind].append(generator.gradients.norm(dim=1))
+    return {kind: torch.stack(values) for kind, values in norms.items()}
+
+
+def _networks(config: LaboratoryConfig, random: torch.Generator) -> tuple[StackedMLP, StackedMLP]:
+    """The report's shapes: a generator of two layers, a discriminator of three."""
+    hidden = config.hidden_features
+    generator = StackedMLP([1, hidden, 1], config.seeds, config.noise_range, random)
+    return generator, StackedMLP([1, hidden, hidden, 1], config.seeds, 1.0, random)
+
+
+def _standardisation(config: LaboratoryConfig) -> tuple[float, float]:
+    """Shift and scale of the data, from 10,000 samples of it."""
+    if not config.standardize:
+        return 0.0, 1.0
+    sample = config.data.sample((10_000,), torch.Generator().manual_seed(config.seed))
+    return float(sample.mean()), float(sample.std())
+
+
+def _generate(generator: StackedMLP, weights: Tensor, noise_range: float) -> Tensor:
+    """Samples [seeds, 2000] under other weights, from inputs that fill the noise range evenly."""
+    kept = generator.parameters.clone()
+    generator.parameters.copy_(weights)
+    z = torch.linspace(-noise_range, noise_range, 2000)[None, :, None].expand(len(kept), -1, -1)
+    samples = generator.forward(z)[..., 0]
+    generator.parameters.copy_(kept)
+    return samples

@@ -1,0 +1,62 @@
+"""Training of the GAN of multilayer perceptrons: one network a class, all of them at once."""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from fastgan.data import Batches, ClassBatches, ImageDataset
+from fastgan.models.gan import OUTPUT_ACTIVATIONS, mlp_gan
+from fastgan.train.config import TrainConfig, option
+from fastgan.train.trainer import Objective
+
+CLASSES = 10
+
+
+@dataclasses.dataclass(kw_only=True)
+class GANConfig(TrainConfig):
+    """Train a GAN of multilayer perceptrons on one digit, or ten of them, one on each digit, side by side.
+
+    The grid of samples has a row of 16 for each of the ten, or shows 4 x 4 of one digit.
+    """
+
+    family: ClassVar[str] = "gan"
+
+    image_size: int = option(28, "height and width of the images in pixels", minimum=1)
+    digit: int | None = option(None, "class to learn; by default every class, by a GAN of its own",
+                               choices=tuple(range(CLASSES)))
+    epochs: int = option(100, "passes over the training images", minimum=1, may_change=True)
+    batch_size: int = option(50, "images of a class in a batch", minimum=1)
+    learning_rate: float = option(1e-3, "Adam's step size, of both networks", minimum=0)
+    hidden_features: int = option(50, "units of every hidden layer", minimum=1)
+    generator_layers: int = option(2, "layers of the generator, its output included", minimum=1)
+    discriminator_layers: int = option(3, "layers of the discriminator, its output included", minimum=1)
+    output_activation: str = option("tanh", "of the generator", choices=tuple(OUTPUT_ACTIVATIONS))
+    log_every: int = option(100, "steps between two lines of metrics.jsonl", minimum=1, may_change=True)
+    checkpoint_every: int | None = option(1000, "steps between two checkpoints", minimum=1, may_change=True)
+    output: str = option("runs/gan", "folder the results are written to", may_change=True)
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        return tuple(range(CLASSES)) if self.digit is None else (self.digit,)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return (CLASSES, 16) if self.digit is None else (4, 4)
+
+    def latent(self, count: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """``count`` inputs of the generator network, [count, latent_dim] from U(-1, 1)."""
+        device = self.torch_device if generator is None else generator.device
+        return torch.empty(count, self.latent_dim, device=device).uniform_(-1, 1, generator=generator)
+
+    def batches(self, dataset: ImageDataset) -> Batches:
+        return ClassBatches(dataset, self.batch_size, self.seed, self.classes, self.torch_device)
+
+    def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Objective]:
+        generator, discriminator = mlp_gan(
+            dataset.image_shape, self.latent_dim, self.hidden_features,
+            generator_layers=self.generator_layers, discriminator_layers=self.discriminator_layers,
+            output_activation=self.output_activation, copies=len(self.classes),
+        )
+        return generator, discriminator, Objective(self.generator_loss)

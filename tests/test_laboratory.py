@@ -1,0 +1,113 @@
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from torch import nn
+
+from fastgan.laboratory import LaboratoryConfig, Mixture, distances, gradient_norms, run, train
+from fastgan.laboratory.networks import Adam, StackedMLP
+
+GAUSSIAN = Mixture((3.0,), (0.5,))
+
+
+def stack(widths=(1, 11, 11, 1), copies=3):
+    return StackedMLP(list(widths), copies, 1.0, torch.Generator().manual_seed(0))
+
+
+def test_handwritten_gradients_are_those_of_autograd():
+    network = stack()
+    x = torch.randn(3, 20, 1, requires_grad=True)
+    flat = network.parameters.clone().requires_grad_()
+    output, layers = x, network._views(flat)
+    for number, (weight, bias) in enumerate(layers):
+        output = torch.baddbmm(bias, output, weight)
+        output = output.tanh() if number < len(layers) - 1 else output
+    incoming = torch.randn_like(output)
+    expected = torch.autograd.grad(output, (x, flat), incoming)
+    torch.testing.assert_close(network.forward(x.detach()), output.detach())
+    found = network.backward(incoming, input=True)
+    torch.testing.assert_close((found, network.gradients), expected)
+
+
+def test_backward_without_weights_leaves_their_gradients_alone():
+    network = stack()
+    network.gradients.fill_(7)
+    network.forward(torch.randn(3, 5, 1))
+    network.backward(torch.ones(3, 5, 1), weights=False, input=True)
+    assert (network.gradients == 7).all()
+
+
+def test_adam_is_torchs():
+    ours = torch.randn(3, 5)
+    theirs = nn.Parameter(ours.clone())
+    optimizers = Adam(ours, 0.5, 0.9), torch.optim.Adam([theirs], 0.01, (0.5, 0.9))
+    for _ in range(5):
+        theirs.grad = torch.randn(3, 5)
+        optimizers[0].step(theirs.grad, 0.01)
+        optimizers[1].step()
+    torch.testing.assert_close(ours, theirs.detach())
+
+
+def test_distances_are_scipys():
+    samples = torch.randn(2, 400, dtype=torch.float64) * 0.6 + torch.tensor([[3.0], [3.4]])
+    found = distances(samples, GAUSSIAN)
+    for k in range(2):
+        assert found["ks"][k] == pytest.approx(stats.ks_1samp(samples[k].numpy(), stats.norm(3, 0.5).cdf).statistic, abs=1e-9)
+        quantiles = stats.norm(3, 0.5).ppf((torch.arange(400).numpy() + 0.5) / 400)
+        assert found["wasserstein"][k] == pytest.approx(stats.wasserstein_distance(samples[k].numpy(), quantiles), abs=2e-3)
+
+
+def test_jensen_shannon_runs_from_zero_to_log_2():
+    data = stats.norm(3, 0.5).ppf((torch.arange(20000).numpy() + 0.5) / 20000)
+    both = torch.stack([torch.tensor(data), torch.full((20000,), 50.0, dtype=torch.float64)])
+    found = distances(both, GAUSSIAN)["js"]
+    assert found[0] < 1e-4
+    assert found[1] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_mixture_moments_and_samples():
+    mixture = Mixture((-1.0, 2.0), (0.5, 1.0))
+    samples = mixture.sample((200000,), torch.Generator().manual_seed(0))
+    assert mixture.mean == 0.5 and float(samples.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(samples.std()) == pytest.approx(mixture.std, abs=0.02)
+    x = torch.linspace(-8, 9, 5001)
+    torch.testing.assert_close(torch.cumulative_trapezoid(mixture.density(x), x), mixture.cumulative(x[1:]), atol=1e-4, rtol=0)
+
+
+def test_first_seeds_of_a_short_training_move_towards_the_data():
+    trained = train(LaboratoryConfig(seeds=4, max_steps=800), frames=4)
+    before, after = (distances(samples, GAUSSIAN)["wasserstein"].median() for samples in trained.samples[[0, -1]])
+    assert trained.samples.shape == (5, 4, 2000) and after < before / 2
+
+
+def test_same_seed_same_run():
+    first, second, other = (train(LaboratoryConfig(seeds=2, max_steps=20, seed=seed), frames=1).samples for seed in (1, 1, 2))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_minimax_gradient_vanishes_where_the_discriminator_is_sure():
+    norms = gradient_norms(LaboratoryConfig(seeds=4, means="30", standardize=False), steps=150)
+    assert norms["non_saturating"][-1].median() > 5 * norms["minimax"][-1].median()
+
+
+def test_command_writes_figures_and_numbers(tmp_path, capsys):
+    assert run(["--seeds", "2", "--max-steps", "30", "--output", str(tmp_path), "--means=-1,1", "--stds", "0.2,0.3"]) == 0
+    for name in ("density.png", "losses.png", "optimal.png", "gradients.png"):
+        assert Image.open(tmp_path / name).width > 300
+    assert Image.open(tmp_path / "samples.gif").n_frames > 5
+    assert json.loads((tmp_path / "summary.json").read_text())["seeds"] == 2
+    assert "of 2 pass" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--means", "1,2"], "means and stds must be equally many, got 2 and 1"),
+    (["--stds", "0"], "stds must be above 0"),
+    (["--means", "x"], "must be numbers with commas between"),
+    (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+])
+def test_wrong_settings_are_one_line_errors(arguments, message, tmp_path, capsys):
+    assert run([*arguments, "--output", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
