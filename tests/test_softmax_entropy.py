@@ -252,3 +252,29 @@ for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 8e-3), (torch.f
     assert (gradient.double() - expected).abs().max() <= tolerance * expected.abs().max(), dtype
 """
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "FASTGAN_CPU_ISA": isa})
+
+
+@needs_kernels
+def test_forward_mode_derivatives_are_refused_by_name():
+    with torch.autograd.forward_ad.dual_level():
+        logits = torch.autograd.forward_ad.make_dual(torch.randn(4, 3), torch.randn(4, 3))
+        with pytest.raises(NotImplementedError, match="softmax_entropy: logits must carry no forward-mode derivative"):
+            softmax_entropy(logits)
+
+
+def test_a_graph_can_be_kept_but_not_used_twice_otherwise():
+    logits = random_logits(5, 3).requires_grad_()
+    conditional, _ = softmax_entropy(logits)
+    first = torch.autograd.grad(conditional, logits, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(conditional, logits)[0], first)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(conditional, logits)
+
+
+def test_logits_changed_after_forward_are_noticed():
+    logits = random_logits(5, 3).requires_grad_()
+    scaled = 2 * logits
+    conditional, _ = softmax_entropy(scaled)
+    scaled.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        conditional.backward()
