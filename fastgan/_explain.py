@@ -63,7 +63,8 @@ def _path(name, input, arguments):
         )
     info = _extension.build_info()
     if device == "cuda":
-        return "fused CUDA kernels", info["cuda_reason"]
+        devices = ", ".join(info["cuda_devices_run"]) or "none yet"
+        return "fused CUDA kernels", info["cuda_reason"], f"run and tested on these GPUs: {devices}"
     return "fused CPU kernels", f"instruction set {info['cpu_isa']}: {_why_this_isa()}"
 
 

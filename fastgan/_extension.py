@@ -36,6 +36,9 @@ else:
 _DEVICES = frozenset() if _C is None else frozenset({"cpu", "cuda"} if _build_config.CUDA_KERNELS else {"cpu"})
 _warned = set()
 
+# The GPUs on which this version's CUDA kernels have been run and its tests passed.
+CUDA_DEVICES_RUN = ()
+
 
 def has_kernels(device_type):
     """Whether compiled kernels exist for tensors on `device_type` ("cpu", "cuda", ...)."""
@@ -71,7 +74,8 @@ def build_info():
         CUDA) and ``torch_running``; ``cpu_kernels``, ``cpu_isas_compiled``, ``cpu_isas_available`` (on this machine),
         ``cpu_isa`` (the one in use; environment variable FASTGAN_CPU_ISA overrides it); ``cuda_kernels``,
         ``cuda_architectures`` and ``cuda_reason``, which says why the CUDA kernels are there or not;
-        ``cpu_reason`` where the CPU kernels are missing.
+        ``cuda_devices_run``, the GPUs on which they have been run and tested (empty: none yet, only their logic was
+        tested on the CPU); ``cpu_reason`` where the CPU kernels are missing.
     """
     config = _build_config
     info = {
@@ -87,6 +91,7 @@ def build_info():
         "cuda_architectures": config.CUDA_ARCHITECTURES if config else (),
         "cuda_kernels": has_kernels("cuda"),
         "cuda_reason": config.CUDA_REASON if config else _missing_reason,
+        "cuda_devices_run": CUDA_DEVICES_RUN,
     }
     if _C is not None:
         info.update(_C.cpu_info())

@@ -183,6 +183,7 @@ def test_build_info_names_versions_instruction_sets_and_why_there_is_no_cuda():
     assert set(info) == {
         "version", "torch_version", "torch_running", "cpu_kernels", "cpu_reason", "cpu_isas_compiled",
         "cpu_isas_available", "cpu_isa", "cuda_version", "cuda_architectures", "cuda_kernels", "cuda_reason",
+        "cuda_devices_run",
     }  # fmt: skip
     assert info["torch_running"] == torch.__version__
     assert info["cuda_reason"]

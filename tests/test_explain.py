@@ -81,6 +81,7 @@ def test_cuda_convolution_loop_goes_by_the_layer(monkeypatch, shapes, options, l
     input, weight = (torch.ones(shape).as_subclass(OnCuda) for shape in shapes)
     text = fastgan.explain("conv2d_act", input, weight, **options)
     assert "fused CUDA kernels" in text and f"convolution: {loop}" in text
+    assert "run and tested on these GPUs: " in text
     assert "no fused CUDA kernels" in fastgan.explain("conv2d_act", input.double(), weight.double(), **options)
 
 

@@ -17,16 +17,16 @@ from fastgan.ops.softmax_entropy import softmax_entropy_cross_entropy_reference,
 needs_kernels = pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="the compiled extension is missing")
 
 
-def random_logits(rows, classes, dtype=torch.float64, scale=3.0, seed=0):
+def random_logits(rows, classes, dtype=torch.float64, scale=3.0, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(rows, classes, generator=generator, dtype=torch.float64)).to(dtype)
+    return (scale * torch.randn(rows, classes, generator=generator, dtype=torch.float64)).to(device, dtype)
 
 
-def random_labels(rows, classes, seed=0):
+def random_labels(rows, classes, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (rows,), generator=generator)
     labels[::3] = -100
-    return labels
+    return labels.to(device)
 
 
 def outputs_and_gradient(function, logits, weights):
@@ -41,8 +41,8 @@ def outputs_and_gradient(function, logits, weights):
     "dtype, tolerance",
     [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)],
 )
-def test_values_and_gradient_match_float64_pytorch(rows, classes, dtype, tolerance):
-    logits, labels = random_logits(rows, classes, dtype), random_labels(rows, classes)
+def test_values_and_gradient_match_float64_pytorch(rows, classes, dtype, tolerance, device):
+    logits, labels = random_logits(rows, classes, dtype, device=device), random_labels(rows, classes, device=device)
     weights = (2.0, -3.0, 0.5)
     values, gradient = outputs_and_gradient(lambda x: softmax_entropy_cross_entropy(x, labels), logits, weights)
     expected, expected_gradient = outputs_and_gradient(
@@ -56,44 +56,44 @@ def test_values_and_gradient_match_float64_pytorch(rows, classes, dtype, toleran
     assert list(softmax_entropy(logits)) == values[:2]
 
 
-def test_one_hot_rows_have_exactly_no_entropy_and_no_gradient():
-    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 0.0, 1e4]], requires_grad=True)
+def test_one_hot_rows_have_exactly_no_entropy_and_no_gradient(device):
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 0.0, 1e4]], device=device, requires_grad=True)
     conditional, marginal = softmax_entropy(logits)
     assert conditional.item() == 0.0
     assert marginal.item() == pytest.approx(math.log(2), abs=1e-7)
-    assert torch.equal(torch.autograd.grad(3 * conditional - marginal, logits)[0], torch.zeros(2, 3))
+    assert torch.equal(torch.autograd.grad(3 * conditional - marginal, logits)[0], torch.zeros_like(logits))
 
 
-def test_uniform_rows_have_the_entropy_log_k():
+def test_uniform_rows_have_the_entropy_log_k(device):
     for scale in (0.0, 1e4, -1e4):
-        conditional, marginal = softmax_entropy(torch.full((5, 10), scale))
+        conditional, marginal = softmax_entropy(torch.full((5, 10), scale, device=device))
         assert conditional.item() == pytest.approx(math.log(10), abs=1e-6)
         assert marginal.item() == pytest.approx(math.log(10), abs=1e-6)
 
 
-def test_a_single_class_has_no_entropy():
-    logits = torch.randn(4, 1, requires_grad=True)
+def test_a_single_class_has_no_entropy(device):
+    logits = torch.randn(4, 1, device=device, requires_grad=True)
     conditional, marginal = softmax_entropy(logits)
     assert conditional.item() == 0.0 and marginal.item() == 0.0
-    assert torch.equal(torch.autograd.grad(conditional + marginal, logits)[0], torch.zeros(4, 1))
+    assert torch.equal(torch.autograd.grad(conditional + marginal, logits)[0], torch.zeros_like(logits))
 
 
-def test_minus_infinity_means_probability_zero():
-    logits = torch.tensor([[0.0, 0.0, -math.inf]], requires_grad=True)
+def test_minus_infinity_means_probability_zero(device):
+    logits = torch.tensor([[0.0, 0.0, -math.inf]], device=device, requires_grad=True)
     conditional, marginal = softmax_entropy(logits)
     assert conditional.item() == pytest.approx(math.log(2), abs=1e-6)
     assert marginal.item() == pytest.approx(math.log(2), abs=1e-6)
     assert torch.isfinite(torch.autograd.grad(conditional - marginal, logits)[0]).all()
 
 
-def test_nan_is_not_hidden():
-    logits = torch.zeros(40, 3)
+def test_nan_is_not_hidden(device):
+    logits = torch.zeros(40, 3, device=device)
     logits[20, 1] = math.nan
     assert all(value.isnan() for value in softmax_entropy(logits))
 
 
-def test_large_offsets_keep_their_digits():
-    logits = random_logits(50, 10, torch.float32)
+def test_large_offsets_keep_their_digits(device):
+    logits = random_logits(50, 10, torch.float32, device=device)
     shifted = logits + 8192.0  # exact in float32 up to its spacing of 2^-10
     exact = softmax_entropy_reference(shifted.double())
     for value, reference in zip(softmax_entropy(shifted), exact):
@@ -101,25 +101,25 @@ def test_large_offsets_keep_their_digits():
 
 
 @pytest.mark.parametrize("make", [lambda x: x.t().contiguous().t(), lambda x: x[::2], lambda x: x[:, 2:7], lambda x: x[:1].expand(9, -1)])
-def test_strided_logits(make):
-    strided = make(random_logits(12, 10, torch.float32))
+def test_strided_logits(make, device):
+    strided = make(random_logits(12, 10, torch.float32, device=device))
     values, gradient = outputs_and_gradient(softmax_entropy, strided, (1.0, -1.0))
     expected, expected_gradient = outputs_and_gradient(softmax_entropy, strided.contiguous(), (1.0, -1.0))
     assert values == expected
     assert torch.equal(gradient, expected_gradient)
 
 
-def test_cross_entropy_is_that_of_the_labeled_rows():
-    logits, labels = random_logits(20, 4, torch.float32), random_labels(20, 4)
+def test_cross_entropy_is_that_of_the_labeled_rows(device):
+    logits, labels = random_logits(20, 4, torch.float32, device=device), random_labels(20, 4, device=device)
     cross_entropy = softmax_entropy_cross_entropy(logits, labels)[2]
     torch.testing.assert_close(cross_entropy, torch.nn.functional.cross_entropy(logits, labels))
 
 
-def test_without_any_label_the_cross_entropy_and_its_gradient_are_zero():
-    logits = torch.randn(5, 4, requires_grad=True)
-    cross_entropy = softmax_entropy_cross_entropy(logits, torch.full((5,), -100))[2]
+def test_without_any_label_the_cross_entropy_and_its_gradient_are_zero(device):
+    logits = torch.randn(5, 4, device=device, requires_grad=True)
+    cross_entropy = softmax_entropy_cross_entropy(logits, torch.full((5,), -100, device=device))[2]
     assert cross_entropy.item() == 0.0
-    assert torch.equal(torch.autograd.grad(cross_entropy, logits)[0], torch.zeros(5, 4))
+    assert torch.equal(torch.autograd.grad(cross_entropy, logits)[0], torch.zeros_like(logits))
 
 
 @pytest.mark.parametrize("function", [softmax_entropy, softmax_entropy_reference])
@@ -152,9 +152,9 @@ def test_errors_of_labels_name_what_is_wrong(function, labels, error, message):
         function(torch.randn(3, 5), labels)
 
 
-def test_derivatives_up_to_third_order():
-    logits = random_logits(4, 3).requires_grad_()
-    labels = torch.tensor([0, -100, 2, 1])
+def test_derivatives_up_to_third_order(device):
+    logits = random_logits(4, 3, device=device).requires_grad_()
+    labels = torch.tensor([0, -100, 2, 1], device=device)
 
     def total(x):
         conditional, marginal, cross_entropy = softmax_entropy_cross_entropy(x, labels)
@@ -179,30 +179,30 @@ def test_each_output_alone_is_differentiable(index):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
-    logits = random_logits(5, 4, dtype).requires_grad_()
+def test_opcheck(dtype, device):
+    logits, labels = random_logits(5, 4, dtype, device=device).requires_grad_(), random_labels(5, 4, device=device)
     torch.library.opcheck(torch.ops.fastgan.softmax_entropy_forward.default, (logits, None, -100))
-    torch.library.opcheck(torch.ops.fastgan.softmax_entropy_forward.default, (logits, random_labels(5, 4), -100))
+    torch.library.opcheck(torch.ops.fastgan.softmax_entropy_forward.default, (logits, labels, -100))
     torch.library.opcheck(torch.ops.fastgan.softmax_entropy.default, (logits,))
 
 
-def test_compiles_without_graph_break():
-    labels = random_labels(9, 4)
+def test_compiles_without_graph_break(device):
+    labels = random_labels(9, 4, device=device)
 
     def loss(x):
         conditional, marginal = softmax_entropy(x)
         return conditional - marginal + softmax_entropy_cross_entropy(x, labels)[2]
 
-    logits = random_logits(9, 4, torch.float32)
+    logits = random_logits(9, 4, torch.float32, device=device)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     _, expected = outputs_and_gradient(lambda x: (loss(x),), logits, (1.0,))
     _, gradient = outputs_and_gradient(lambda x: (compiled(x),), logits, (1.0,))
     torch.testing.assert_close(gradient, expected)
 
 
-def test_entropies_stay_float32_under_autocast():
-    logits = random_logits(50, 10, torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
+def test_entropies_stay_float32_under_autocast(device):
+    logits = random_logits(50, 10, torch.bfloat16, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
         values = softmax_entropy(logits)
     for value, reference in zip(values, softmax_entropy_reference(logits.double())):
         assert value.dtype == torch.float32

@@ -12,6 +12,7 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <c10/util/strides.h>
 #include <torch/library.h>
 
 #include "../cuda/conv4x4s2.h"
@@ -182,7 +183,11 @@ std::tuple<Tensor, Tensor> gradients_of_convolution(const Tensor& dy, const Tens
 
 // The tensor in the memory format that F.conv2d gives its output.
 Tensor in_output_format(const Tensor& output, const Tensor& input, const Tensor& weight) {
-  return output.contiguous(at::native::cudnn_conv_suggest_memory_format(input, weight));
+  const at::MemoryFormat format = at::native::cudnn_conv_suggest_memory_format(input, weight);
+  const Tensor formatted = output.contiguous(format);
+  // With one channel the bytes are the same in both formats, and only the strides tell the next layer which one it is.
+  if (format == kChannelsLast || output.size(1) != 1) return formatted;
+  return formatted.as_strided(output.sizes(), c10::contiguous_strides(output.sizes()));
 }
 
 // ---- float64 on ATen's operators ---------------------------------------------------------------------------------

@@ -14,6 +14,8 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include "softmax_entropy.h"
+
 #include "../cpu/softmax_entropy.h"
 
 namespace fastgan {
@@ -24,14 +26,17 @@ using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// conditional [], marginal [], cross_entropy [], mean_probabilities [K], log_normalizer [N]
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 const char* op_name(const OptionalTensor& labels) {
   return labels.has_value() ? "softmax_entropy_cross_entropy" : "softmax_entropy";
 }
 
-void check(const Tensor& logits, const OptionalTensor& labels) {
+at::ScalarType accumulate_type(const Tensor& logits) {
+  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+}  // namespace
+
+void check_softmax_entropy(const Tensor& logits, const OptionalTensor& labels) {
   const char* op = op_name(labels);
   TORCH_CHECK(logits.dim() == 2, op, ": logits must have shape [N, K], got ", logits.sizes());
   TORCH_CHECK_TYPE(logits.is_floating_point(), op, ": logits must be of a floating-point dtype, got ", logits.scalar_type());
@@ -46,9 +51,32 @@ void check(const Tensor& logits, const OptionalTensor& labels) {
               labels->device());
 }
 
-at::ScalarType accumulate_type(const Tensor& logits) {
-  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+// The formulas of cpu/softmax_entropy_kernel.cpp.
+Tensor composed_softmax_entropy_backward(const Tensor& grad_conditional, const Tensor& grad_marginal,
+                                         const Tensor& grad_cross_entropy, const Tensor& logits, const Tensor& labels,
+                                         int64_t ignore_index) {
+  const Tensor l = logits.to(accumulate_type(logits));
+  const Tensor log_p = at::log_softmax(l, 1).clamp_min(-1e30), p = log_p.exp();
+  const double rows = static_cast<double>(l.size(0));
+  Tensor t = at::zeros_like(p);
+  if (grad_conditional.defined()) t = t + grad_conditional * log_p;
+  if (grad_marginal.defined()) {
+    const Tensor q = p.mean(0);
+    t = t + grad_marginal * at::where(q == 0, at::ones_like(q), q).log();
+  }
+  Tensor grad = p * ((p * t).sum(1, true) - t) / rows;
+  if (grad_cross_entropy.defined() && labels.defined()) {
+    const Tensor labeled = labels != ignore_index;
+    // CUDA leaves labels unchecked: one out of range has made the loss NaN, and must not stop the device here.
+    const Tensor classes = at::where(labeled, labels, 0).clamp(0, l.size(1) - 1);
+    const Tensor target = at::one_hot(classes, l.size(1)).to(p.scalar_type());
+    const Tensor count = labeled.sum().clamp_min(1);
+    grad = grad + (grad_cross_entropy / count) * (p - target) * labeled.unsqueeze(1);
+  }
+  return grad.to(logits.scalar_type());
 }
+
+namespace {
 
 // at::empty without its way through the dispatcher: at 100 x 10 the allocations cost as much as the kernels.
 Tensor empty(at::IntArrayRef size, at::ScalarType dtype) { return at::detail::empty_cpu(size, dtype); }
@@ -96,8 +124,9 @@ cpu::SoftmaxEntropyLabels label_arguments(const Tensor& logits, const Tensor& la
 
 Tensor contiguous_labels(const OptionalTensor& labels) { return labels.has_value() ? labels->contiguous() : Tensor(); }
 
-ForwardResult softmax_entropy_forward_cpu(const Tensor& logits_in, const OptionalTensor& labels_in, int64_t ignore_index) {
-  check(logits_in, labels_in);
+SoftmaxEntropyForward softmax_entropy_forward_cpu(const Tensor& logits_in, const OptionalTensor& labels_in,
+                                                  int64_t ignore_index) {
+  check_softmax_entropy(logits_in, labels_in);
   const Tensor logits = with_dense_rows(logits_in), labels = contiguous_labels(labels_in);
   const auto arguments = label_arguments(logits, labels, ignore_index);
   const int64_t rows = logits.size(0), classes = logits.size(1);
@@ -132,7 +161,7 @@ Tensor softmax_entropy_backward_cpu(const OptionalTensor& grad_conditional, cons
                                     const OptionalTensor& grad_cross_entropy, const Tensor& logits_in,
                                     const OptionalTensor& labels_in, int64_t ignore_index,
                                     const Tensor& mean_probabilities, const Tensor& log_normalizer) {
-  check(logits_in, labels_in);
+  check_softmax_entropy(logits_in, labels_in);
   const Tensor logits = with_dense_rows(logits_in), labels = contiguous_labels(labels_in);
   const auto arguments = label_arguments(logits, labels, ignore_index);
   const int64_t rows = logits.size(0), classes = logits.size(1);
@@ -150,10 +179,10 @@ Tensor softmax_entropy_backward_cpu(const OptionalTensor& grad_conditional, cons
   return grad_logits;
 }
 
-ForwardResult call_forward(const Tensor& logits, const OptionalTensor& labels, int64_t ignore_index) {
+SoftmaxEntropyForward call_forward(const Tensor& logits, const OptionalTensor& labels, int64_t ignore_index) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastgan::softmax_entropy_forward", "")
-                             .typed<ForwardResult(const Tensor&, const OptionalTensor&, int64_t)>();
+                             .typed<SoftmaxEntropyForward(const Tensor&, const OptionalTensor&, int64_t)>();
   return op.call(logits, labels, ignore_index);
 }
 
@@ -167,29 +196,6 @@ Tensor call_backward(const OptionalTensor& grad_conditional, const OptionalTenso
                         const OptionalTensor&, int64_t, const Tensor&, const Tensor&)>();
   return op.call(grad_conditional, grad_marginal, grad_cross_entropy, logits, labels, ignore_index, mean_probabilities,
                  log_normalizer);
-}
-
-// The derivative as differentiable ATen operators: the formulas of cpu/softmax_entropy_kernel.cpp.
-Tensor differentiable_backward(const Tensor& grad_conditional, const Tensor& grad_marginal,
-                               const Tensor& grad_cross_entropy, const Tensor& logits, const Tensor& labels,
-                               int64_t ignore_index) {
-  const Tensor l = logits.to(accumulate_type(logits));
-  const Tensor log_p = at::log_softmax(l, 1).clamp_min(-1e30), p = log_p.exp();
-  const double rows = static_cast<double>(l.size(0));
-  Tensor t = at::zeros_like(p);
-  if (grad_conditional.defined()) t = t + grad_conditional * log_p;
-  if (grad_marginal.defined()) {
-    const Tensor q = p.mean(0);
-    t = t + grad_marginal * at::where(q == 0, at::ones_like(q), q).log();
-  }
-  Tensor grad = p * ((p * t).sum(1, true) - t) / rows;
-  if (grad_cross_entropy.defined() && labels.defined()) {
-    const Tensor labeled = labels != ignore_index;
-    const Tensor target = at::one_hot(at::where(labeled, labels, 0), l.size(1)).to(p.scalar_type());
-    const Tensor count = labeled.sum().clamp_min(1);
-    grad = grad + (grad_cross_entropy / count) * (p - target) * labeled.unsqueeze(1);
-  }
-  return grad.to(logits.scalar_type());
 }
 
 struct SoftmaxEntropyBackward : torch::autograd::Node {
@@ -209,7 +215,7 @@ struct SoftmaxEntropyBackward : torch::autograd::Node {
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return {Tensor()};
     const Tensor l = logits.unpack(), y = labels.unpack();
     if (at::GradMode::is_enabled())
-      return {differentiable_backward(grads[0], grads[1], grads[2], l, y, ignore_index)};
+      return {composed_softmax_entropy_backward(grads[0], grads[1], grads[2], l, y, ignore_index)};
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
     return {call_backward(optional(grads[0]), optional(grads[1]), optional(grads[2]), l, optional(y), ignore_index,
@@ -226,7 +232,7 @@ auto make_node() {
     return c10::make_intrusive<N>();
 }
 
-ForwardResult softmax_entropy_forward_autograd(const Tensor& logits, const OptionalTensor& labels, int64_t ignore_index) {
+SoftmaxEntropyForward softmax_entropy_forward_autograd(const Tensor& logits, const OptionalTensor& labels, int64_t ignore_index) {
   TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::isFwGradDefined(logits), op_name(labels),
                               ": logits must carry no forward-mode derivative (there is none for this operator)");
   const auto result = [&] {
@@ -247,7 +253,7 @@ ForwardResult softmax_entropy_forward_autograd(const Tensor& logits, const Optio
   return result;
 }
 
-using Forward = ForwardResult(const Tensor&, const OptionalTensor&, int64_t);
+using Forward = SoftmaxEntropyForward(const Tensor&, const OptionalTensor&, int64_t);
 
 template <Forward* forward>
 std::tuple<Tensor, Tensor> softmax_entropy(const Tensor& logits) {
