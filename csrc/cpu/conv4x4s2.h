@@ -26,7 +26,9 @@
 
 namespace fastgan::cpu {
 
-// Element type of the large and small tensors. Weights, per-channel parameters and statistics are always float.
+// Element type of the large and small tensors. Weights, per-channel parameters and statistics are always float. With
+// bfloat16 the products take operands and weights rounded to bfloat16 (layers of images: float), everything else is
+// float; statistics are those of the results before they are rounded to be stored.
 enum class ConvDType : int32_t { float32 = 0, bfloat16 };
 
 struct Conv4x4s2Shape {
@@ -88,9 +90,10 @@ struct ConvEpilogue {
   float* sum_dz_xhat = nullptr;  // [channels], written by gradient if y_mean is given
 };
 
-// Whether the loop can run on this shape; if not, the caller takes another road. Supported: dtype float32; small_channels
-// a multiple of 16; large_channels a multiple of 16, or 1 to 4 (images); small sides of 2 to 256, large ones twice that
-// or one more (the output_padding of a transposed convolution).
+// Whether the loop can run on this shape; if not, the caller takes another road. Supported: small_channels a multiple of
+// 16; large_channels a multiple of 16, or 1 to 4 (images); small sides of 2 to 256, large ones twice that or one more
+// (the output_padding of a transposed convolution). bfloat16: on AVX512-BF16 and AMX only, and from a batch of 16 on
+// where the large tensor is not an image.
 bool conv4x4s2_supported(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop);
 
 // Bytes for the packed weights of down or up (0 for weight_gradient). Aligned to 64 bytes or more by the caller.

@@ -51,18 +51,20 @@ struct Strips {
   }
 };
 
-inline Vec load_some(const float* p, int64_t count) {
+template <typename T>
+Vec load_some(const T* p, int64_t count) {
   if (count >= kLanes) return load(p);
-  float buffer[kLanes] = {};
-  __builtin_memcpy(buffer, p, static_cast<size_t>(count) * sizeof(float));
+  T buffer[kLanes] = {};
+  __builtin_memcpy(buffer, p, static_cast<size_t>(count) * sizeof(T));
   return load(buffer);
 }
 
-inline void store_some(float* p, Vec v, int64_t count) {
+template <typename T>
+void store_some(T* p, Vec v, int64_t count) {
   if (count >= kLanes) return store(p, v);
-  float buffer[kLanes];
+  T buffer[kLanes];
   store(buffer, v);
-  __builtin_memcpy(p, buffer, static_cast<size_t>(count) * sizeof(float));
+  __builtin_memcpy(p, buffer, static_cast<size_t>(count) * sizeof(T));
 }
 
 // values[channels] repeated along a row
@@ -86,6 +88,7 @@ struct RowParameters {
 };
 
 // rows[count][padded_row]: rows y0, y0 + 1, ... of one image, with zeros where they lie outside
+template <typename T>
 void stage_rows(const ConvOperand& operand, const RowParameters& parameters, const Image& g, int64_t image, int64_t y0,
                 int64_t count, float* rows) {
   const int64_t length = g.image_row();
@@ -98,8 +101,8 @@ void stage_rows(const ConvOperand& operand, const RowParameters& parameters, con
     float* dst = rows + g.channels;
     for (int64_t c = 0; c < g.channels; ++c) rows[c] = 0;
     const int64_t offset = (image * g.height + y) * length;
-    const float* data = static_cast<const float*>(operand.data) + offset;
-    const float* other = static_cast<const float*>(operand.other) + offset;
+    const T* data = static_cast<const T*>(operand.data) + offset;
+    const T* other = static_cast<const T*>(operand.other) + offset;
     for (int64_t x = 0; x < length; x += kLanes) {
       Vec v = load_some(data + x, length - x);
       if (operand.mode == ConvOperand::Mode::activated)
@@ -150,6 +153,7 @@ struct DownPlan {
   }
 };
 
+template <typename T>
 void image_down(const Conv4x4s2Shape& shape, const ConvOperand& large, const float* packed, const ConvEpilogue& epilogue,
                 void* workspace, int threads) {
   const DownPlan plan(shape);
@@ -165,7 +169,7 @@ void image_down(const Conv4x4s2Shape& shape, const ConvOperand& large, const flo
     float* patches = rows + plan.rows;
     float* result = patches + plan.patches;
     const RowParameters parameters(large, g, lease.memory());
-    stage_rows(large, parameters, g, image, 2 * first - 1, 2 * count + 2, rows);
+    stage_rows<T>(large, parameters, g, image, 2 * first - 1, 2 * count + 2, rows);
     for (int64_t i = 0; i < count; ++i) {
       copy_patches(g, rows + 2 * i * g.padded_row(), patches);
       for (int64_t k = 0; k < g.packed_columns; k += kPanel)
@@ -174,7 +178,7 @@ void image_down(const Conv4x4s2Shape& shape, const ConvOperand& large, const flo
     }
     float* partial = partials + 2 * task * g.small_channels;
     const OutputBox box{g.small_height, g.small_width, g.small_channels, image, 1, first, count, 1, 0, g.small_channels};
-    finish_box(epilogue, box, result, g.packed_columns, {partial, partial + g.small_channels});
+    finish_box<T>(epilogue, box, result, {0, g.packed_columns}, {partial, partial + g.small_channels});
   });
 
   merge_partials(epilogue, partials, g.batch * plan.strips.count, g.small_channels, [&](int64_t part) {
@@ -229,6 +233,7 @@ void add_patch_row(const Image& g, const float* products, int64_t stride, float*
 }
 
 // Writes rows [y0, y0 + count) of an image: padded rows in `rows`, whose first pixel is padding.
+template <typename T>
 void finish_rows(const ConvEpilogue& e, const Image& g, int64_t image, int64_t y0, int64_t count, float* rows,
                  float* parameters, const Partial& partial) {
   const int64_t length = g.image_row(), pixels = count * g.width;
@@ -238,8 +243,8 @@ void finish_rows(const ConvEpilogue& e, const Image& g, int64_t image, int64_t y
   repeat_channels(gradient ? e.shift : e.bias, g.channels, 0, length, shift);
   const Activation activation = e.mode == ConvEpilogue::Mode::activate ? e.activation : Activation::identity;
   const int64_t offset = (image * g.height + y0) * length;
-  float* out = static_cast<float*>(e.out) + offset;
-  const float* y = static_cast<const float*>(e.y) + offset;
+  T* out = static_cast<T*>(e.out) + offset;
+  const T* y = static_cast<const T*>(e.y) + offset;
   for (int64_t i = 0; i < count; ++i) {
     float* row = rows + i * g.padded_row() + g.channels;
     for (int64_t x = 0; x < length; x += kLanes) {
@@ -267,7 +272,7 @@ void finish_rows(const ConvEpilogue& e, const Image& g, int64_t image, int64_t y
       each([&](double value, int64_t) { second += (value - first) * (value - first); });
       if (e.bias != nullptr) first -= e.bias[c];  // merge_partials adds it
     } else if (e.y_mean != nullptr) {
-      each([&](double value, int64_t at) { second += value * (y[at] - e.y_mean[c]); });
+      each([&](double value, int64_t at) { second += value * (to_float(y[at]) - e.y_mean[c]); });
       second *= e.y_invstd[c];
     }
     partial.first[c] = static_cast<float>(first);
@@ -275,6 +280,7 @@ void finish_rows(const ConvEpilogue& e, const Image& g, int64_t image, int64_t y
   }
 }
 
+template <typename T>
 void image_up(const Conv4x4s2Shape& shape, const ConvOperand& small, const float* packed, const ConvEpilogue& epilogue,
               void* workspace, int threads) {
   const UpPlan plan(shape);
@@ -299,8 +305,8 @@ void image_up(const Conv4x4s2Shape& shape, const ConvOperand& small, const float
         const int64_t row = (image * g.small_height + i) * g.small_width;
         const int64_t ahead = i + 1 < i1 ? g.small_width : 0;
         for (int64_t j = 0; j < g.small_width; ++j) {
-          prefetch_operand(small, (row + ahead + j) * g.small_channels + c0, chunk);
-          read_operand(small, (row + j) * g.small_channels + c0, c0, chunk, pixels + j * kChunk);
+          prefetch_operand<T>(small, (row + ahead + j) * g.small_channels + c0, chunk);
+          read_operand<T>(small, (row + j) * g.small_channels + c0, c0, chunk, pixels + j * kChunk);
         }
         float* out = products + (i - i0) * g.small_width * ld;
         int64_t k = 0;
@@ -320,7 +326,7 @@ void image_up(const Conv4x4s2Shape& shape, const ConvOperand& small, const float
         add_patch_row(g, products + (i - i0) * g.small_width * ld + r * 4 * g.channels, ld, rows + (y - y0) * g.padded_row());
       }
     float* partial = partials + 2 * task * g.channels;
-    finish_rows(epilogue, g, image, y0, y1 - y0, rows, lease.memory(), {partial, partial + g.channels});
+    finish_rows<T>(epilogue, g, image, y0, y1 - y0, rows, lease.memory(), {partial, partial + g.channels});
   });
 
   merge_partials(epilogue, partials, g.batch * plan.strips.count, g.channels, [&](int64_t part) {
@@ -353,6 +359,7 @@ struct GradientPlan {
   }
 };
 
+template <typename T>
 void image_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
                            float* weight_gradient, void* workspace, int threads) {
   const GradientPlan plan(shape);
@@ -371,15 +378,15 @@ void image_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large
     for (int64_t image = g.batch * split / plan.splits; image < g.batch * (split + 1) / plan.splits; ++image)
       for (int64_t i0 = 0; i0 < g.small_height; i0 += plan.block_rows) {
         const int64_t count = min64(plan.block_rows, g.small_height - i0), pixels = count * g.small_width;
-        stage_rows(large, parameters, g, image, 2 * i0 - 1, 2 * count + 2, rows);
+        stage_rows<T>(large, parameters, g, image, 2 * i0 - 1, 2 * count + 2, rows);
         for (int64_t i = 0; i < count; ++i)
           copy_patches(g, rows + 2 * i * g.padded_row(), patches + i * g.small_width * kPatch);
         for (int64_t k0 = 0; k0 < g.small_channels; k0 += kChunk) {
           const int64_t chunk = min64(kChunk, g.small_channels - k0);
           const int64_t first_pixel = (image * g.small_height + i0) * g.small_width;
           for (int64_t j = 0; j < pixels; ++j) {
-            prefetch_operand(small, (first_pixel + pixels + j) * g.small_channels + k0, chunk);
-            read_operand(small, (first_pixel + j) * g.small_channels + k0, k0, chunk, gradients + j * kChunk);
+            prefetch_operand<T>(small, (first_pixel + pixels + j) * g.small_channels + k0, chunk);
+            read_operand<T>(small, (first_pixel + j) * g.small_channels + k0, k0, chunk, gradients + j * kChunk);
           }
           for (int64_t k = 0; k < chunk; k += kPanel)
             multiply<2, 1, kPatch, kChunk>(patches, gradients + k, pixels, sums + k0 + k, plan.columns, g.patch, accumulate);
@@ -394,6 +401,16 @@ void image_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large
       for (int64_t split = 0; split < plan.splits; ++split) sum += partials[split * plan.sums + p * plan.columns + k];
       weight_gradient[(k * g.channels + p % g.channels) * 16 + p / g.channels] = sum;
     }
+}
+
+// Calls f with a value of the storage type. bfloat16 exists from AVX512-BF16 on (conv4x4s2_supported sees to that).
+template <typename F>
+void for_dtype(ConvDType dtype, const F& f) {
+#if defined(__AVX512BF16__)
+  if (dtype == ConvDType::bfloat16) return f(bfloat16{});
+#endif
+  (void)dtype;
+  f(float{});
 }
 
 }  // namespace
@@ -433,13 +450,18 @@ int64_t conv4x4s2_image_workspace_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Lo
 
 void conv4x4s2_image_forward(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand& input, const void* packed,
                              const ConvEpilogue& output, void* workspace, int threads) {
-  (loop == Conv4x4s2Loop::down ? image_down : image_up)(shape, input, static_cast<const float*>(packed), output, workspace,
-                                                        threads);
+  for_dtype(shape.dtype, [&](auto element) {
+    using T = decltype(element);
+    (loop == Conv4x4s2Loop::down ? image_down<T> : image_up<T>)(shape, input, static_cast<const float*>(packed), output,
+                                                                workspace, threads);
+  });
 }
 
 void conv4x4s2_image_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
                                      float* weight_gradient, void* workspace, int threads) {
-  image_weight_gradient(shape, large, small, weight_gradient, workspace, threads);
+  for_dtype(shape.dtype, [&](auto element) {
+    image_weight_gradient<decltype(element)>(shape, large, small, weight_gradient, workspace, threads);
+  });
 }
 
 }  // namespace fastgan::cpu::FASTGAN_ISA
