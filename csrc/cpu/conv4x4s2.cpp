@@ -18,11 +18,15 @@ bool supports_dtype(const Conv4x4s2Shape& s) {
   return active_isa() >= Isa::avx512_bf16 && (is_image(s) || s.batch >= kMinBfloat16Batch);
 }
 
-// Calls one of the three families of kernels.
-#define FASTGAN_CONV4X4S2_CALL(shape, name, ...)                                              \
-  (is_image(shape)                      ? FASTGAN_ISA_CALL(conv4x4s2_image_##name, __VA_ARGS__) \
-   : shape.dtype == ConvDType::bfloat16 ? FASTGAN_ISA_CALL(conv4x4s2_bf16_##name, __VA_ARGS__)  \
-                                        : FASTGAN_ISA_CALL(conv4x4s2_##name, __VA_ARGS__))
+bool is_bfloat16(const Conv4x4s2Shape& shape) { return shape.dtype == ConvDType::bfloat16; }
+
+// Calls one of the four families of kernels.
+#define FASTGAN_CONV4X4S2_CALL(shape, name, ...)                                                                 \
+  (is_image(shape)                                                                                               \
+       ? (is_bfloat16(shape) ? FASTGAN_ISA_CALL(conv4x4s2_bf16_image_##name, __VA_ARGS__)                        \
+                             : FASTGAN_ISA_CALL(conv4x4s2_image_##name, __VA_ARGS__))                            \
+       : (is_bfloat16(shape) ? FASTGAN_ISA_CALL(conv4x4s2_bf16_##name, __VA_ARGS__)                              \
+                             : FASTGAN_ISA_CALL(conv4x4s2_##name, __VA_ARGS__)))
 
 }  // namespace
 

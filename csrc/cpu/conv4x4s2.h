@@ -27,7 +27,7 @@
 namespace fastgan::cpu {
 
 // Element type of the large and small tensors. Weights, per-channel parameters and statistics are always float. With
-// bfloat16 the products take operands and weights rounded to bfloat16 (layers of images: float), everything else is
+// bfloat16 the products take operands and weights rounded to bfloat16, everything else is
 // float; statistics are those of the results before they are rounded to be stored.
 enum class ConvDType : int32_t { float32 = 0, bfloat16 };
 

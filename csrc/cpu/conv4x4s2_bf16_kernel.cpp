@@ -23,7 +23,6 @@ namespace fastgan::cpu::FASTGAN_ISA {
 #if defined(__AVX512BF16__)
 namespace {
 
-constexpr int64_t kChannels = 32;           // a line of channels: the depth of a tile, and the columns of a block
 constexpr int64_t kStageTiles = 768;        // of a strip of down and up: 768 KiB
 constexpr int64_t kStripPixels = 256;       // most outputs of a strip
 constexpr int64_t kForwardTasks = 8;
@@ -34,21 +33,6 @@ constexpr int64_t kGradientPixels = 16;     // small pixels summed between loads
 constexpr int64_t kGradientTasks = 8;
 
 int64_t strip_start(int64_t all, int64_t strip, int64_t strips) { return all / strips * strip + min64(strip, all % strips); }
-
-// One pixel's line of channels c0 to c0 + channels (16 or 32) with the operand's prologue; the rest is zero.
-inline __m512i read_line(const ConvOperand& operand, int64_t offset, int64_t c0, int64_t channels) {
-  if (operand.mode == ConvOperand::Mode::plain) {
-    const bfloat16* data = static_cast<const bfloat16*>(operand.data) + offset;
-    if (channels == kChannels) return _mm512_loadu_si512(data);
-    return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
-  }
-  float values[kChannels] = {};
-  if (channels == kChannels)
-    read_operand<bfloat16>(operand, offset, c0, kChannels, values);
-  else
-    read_operand<bfloat16>(operand, offset, c0, kChannels / 2, values);
-  return (__m512i)_mm512_cvtne2ps_pbh(load(values + kLanes), load(values));
-}
 
 // ---- down and up
 
@@ -262,9 +246,6 @@ struct GradientPlan {
 // Pixels of one row of 32 images, tiles of right operands: dst[width][channels / 16][16 pairs of images][16][2]
 void stage_pairs(const ConvOperand& operand, int64_t first_image, int64_t images, int64_t image_pixels, int64_t first_pixel,
                  int64_t width, int64_t all_channels, int64_t c0, int64_t channels, int64_t tiles, bfloat16* dst) {
-  const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                         36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
   for (int64_t n = 0; n < kGradientImages; n += 2)
     for (int64_t x = 0; x < width; ++x)
       for (int64_t t = 0; t < tiles; t += 2) {
@@ -274,19 +255,8 @@ void stage_pairs(const ConvOperand& operand, int64_t first_image, int64_t images
         const __m512i b = n + 1 < images ? read_line(operand, offset + image_pixels * all_channels, c0 + c, some)
                                          : _mm512_setzero_si512();
         bfloat16* to = dst + (x * tiles + t) * kTile + n * kTileRows;
-        _mm512_store_si512(to, _mm512_permutex2var_epi16(a, lower, b));
-        _mm512_store_si512(to + kTile, _mm512_permutex2var_epi16(a, upper, b));
+        store_pair(a, b, to, to + kTile);
       }
-}
-
-// Right tiles [16 pairs][16][2] -> left tiles [16][32], in place
-void transpose_tiles(bfloat16* tiles, int64_t count) {
-  for (int64_t i = 0; i < count; ++i, tiles += kTile) {
-    __m512i lanes[16];
-    for (int r = 0; r < 16; ++r) lanes[r] = _mm512_load_si512(tiles + r * kTileDepth);
-    transpose_lanes(lanes);
-    for (int r = 0; r < 16; ++r) _mm512_store_si512(tiles + r * kTileDepth, lanes[r]);
-  }
 }
 
 void run_weight_gradient(const GradientPlan& p, const ConvOperand& large, const ConvOperand& small, float* weight_gradient,

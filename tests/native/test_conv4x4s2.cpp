@@ -129,8 +129,7 @@ struct Operand {
   ConvOperand operand;
   Doubles value;
 
-  // `products` is the type the products take the operand in.
-  Operand(ConvDType dtype, ConvDType products, int64_t pixels, int64_t channels, ConvOperand::Mode mode, Activation activation)
+  Operand(ConvDType dtype, int64_t pixels, int64_t channels, ConvOperand::Mode mode, Activation activation)
       : data(dtype, random_floats(pixels * channels)), other(dtype, random_floats(pixels * channels)),
         scale(random_floats(channels)), other_scale(random_floats(channels)), shift(random_floats(channels)) {
     operand.data = data.data();
@@ -154,7 +153,7 @@ struct Operand {
         value[i] = act(double(scale[c]) * x[i] + shift[c], activation, 0.3);
       if (mode == ConvOperand::Mode::batch_norm_backward)
         value[i] = double(scale[c]) * x[i] + double(other_scale[c]) * y[i] + shift[c];
-      if (products == ConvDType::bfloat16) value[i] = round_to_bfloat16(static_cast<float>(value[i]));
+      if (dtype == ConvDType::bfloat16) value[i] = round_to_bfloat16(static_cast<float>(value[i]));
     }
   }
 };
@@ -207,23 +206,20 @@ struct Layer {
       : shape{batch, height, width, large_channels, height / 2, width / 2, small_channels, dtype},
         large_pixels(batch * height * width), small_pixels(batch * (height / 2) * (width / 2)),
         weight(random_floats(large_channels * small_channels * 16, -0.1f, 0.1f)) {
-    if (products() == ConvDType::bfloat16)
+    if (shape.dtype == ConvDType::bfloat16)
       for (float& w : weight) w = round_to_bfloat16(w);
   }
 
-  // Layers of images compute in float whatever the storage.
-  ConvDType products() const { return shape.large_channels <= 4 ? ConvDType::float32 : shape.dtype; }
-
   Operand large(ConvOperand::Mode mode, Activation a) const {
-    return Operand(shape.dtype, products(), large_pixels, shape.large_channels, mode, a);
+    return Operand(shape.dtype, large_pixels, shape.large_channels, mode, a);
   }
   Operand small(ConvOperand::Mode mode, Activation a) const {
-    return Operand(shape.dtype, products(), small_pixels, shape.small_channels, mode, a);
+    return Operand(shape.dtype, small_pixels, shape.small_channels, mode, a);
   }
 
   // Half a unit in the last place of a bfloat16 is at most 2^-8 of it. Where a prologue computes the operand, some of its elements
   // round the other way in the kernel than here.
-  double sum_tolerance(bool prologue) const { return products() == ConvDType::bfloat16 && prologue ? 5e-4 : 3e-6; }
+  double sum_tolerance(bool prologue) const { return shape.dtype == ConvDType::bfloat16 && prologue ? 5e-4 : 3e-6; }
   double output_tolerance(bool prologue) const {
     return (shape.dtype == ConvDType::bfloat16 ? 0x1p-8 : 0) + sum_tolerance(prologue);
   }
