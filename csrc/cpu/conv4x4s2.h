@@ -44,7 +44,8 @@ enum class Conv4x4s2Loop { down, up, weight_gradient };
 //
 // activated costs nothing measurable. batch_norm_backward costs about 2.5 ms in up and 3 ms in weight_gradient for 8.4 MB
 // on one core (64 -> 128 channels, 32 px, batch 64: 15% of each), as a loop reads its operands several times: where both
-// loops read the same gradient, one pass that replaces it in place and plain operands after that are faster.
+// loops read the same gradient, one pass that replaces it in place and plain operands after that are faster. On AMX in
+// bfloat16 the products are quicker: there activated costs 3 to 10% and batch_norm_backward 8 to 35% of a loop.
 struct ConvOperand {
   enum class Mode {
     plain,                // data

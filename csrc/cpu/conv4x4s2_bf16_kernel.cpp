@@ -243,12 +243,12 @@ struct GradientPlan {
   int64_t partials_bytes() const { return splits == 1 ? 0 : round_up(splits * weights() * 4, ScratchSlots::kAlignment); }
 };
 
-// Pixels of one row of 32 images, tiles of right operands: dst[width][channels / 16][16 pairs of images][16][2]
+// Pixels of one row of 32 images, tiles of right operands: dst[width][tiles][16 pairs of images][16][2]
 void stage_pairs(const ConvOperand& operand, int64_t first_image, int64_t images, int64_t image_pixels, int64_t first_pixel,
                  int64_t width, int64_t all_channels, int64_t c0, int64_t channels, int64_t tiles, bfloat16* dst) {
   for (int64_t n = 0; n < kGradientImages; n += 2)
     for (int64_t x = 0; x < width; ++x)
-      for (int64_t t = 0; t < tiles; t += 2) {
+      for (int64_t t = 0; t * kTileRows < channels; t += 2) {
         const int64_t c = t * kTileRows, some = min64(kChannels, channels - c);
         const int64_t offset = ((first_image + n) * image_pixels + first_pixel + x) * all_channels + c0 + c;
         const __m512i a = n < images ? read_line(operand, offset, c0 + c, some) : _mm512_setzero_si512();
@@ -299,8 +299,8 @@ void run_weight_gradient(const GradientPlan& p, const ConvOperand& large, const 
 
       for (int64_t r = 0; r < 4; ++r)
         for (int64_t s = 0; s < 4; ++s)
-          for (int64_t k = 0; k < p.small_tiles; k += 2)
-            for (int64_t c = 0; c < p.large_tiles; c += 2) {
+          for (int64_t k = 0; k * kTileRows < small_channels; k += 2)
+            for (int64_t c = 0; c * kTileRows < large_channels; c += 2) {
               float* to = sums + (r * 4 + s) * tap_sums + k * kTileRows * ld + c * kTileRows;
               block.begin(to, kTileRows * ld, ld, unit > first_unit);
               for (int64_t i = i0; i < i1; ++i) {
