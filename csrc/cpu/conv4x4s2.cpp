@@ -10,56 +10,58 @@ constexpr int64_t kMaxImageChannels = 4;
 
 bool is_image(const Conv4x4s2Shape& shape) { return shape.large_channels <= kMaxImageChannels; }
 
-void forward(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand& input, const void* packed,
-             const ConvEpilogue& output, void* workspace, int threads) {
-  if (is_image(shape))
-    FASTGAN_ISA_CALL(conv4x4s2_image_forward, shape, loop, input, packed, output, workspace, threads);
-  else
-    FASTGAN_ISA_CALL(conv4x4s2_forward, shape, loop, input, packed, output, workspace, threads);
+// Tiles of down and up take 16 images: with fewer, much of them would be empty.
+constexpr int64_t kMinBfloat16Batch = 16;
+
+bool supports_dtype(const Conv4x4s2Shape& s) {
+  if (s.dtype == ConvDType::float32) return true;
+  return active_isa() >= Isa::avx512_bf16 && (is_image(s) || s.batch >= kMinBfloat16Batch);
 }
+
+bool is_bfloat16(const Conv4x4s2Shape& shape) { return shape.dtype == ConvDType::bfloat16; }
+
+// Calls one of the four families of kernels.
+#define FASTGAN_CONV4X4S2_CALL(shape, name, ...)                                                                 \
+  (is_image(shape)                                                                                               \
+       ? (is_bfloat16(shape) ? FASTGAN_ISA_CALL(conv4x4s2_bf16_image_##name, __VA_ARGS__)                        \
+                             : FASTGAN_ISA_CALL(conv4x4s2_image_##name, __VA_ARGS__))                            \
+       : (is_bfloat16(shape) ? FASTGAN_ISA_CALL(conv4x4s2_bf16_##name, __VA_ARGS__)                              \
+                             : FASTGAN_ISA_CALL(conv4x4s2_##name, __VA_ARGS__)))
 
 }  // namespace
 
 bool conv4x4s2_supported(const Conv4x4s2Shape& s, Conv4x4s2Loop) {
-  return s.dtype == ConvDType::float32 && s.batch > 0 && s.small_height == s.large_height / 2 &&
-         s.small_width == s.large_width / 2 && s.small_height >= 2 && s.small_width >= 2 && s.small_height <= kMaxSide &&
-         s.small_width <= kMaxSide && s.small_channels > 0 && s.small_channels % 16 == 0 && s.large_channels > 0 &&
+  return supports_dtype(s) && s.batch > 0 && s.small_height == s.large_height / 2 && s.small_width == s.large_width / 2 &&
+         s.small_height >= 2 && s.small_width >= 2 && s.small_height <= kMaxSide && s.small_width <= kMaxSide &&
+         s.small_channels > 0 && s.small_channels % 16 == 0 && s.large_channels > 0 &&
          (is_image(s) || s.large_channels % 16 == 0);
 }
 
 size_t conv4x4s2_packed_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop) {
-  return static_cast<size_t>(is_image(shape) ? FASTGAN_ISA_CALL(conv4x4s2_image_packed_bytes, shape, loop)
-                                             : FASTGAN_ISA_CALL(conv4x4s2_packed_bytes, shape, loop));
+  return static_cast<size_t>(FASTGAN_CONV4X4S2_CALL(shape, packed_bytes, shape, loop));
 }
 
 void conv4x4s2_pack(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* weight, void* packed) {
-  if (is_image(shape))
-    FASTGAN_ISA_CALL(conv4x4s2_image_pack, shape, loop, weight, packed);
-  else
-    FASTGAN_ISA_CALL(conv4x4s2_pack, shape, loop, weight, packed);
+  FASTGAN_CONV4X4S2_CALL(shape, pack, shape, loop, weight, packed);
 }
 
 size_t conv4x4s2_workspace_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, int threads) {
-  return static_cast<size_t>(is_image(shape) ? FASTGAN_ISA_CALL(conv4x4s2_image_workspace_bytes, shape, loop, threads)
-                                             : FASTGAN_ISA_CALL(conv4x4s2_workspace_bytes, shape, loop, threads));
+  return static_cast<size_t>(FASTGAN_CONV4X4S2_CALL(shape, workspace_bytes, shape, loop, threads));
 }
 
 void conv4x4s2_down(const Conv4x4s2Shape& shape, const ConvOperand& large, const void* packed, const ConvEpilogue& small,
                     void* workspace, int threads) {
-  forward(shape, Conv4x4s2Loop::down, large, packed, small, workspace, threads);
+  FASTGAN_CONV4X4S2_CALL(shape, forward, shape, Conv4x4s2Loop::down, large, packed, small, workspace, threads);
 }
 
 void conv4x4s2_up(const Conv4x4s2Shape& shape, const ConvOperand& small, const void* packed, const ConvEpilogue& large,
                   void* workspace, int threads) {
-  forward(shape, Conv4x4s2Loop::up, small, packed, large, workspace, threads);
+  FASTGAN_CONV4X4S2_CALL(shape, forward, shape, Conv4x4s2Loop::up, small, packed, large, workspace, threads);
 }
 
 void conv4x4s2_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
                                float* weight_gradient, void* workspace, int threads) {
-  if (is_image(shape))
-    FASTGAN_ISA_CALL(conv4x4s2_image_weight_gradient, shape, large, small, weight_gradient, workspace, threads);
-  else
-    FASTGAN_ISA_CALL(conv4x4s2_weight_gradient, shape, large, small, weight_gradient, workspace, threads);
+  FASTGAN_CONV4X4S2_CALL(shape, weight_gradient, shape, large, small, weight_gradient, workspace, threads);
 }
 
 }  // namespace fastgan::cpu

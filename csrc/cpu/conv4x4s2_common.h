@@ -10,7 +10,8 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-constexpr int64_t kLineFloats = 16;  // a cache line
+constexpr int64_t kLineBytes = 64;  // a cache line
+constexpr int64_t kLineFloats = 16;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -20,8 +21,10 @@ inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 // ---- operands
 
 // dst[0, channels) = the operand's elements at `offset`, channels c0 and up; channels is a multiple of kLanes.
-inline void read_operand(const ConvOperand& operand, int64_t offset, int64_t c0, int64_t channels, float* dst) {
-  const float* data = static_cast<const float*>(operand.data) + offset;
+// T is the storage type of the tensor: float or bfloat16.
+template <typename T>
+void read_operand(const ConvOperand& operand, int64_t offset, int64_t c0, int64_t channels, float* dst) {
+  const T* data = static_cast<const T*>(operand.data) + offset;
   switch (operand.mode) {
     case ConvOperand::Mode::plain:
       for (int64_t c = 0; c < channels; c += kLanes) store(dst + c, load(data + c));
@@ -34,7 +37,7 @@ inline void read_operand(const ConvOperand& operand, int64_t offset, int64_t c0,
       }
       return;
     case ConvOperand::Mode::batch_norm_backward: {
-      const float* other = static_cast<const float*>(operand.other) + offset;
+      const T* other = static_cast<const T*>(operand.other) + offset;
       for (int64_t c = 0; c < channels; c += kLanes)
         store(dst + c, load(operand.scale + c0 + c) * load(data + c) +
                            (load(operand.other_scale + c0 + c) * load(other + c) + load(operand.shift + c0 + c)));
@@ -44,12 +47,14 @@ inline void read_operand(const ConvOperand& operand, int64_t offset, int64_t c0,
 }
 
 // Asks for what read_operand will read.
-inline void prefetch_operand(const ConvOperand& operand, int64_t offset, int64_t channels) {
-  const float* data = static_cast<const float*>(operand.data) + offset;
-  for (int64_t c = 0; c < channels; c += kLineFloats) __builtin_prefetch(data + c, 0, 2);
+template <typename T>
+void prefetch_operand(const ConvOperand& operand, int64_t offset, int64_t channels) {
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+  const T* data = static_cast<const T*>(operand.data) + offset;
+  for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(data + c, 0, 2);
   if (operand.mode != ConvOperand::Mode::batch_norm_backward) return;
-  const float* other = static_cast<const float*>(operand.other) + offset;
-  for (int64_t c = 0; c < channels; c += kLineFloats) __builtin_prefetch(other + c, 0, 2);
+  const T* other = static_cast<const T*>(operand.other) + offset;
+  for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(other + c, 0, 2);
 }
 
 // ---- results
@@ -74,11 +79,17 @@ struct Partial {
   float* second;  // [all_channels]
 };
 
-// kVectors vectors of channels from channel c of the box: src [images, rows, width, ld] -> out, with the epilogue.
-template <int kVectors>
-void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* src, int64_t ld, int64_t c,
+// Where the results of a box lie in scratch: floats from one image to the next, and from one pixel to the next.
+struct ResultStrides {
+  int64_t image, pixel;
+};
+
+// kVectors vectors of channels from channel c of the box: results -> out, with the epilogue. T is the storage type.
+template <typename T, int kVectors>
+void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* results, ResultStrides strides, int64_t c,
                      const Partial& partial) {
-  float* out = static_cast<float*>(e.out);
+  const int64_t ld = strides.pixel;
+  T* out = static_cast<T*>(e.out);
   const int64_t pixels = box.rows * box.width, step = box.all_channels, ahead = kPrefetchPixels * step;
   Vec bias[kVectors] = {};
   if (e.bias != nullptr && e.mode != ConvEpilogue::Mode::gradient)
@@ -86,15 +97,17 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
 
   if (e.mode == ConvEpilogue::Mode::store || e.mode == ConvEpilogue::Mode::activate) {
     const Activation activation = e.mode == ConvEpilogue::Mode::store ? Activation::identity : e.activation;
-    for (int64_t n = 0; n < box.images; ++n)
+    for (int64_t n = 0; n < box.images; ++n) {
+      const float* src = results + n * strides.image;
       for (int64_t i = 0; i < box.rows; ++i) {
-        float* q = out + box.offset(n, i) + c;
+        T* q = out + box.offset(n, i) + c;
         for (int64_t j = 0; j < box.width; ++j, src += ld, q += step)
           for (int v = 0; v < kVectors; ++v) {
             __builtin_prefetch(q + ahead + v * kLanes, 1, 2);
             store(q + v * kLanes, activate(load(src + c + v * kLanes) + bias[v], activation, e.negative_slope));
           }
       }
+    }
     return;
   }
 
@@ -102,11 +115,11 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
     // Sums are taken image by image, then over images: rounding grows with the longer of the two counts only. The bias
     // joins the mean in merge_partials: a large one would take digits from the differences between the tasks' means.
     Vec mean[kVectors] = {};
-    const float* p = src;
     for (int64_t n = 0; n < box.images; ++n) {
+      const float* p = results + n * strides.image;
       Vec sum[kVectors] = {};
       for (int64_t i = 0; i < box.rows; ++i) {
-        const float* q = out + box.offset(n, i) + c;
+        const T* q = out + box.offset(n, i) + c;
         for (int64_t j = 0; j < box.width; ++j, p += ld, q += step)
           for (int v = 0; v < kVectors; ++v) {
             __builtin_prefetch(q + v * kLanes, 1, 2);
@@ -121,9 +134,10 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
     }
     Vec m2[kVectors] = {};
     for (int64_t n = 0; n < box.images; ++n) {
+      const float* src = results + n * strides.image;
       Vec sum[kVectors] = {};
       for (int64_t i = 0; i < box.rows; ++i) {
-        float* q = out + box.offset(n, i) + c;
+        T* q = out + box.offset(n, i) + c;
         for (int64_t j = 0; j < box.width; ++j, src += ld, q += step)
           for (int v = 0; v < kVectors; ++v) {
             const Vec x = load(src + c + v * kLanes), deviation = x - mean[v];
@@ -137,7 +151,7 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
     return;
   }
 
-  const float* y = static_cast<const float*>(e.y);
+  const T* y = static_cast<const T*>(e.y);
   Vec scale[kVectors], shift[kVectors], y_mean[kVectors], y_invstd[kVectors];
   Vec total_dz[kVectors] = {}, total_dz_xhat[kVectors] = {};
   for (int v = 0; v < kVectors; ++v) {
@@ -148,6 +162,7 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
     y_invstd[v] = e.y_mean != nullptr ? load(e.y_invstd + at) : Vec{};
   }
   for (int64_t n = 0; n < box.images; ++n) {
+    const float* src = results + n * strides.image;
     Vec sum_dz[kVectors] = {}, sum_dz_xhat[kVectors] = {};
     for (int64_t i = 0; i < box.rows; ++i) {
       int64_t at = box.offset(n, i) + c;
@@ -173,11 +188,14 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* s
   }
 }
 
-// src [images, rows, width, ld], the first box.channels of ld used.
-inline void finish_box(const ConvEpilogue& e, const OutputBox& box, const float* src, int64_t ld, const Partial& partial) {
+// All channels of a box.
+template <typename T>
+void finish_box(const ConvEpilogue& e, const OutputBox& box, const float* results, ResultStrides strides,
+                const Partial& partial) {
   int64_t c = 0;
-  for (; c + 4 * kLanes <= box.channels; c += 4 * kLanes) finish_channels<4>(e, box, src, ld, c, partial);
-  for (; c < box.channels; c += kLanes) finish_channels<1>(e, box, src, ld, c, partial);
+  for (; c + 4 * kLanes <= box.channels; c += 4 * kLanes) finish_channels<T, 4>(e, box, results, strides, c, partial);
+  for (; c + 2 * kLanes <= box.channels; c += 2 * kLanes) finish_channels<T, 2>(e, box, results, strides, c, partial);
+  for (; c < box.channels; c += kLanes) finish_channels<T, 1>(e, box, results, strides, c, partial);
 }
 
 inline bool has_partials(const ConvEpilogue& e) {
@@ -211,6 +229,18 @@ void merge_partials(const ConvEpilogue& e, const float* partials, int64_t parts,
       if (e.y_mean != nullptr) e.sum_dz_xhat[c] = static_cast<float>(second);
     }
   }
+}
+
+// weight_gradient[i] = sum over splits of partials[split][i]; weights is a multiple of kLanes.
+inline void add_partials(const float* partials, int64_t splits, int64_t weights, float* weight_gradient) {
+  constexpr int64_t kPiece = 4096;
+  parallel_for(ceil_div(weights, kPiece), [&](int64_t task) {
+    for (int64_t i = task * kPiece; i < min64(weights, (task + 1) * kPiece); i += kLanes) {
+      Vec sum = load(partials + i);
+      for (int64_t split = 1; split < splits; ++split) sum += load(partials + split * weights + i);
+      store(weight_gradient + i, sum);
+    }
+  });
 }
 
 // ---- workspace

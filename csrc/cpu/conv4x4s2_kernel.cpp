@@ -108,8 +108,8 @@ void stage_inputs(const ConvOperand& operand, const Geometry& g, const Axis& row
         for (int64_t c = 0; c < channels; c += kLanes) store(stage + c, Vec{});
       else {
         const int64_t offset = ((image * g.input_height + y) * g.input_width + x) * g.input_channels + c0;
-        prefetch_operand(operand, offset + ahead, channels);
-        read_operand(operand, offset, c0, channels, stage);
+        prefetch_operand<float>(operand, offset + ahead, channels);
+        read_operand<float>(operand, offset, c0, channels, stage);
       }
     }
   }
@@ -312,7 +312,7 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
       const OutputBox box{g.output_height, g.output_width, g.output_channels, first_image, images,
                           g.up ? 2 * rows.first + a : rows.first, rows.length, g.row_phases(), k0,
                           min64(kOutputBlock, g.output_channels - k0)};
-      finish_box(epilogue, box, result, ld, {partial, partial + g.output_channels});
+      finish_box<float>(epilogue, box, result, {rows.length * g.output_width * ld, ld}, {partial, partial + g.output_channels});
     }
   });
 
@@ -344,8 +344,8 @@ void transform_gradients(const ConvOperand& operand, const Geometry& g, const Pr
       for (int64_t i = 0; i < outputs_of(rs.points); ++i)
         for (int64_t j = 0; j < at.columns.length; ++j) {
           const int64_t y = at.rows.first + rs.output + i, pixel = ((first_image + n) * g.output_height + y) * g.output_width + j;
-          prefetch_operand(operand, (pixel + kRowsAhead * g.output_width) * g.output_channels + c0, channels);
-          read_operand(operand, pixel * g.output_channels + c0, c0, channels, stage + i * row + j * kGradientSmall);
+          prefetch_operand<float>(operand, (pixel + kRowsAhead * g.output_width) * g.output_channels + c0, channels);
+          read_operand<float>(operand, pixel * g.output_channels + c0, c0, channels, stage + i * row + j * kGradientSmall);
         }
       for (int c = 0; c < at.columns.count; ++c) {
         const Segment& cs = at.columns.segments[c];
@@ -454,16 +454,7 @@ void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large,
       }
   });
 
-  if (plan.splits == 1) return;
-  const int64_t weights = plan.weights(), piece = 4096;
-  parallel_for(ceil_div(weights, piece), [&](int64_t task) {
-    const int64_t end = min64(weights, (task + 1) * piece);
-    for (int64_t i = task * piece; i < end; i += kLanes) {
-      Vec sum = load(partials + i);
-      for (int64_t split = 1; split < plan.splits; ++split) sum += load(partials + split * weights + i);
-      store(weight_gradient + i, sum);
-    }
-  });
+  if (plan.splits > 1) add_partials(partials, plan.splits, plan.weights(), weight_gradient);
 }
 
 }  // namespace

@@ -3,6 +3,14 @@
 #pragma once
 
 #include <cstdint>
+#if defined(__AVX512BF16__)
+// GCC 12 takes the undefined lanes of its own intrinsics for a mistake of ours.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
 
 #include "../activation.h"
 
@@ -29,6 +37,26 @@ inline Vec load(const float* p) {
   return v;
 }
 inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+#if defined(__AVX512BF16__)
+struct bfloat16 {
+  uint16_t bits;
+};
+typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
+
+inline Vec load(const bfloat16* p) {
+  HalfVec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return (Vec)(__builtin_convertvector(v, IntVec) << 16);
+}
+inline void store(bfloat16* p, Vec v) {  // rounds to nearest even
+  const __m256bh rounded = _mm512_cvtneps_pbh(v);
+  __builtin_memcpy(p, &rounded, sizeof rounded);
+}
+inline float to_float(bfloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
+#endif
+
+inline float to_float(float x) { return x; }
 inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an addition: it turns -0 into 0
 inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }

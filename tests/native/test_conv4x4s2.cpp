@@ -1,5 +1,7 @@
 // conv4x4s2 kernels against a direct convolution in double, on every instruction set of this machine, with every operand
 // mode and epilogue, for shapes that exercise every way an axis is cut; results must not depend on the thread count.
+// For bfloat16 the operands of the products are rounded in the reference as well, so that what is left is the rounding of
+// the output: the sums are float.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -39,6 +41,47 @@ Floats random_floats(int64_t n, float low = -1, float high = 1) {
   for (float& x : v) x = d(generator);
   return v;
 }
+
+float round_to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// A tensor in the storage type of a layer.
+struct Storage {
+  ConvDType dtype;
+  Floats floats;
+  std::vector<uint16_t> halves;
+
+  Storage(ConvDType type, size_t size) : dtype(type) {
+    if (dtype == ConvDType::float32)
+      floats.resize(size);
+    else
+      halves.resize(size);
+  }
+  Storage(ConvDType type, const Floats& values) : Storage(type, values.size()) {
+    if (dtype == ConvDType::float32) floats = values;
+    for (size_t i = 0; i < halves.size(); ++i) {
+      uint32_t bits;
+      const float rounded = round_to_bfloat16(values[i]);
+      std::memcpy(&bits, &rounded, sizeof bits);
+      halves[i] = static_cast<uint16_t>(bits >> 16);
+    }
+  }
+  void* data() { return dtype == ConvDType::float32 ? static_cast<void*>(floats.data()) : halves.data(); }
+  Floats values() const {
+    if (dtype == ConvDType::float32) return floats;
+    Floats v(halves.size());
+    for (size_t i = 0; i < v.size(); ++i) {
+      const uint32_t bits = static_cast<uint32_t>(halves[i]) << 16;
+      std::memcpy(&v[i], &bits, sizeof bits);
+    }
+    return v;
+  }
+};
 
 struct AlignedBuffer {
   void* data;
@@ -81,13 +124,14 @@ double act_derivative(double z, Activation a, double slope) {
 
 // A random operand of a mode, with its value in double.
 struct Operand {
-  Floats data, other, scale, other_scale, shift;
+  Storage data, other;
+  Floats scale, other_scale, shift;
   ConvOperand operand;
   Doubles value;
 
-  Operand(int64_t pixels, int64_t channels, ConvOperand::Mode mode, Activation activation)
-      : data(random_floats(pixels * channels)), other(random_floats(pixels * channels)), scale(random_floats(channels)),
-        other_scale(random_floats(channels)), shift(random_floats(channels)) {
+  Operand(ConvDType dtype, int64_t pixels, int64_t channels, ConvOperand::Mode mode, Activation activation)
+      : data(dtype, random_floats(pixels * channels)), other(dtype, random_floats(pixels * channels)),
+        scale(random_floats(channels)), other_scale(random_floats(channels)), shift(random_floats(channels)) {
     operand.data = data.data();
     operand.mode = mode;
     operand.activation = activation;
@@ -100,14 +144,16 @@ struct Operand {
       operand.other = other.data();
       operand.other_scale = other_scale.data();
     }
-    value.resize(data.size());
+    const Floats x = data.values(), y = other.values();
+    value.resize(x.size());
     for (size_t i = 0; i < value.size(); ++i) {
       const size_t c = i % channels;
-      value[i] = data[i];
+      value[i] = x[i];
       if (mode == ConvOperand::Mode::activated)
-        value[i] = act(double(scale[c]) * data[i] + shift[c], activation, 0.3);
+        value[i] = act(double(scale[c]) * x[i] + shift[c], activation, 0.3);
       if (mode == ConvOperand::Mode::batch_norm_backward)
-        value[i] = double(scale[c]) * data[i] + double(other_scale[c]) * other[i] + shift[c];
+        value[i] = double(scale[c]) * x[i] + double(other_scale[c]) * y[i] + shift[c];
+      if (dtype == ConvDType::bfloat16) value[i] = round_to_bfloat16(static_cast<float>(value[i]));
     }
   }
 };
@@ -141,12 +187,11 @@ double error(const Floats& got, const Doubles& want) {
   return worst / largest;
 }
 
-constexpr double kTolerance = 3e-6;
-
-void expect_close(const Floats& got, const Doubles& want, const char* what, const Conv4x4s2Shape& s, double tolerance = kTolerance) {
+void expect_close(const Floats& got, const Doubles& want, const char* what, const Conv4x4s2Shape& s, double tolerance) {
   char detail[200];
   const double e = error(got, want);
-  std::snprintf(detail, sizeof detail, "batch %d large %dx%dx%d small channels %d: error %.2e", int(s.batch), int(s.large_height),
+  std::snprintf(detail, sizeof detail, "%s batch %d large %dx%dx%d small channels %d: error %.2e",
+                s.dtype == ConvDType::float32 ? "float32" : "bfloat16", int(s.batch), int(s.large_height),
                 int(s.large_width), int(s.large_channels), int(s.small_channels), e);
   expect(e <= tolerance, what, detail);
 }
@@ -156,10 +201,28 @@ struct Layer {
   int64_t large_pixels, small_pixels;
   Floats weight;
 
-  Layer(int64_t batch, int64_t height, int64_t width, int64_t large_channels, int64_t small_channels)
-      : shape{batch, height, width, large_channels, height / 2, width / 2, small_channels},
+  Layer(int64_t batch, int64_t height, int64_t width, int64_t large_channels, int64_t small_channels,
+        ConvDType dtype = ConvDType::float32)
+      : shape{batch, height, width, large_channels, height / 2, width / 2, small_channels, dtype},
         large_pixels(batch * height * width), small_pixels(batch * (height / 2) * (width / 2)),
-        weight(random_floats(large_channels * small_channels * 16, -0.1f, 0.1f)) {}
+        weight(random_floats(large_channels * small_channels * 16, -0.1f, 0.1f)) {
+    if (shape.dtype == ConvDType::bfloat16)
+      for (float& w : weight) w = round_to_bfloat16(w);
+  }
+
+  Operand large(ConvOperand::Mode mode, Activation a) const {
+    return Operand(shape.dtype, large_pixels, shape.large_channels, mode, a);
+  }
+  Operand small(ConvOperand::Mode mode, Activation a) const {
+    return Operand(shape.dtype, small_pixels, shape.small_channels, mode, a);
+  }
+
+  // Half a unit in the last place of a bfloat16 is at most 2^-8 of it. Where a prologue computes the operand, some of its elements
+  // round the other way in the kernel than here.
+  double sum_tolerance(bool prologue) const { return shape.dtype == ConvDType::bfloat16 && prologue ? 5e-4 : 3e-6; }
+  double output_tolerance(bool prologue) const {
+    return (shape.dtype == ConvDType::bfloat16 ? 0x1p-8 : 0) + sum_tolerance(prologue);
+  }
 
   void run(Conv4x4s2Loop loop, const ConvOperand& input, const ConvEpilogue& epilogue, int threads) const {
     runner_threads = threads;
@@ -173,7 +236,9 @@ void check_loop(const Layer& layer, Conv4x4s2Loop loop, ConvOperand::Mode mode, 
   const Conv4x4s2Shape& s = layer.shape;
   const bool down = loop == Conv4x4s2Loop::down;
   expect(conv4x4s2_supported(s, loop), "supported", "");
-  const Operand input(down ? layer.large_pixels : layer.small_pixels, down ? s.large_channels : s.small_channels, mode, activation);
+  const Operand input = down ? layer.large(mode, activation) : layer.small(mode, activation);
+  const bool prologue = mode != ConvOperand::Mode::plain;
+  const double tolerance = layer.output_tolerance(prologue), sum_tolerance = std::max(1e-5, layer.sum_tolerance(prologue));
   const int64_t channels = down ? s.small_channels : s.large_channels, pixels = down ? layer.small_pixels : layer.large_pixels;
   Doubles result(static_cast<size_t>(channels * pixels));
   for_products(s, [&](int64_t large, int64_t small, int64_t w) {
@@ -184,12 +249,12 @@ void check_loop(const Layer& layer, Conv4x4s2Loop loop, ConvOperand::Mode mode, 
   });
 
   const Floats bias = random_floats(channels);
-  Floats out(result.size());
+  Storage out(s.dtype, result.size());
   ConvEpilogue e;
   e.out = out.data();
 
   layer.run(loop, input.operand, e, threads);
-  expect_close(out, result, down ? "down, store" : "up, store", s);
+  expect_close(out.values(), result, down ? "down, store" : "up, store", s, tolerance);
 
   Doubles want(result.size());
   e.bias = bias.data();
@@ -198,7 +263,7 @@ void check_loop(const Layer& layer, Conv4x4s2Loop loop, ConvOperand::Mode mode, 
     e.activation = a;
     for (size_t i = 0; i < want.size(); ++i) want[i] = act(result[i] + bias[i % channels], a, e.negative_slope);
     layer.run(loop, input.operand, e, threads);
-    expect_close(out, want, down ? "down, activate" : "up, activate", s);
+    expect_close(out.values(), want, down ? "down, activate" : "up, activate", s, tolerance);
   }
 
   e.mode = ConvEpilogue::Mode::statistics;
@@ -212,15 +277,16 @@ void check_loop(const Layer& layer, Conv4x4s2Loop loop, ConvOperand::Mode mode, 
   for (size_t i = 0; i < want.size(); ++i) want[i] = result[i] + offset[i % channels];
   for (size_t i = 0; i < want.size(); ++i) want_mean[i % channels] += want[i] / pixels;
   for (size_t i = 0; i < want.size(); ++i) want_m2[i % channels] += std::pow(want[i] - want_mean[i % channels], 2);
-  expect_close(mean, want_mean, "mean", s);
-  expect_close(m2, want_m2, "m2", s, 1e-5);
-  expect_close(out, want, down ? "down, statistics" : "up, statistics", s);
+  expect_close(mean, want_mean, "mean", s, sum_tolerance);
+  expect_close(m2, want_m2, "m2", s, sum_tolerance);
+  expect_close(out.values(), want, down ? "down, statistics" : "up, statistics", s, tolerance);
 
   e.mode = ConvEpilogue::Mode::gradient;
-  const Floats y = random_floats(channels * pixels), scale = random_floats(channels, 0.5, 2), shift = random_floats(channels),
+  Storage stored_y(s.dtype, random_floats(channels * pixels));
+  const Floats y = stored_y.values(), scale = random_floats(channels, 0.5, 2), shift = random_floats(channels),
                y_mean = random_floats(channels), y_invstd = random_floats(channels, 0.5, 2);
   Floats sum_dz(channels), sum_dz_xhat(channels);
-  e.y = y.data();
+  e.y = stored_y.data();
   e.y_mean = y_mean.data();
   e.y_invstd = y_invstd.data();
   e.sum_dz = sum_dz.data();
@@ -239,29 +305,29 @@ void check_loop(const Layer& layer, Conv4x4s2Loop loop, ConvOperand::Mode mode, 
         want_dz[c] += want[i];
         want_dz_xhat[c] += want[i] * (double(y[i]) - y_mean[c]) * y_invstd[c];
       }
-      expect_close(out, want, down ? "down, gradient" : "up, gradient", s);
-      expect_close(sum_dz, want_dz, "sum_dz", s, 1e-5);
-      expect_close(sum_dz_xhat, want_dz_xhat, "sum_dz_xhat", s, 1e-5);
+      expect_close(out.values(), want, down ? "down, gradient" : "up, gradient", s, tolerance);
+      expect_close(sum_dz, want_dz, "sum_dz", s, sum_tolerance);
+      expect_close(sum_dz_xhat, want_dz_xhat, "sum_dz_xhat", s, sum_tolerance);
     }
 }
 
 void check_weight_gradient(const Layer& layer, ConvOperand::Mode large_mode, ConvOperand::Mode small_mode, int threads) {
   const Conv4x4s2Shape& s = layer.shape;
-  const Operand large(layer.large_pixels, s.large_channels, large_mode, Activation::leaky_relu);
-  const Operand small(layer.small_pixels, s.small_channels, small_mode, Activation::relu);
+  const Operand large = layer.large(large_mode, Activation::leaky_relu), small = layer.small(small_mode, Activation::relu);
   Doubles want(layer.weight.size());
   for_products(s, [&](int64_t l, int64_t k, int64_t w) { want[w] += large.value[l] * small.value[k]; });
   Floats got(want.size());
   runner_threads = threads;
   AlignedBuffer workspace(conv4x4s2_workspace_bytes(s, Conv4x4s2Loop::weight_gradient, threads));
   conv4x4s2_weight_gradient(s, large.operand, small.operand, got.data(), workspace.data, threads);
-  expect_close(got, want, "weight gradient", s);
+  const bool prologue = large_mode != ConvOperand::Mode::plain || small_mode != ConvOperand::Mode::plain;
+  expect_close(got, want, "weight gradient", s, layer.sum_tolerance(prologue));
 }
 
 void check_thread_independence(const Layer& layer, Conv4x4s2Loop loop) {
   const Conv4x4s2Shape& s = layer.shape;
-  const Operand large(layer.large_pixels, s.large_channels, ConvOperand::Mode::plain, Activation::identity);
-  const Operand small(layer.small_pixels, s.small_channels, ConvOperand::Mode::plain, Activation::identity);
+  const Operand large = layer.large(ConvOperand::Mode::plain, Activation::identity);
+  const Operand small = layer.small(ConvOperand::Mode::plain, Activation::identity);
   const bool down = loop == Conv4x4s2Loop::down;
   const int64_t channels = down ? s.small_channels : s.large_channels;
   Floats results[2][3];
@@ -275,44 +341,60 @@ void check_thread_independence(const Layer& layer, Conv4x4s2Loop loop) {
       conv4x4s2_weight_gradient(s, large.operand, small.operand, r[0].data(), workspace.data, threads);
       continue;
     }
-    r[0].resize(channels * (down ? layer.small_pixels : layer.large_pixels));
+    Storage out(s.dtype, channels * (down ? layer.small_pixels : layer.large_pixels));
     r[1].resize(channels);
     r[2].resize(channels);
     ConvEpilogue e;
     e.mode = ConvEpilogue::Mode::statistics;
-    e.out = r[0].data();
+    e.out = out.data();
     e.mean = r[1].data();
     e.m2 = r[2].data();
     layer.run(loop, down ? large.operand : small.operand, e, threads);
+    r[0] = out.values();
   }
   for (int i = 0; i < 3; ++i)
     expect(results[0][i] == results[1][i], "the same bits for 1 and 3 threads", down ? "down" : "up or weight gradient");
 }
 
-int run_all() {
-  parallel_runner = run_on_threads;
+void check_all(const std::vector<Layer>& layers, const std::vector<Layer>& layers_of_modes, ConvDType dtype) {
   using Mode = ConvOperand::Mode;
-  // small sides 2 to 9, 16, odd large sides, channel counts with partial panels, chunks and blocks
-  const Layer layers[] = {{3, 8, 8, 16, 32},  {2, 4, 6, 32, 16},   {2, 5, 7, 16, 16},  {1, 10, 12, 16, 16}, {5, 14, 14, 16, 48},
-                          {2, 16, 18, 80, 16}, {2, 32, 32, 16, 16}, {1, 8, 8, 144, 80}, {20, 8, 8, 16, 16},  {1, 128, 96, 16, 16},
-                          {3, 8, 8, 3, 64},   {2, 14, 14, 1, 16},  {2, 7, 9, 3, 32},    {18, 4, 6, 2, 80},   {1, 96, 128, 4, 64}};
   for (const Layer& layer : layers) {
     check_loop(layer, Conv4x4s2Loop::down, Mode::plain, Activation::identity, 2);
     check_loop(layer, Conv4x4s2Loop::up, Mode::plain, Activation::identity, 2);
     check_weight_gradient(layer, Mode::plain, Mode::plain, 2);
   }
-  for (const Layer& layer : {layers[0], layers[12]}) {
-  for (Activation a : {Activation::identity, Activation::relu, Activation::leaky_relu, Activation::tanh, Activation::sigmoid}) {
-    check_loop(layer, Conv4x4s2Loop::down, Mode::activated, a, 1);
-    check_loop(layer, Conv4x4s2Loop::up, Mode::activated, a, 1);
-  }
-  check_loop(layer, Conv4x4s2Loop::down, Mode::batch_norm_backward, Activation::identity, 1);
-  check_loop(layer, Conv4x4s2Loop::up, Mode::batch_norm_backward, Activation::identity, 1);
-  for (Mode large : {Mode::plain, Mode::activated, Mode::batch_norm_backward})
-    for (Mode small : {Mode::plain, Mode::activated, Mode::batch_norm_backward}) check_weight_gradient(layer, large, small, 1);
+  for (const Layer& layer : layers_of_modes) {
+    for (Activation a : {Activation::identity, Activation::relu, Activation::leaky_relu, Activation::tanh, Activation::sigmoid}) {
+      check_loop(layer, Conv4x4s2Loop::down, Mode::activated, a, 1);
+      check_loop(layer, Conv4x4s2Loop::up, Mode::activated, a, 1);
+    }
+    check_loop(layer, Conv4x4s2Loop::down, Mode::batch_norm_backward, Activation::identity, 1);
+    check_loop(layer, Conv4x4s2Loop::up, Mode::batch_norm_backward, Activation::identity, 1);
+    for (Mode large : {Mode::plain, Mode::activated, Mode::batch_norm_backward})
+      for (Mode small : {Mode::plain, Mode::activated, Mode::batch_norm_backward}) check_weight_gradient(layer, large, small, 1);
   }
   for (Conv4x4s2Loop loop : {Conv4x4s2Loop::down, Conv4x4s2Loop::up, Conv4x4s2Loop::weight_gradient})
-    for (int64_t channels : {64, 3}) check_thread_independence(Layer(20, 16, 16, channels, 48), loop);
+    for (int64_t channels : {64, 3}) check_thread_independence(Layer(20, 16, 16, channels, 48, dtype), loop);
+}
+
+int run_all() {
+  parallel_runner = run_on_threads;
+  // small sides 2 to 9, 16, odd large sides, channel counts with partial panels, chunks and blocks
+  const std::vector<Layer> layers = {{3, 8, 8, 16, 32},  {2, 4, 6, 32, 16},   {2, 5, 7, 16, 16},  {1, 10, 12, 16, 16}, {5, 14, 14, 16, 48},
+                          {2, 16, 18, 80, 16}, {2, 32, 32, 16, 16}, {1, 8, 8, 144, 80}, {20, 8, 8, 16, 16},  {1, 128, 96, 16, 16},
+                          {3, 8, 8, 3, 64},   {2, 14, 14, 1, 16},  {2, 7, 9, 3, 32},    {18, 4, 6, 2, 80},   {1, 96, 128, 4, 64}};
+  check_all(layers, {layers[0], layers[12]}, ConvDType::float32);
+
+  constexpr ConvDType half = ConvDType::bfloat16;
+  const bool supported = active_isa() >= Isa::avx512_bf16;
+  expect(conv4x4s2_supported(Layer(16, 8, 8, 32, 32, half).shape, Conv4x4s2Loop::down) == supported, "bfloat16 supported", "");
+  expect(!conv4x4s2_supported(Layer(15, 8, 8, 32, 32, half).shape, Conv4x4s2Loop::down), "few images not supported", "");
+  if (!supported) return failures;
+  // partial groups of images, odd widths, half lines of channels, several strips, splits and blocks of the weight
+  const std::vector<Layer> half_layers = {{16, 4, 6, 32, 16, half},  {19, 5, 7, 16, 48, half},  {33, 8, 8, 80, 144, half},
+                                          {17, 32, 34, 64, 32, half}, {40, 18, 14, 48, 160, half}, {16, 64, 6, 16, 16, half},
+                                          {3, 8, 8, 3, 64, half},     {2, 7, 9, 1, 32, half},      {2, 6, 4, 4, 16, half}};
+  check_all(half_layers, {half_layers[1], half_layers[6]}, half);
   return failures;
 }
 
