@@ -34,7 +34,7 @@ class LaboratoryConfig:
     beta2: float = option(0.9, "Adam's decay of the mean squared gradient", minimum=0, below=1)
     ema: float = option(0.998, "decay of the averaged generator that is shown; 0 for none", minimum=0, below=1)
     standardize: bool = option(True, "bring the data to mean 0 and deviation 1 for both networks, as images are "
-                                     "brought to [-1, 1]; without, generators of narrow data come out too narrow")
+                                     "brought to [-1, 1]; without, fewer seeds come close")
     generator_loss: str = option("non_saturating", "loss of the generator", choices=GENERATOR_LOSSES)
     seed: int = option(0, "seed of everything", minimum=0, below=2**32)
     device: str = option("cpu", "networks this small are for the CPU", choices=("cpu",))

@@ -1,10 +1,8 @@
 """Many small multilayer perceptrons trained side by side, with gradients written out by hand.
 
 Networks of eleven units cost nothing to compute; what takes the time is calling operators. So the networks of all
-seeds are stacked along a first dimension, and backward and Adam are written here: a training step of any number of
-seeds is then about 60 small operator calls. Under autograd, with torch.optim, it is about 250 (measured: 0.3 ms
-against 1.4 ms a step). torch.compile would do as well, but asks for a compiler on the user's machine and compiles
-for half a minute.
+seeds are stacked along a first dimension, and backward and Adam are written here, without autograd's bookkeeping:
+a step of ten seeds takes 0.5 ms on one core. torch.compile would ask for a compiler on the user's machine.
 """
 
 import math

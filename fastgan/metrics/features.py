@@ -76,7 +76,7 @@ class FeatureExtractor:
 
 
 def feature_extractor(dataset: str = "digits", data_root: str | os.PathLike | None = None) -> FeatureExtractor:
-    """The extractor of a labelled data set: from the cache, or trained now (about a minute for 60,000 images).
+    """The extractor of a labelled data set: from the cache, or trained now (60,000 images take two minutes of one core).
 
     Args:
         dataset: ``"digits"``, ``"mnist"`` or ``"fashion-mnist"``.
