@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,3 +230,9 @@ def test_a_run_trains_and_leaves_its_pictures(tmp_path, flags):
 def test_a_run_refuses_what_cannot_be(tmp_path, capsys, flags, message):
     assert run_catgan("--output", tmp_path / "run", *flags) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_toy_draws_its_picture(tmp_path):
+    script = Path(__file__).parents[1] / "examples" / "catgan_toy.py"
+    subprocess.run([sys.executable, script, "--steps", "3", "--output", tmp_path], check=True)
+    assert (tmp_path / "ablation.png").stat().st_size > 10_000
