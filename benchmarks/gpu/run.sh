@@ -53,7 +53,7 @@ wait
 # From another folder, so that the installed package is the one that is imported.
 here=$PWD
 cd "$work"
-step pytest_cuda 150 python3 -m pytest -q -k cuda -p no:cacheprovider "$here/tests" \
+step pytest_cuda 150 python3 -m pytest -o addopts= -q -k cuda -p no:cacheprovider "$here/tests" \
   --ignore="$here/tests/test_cuda_host.py" --ignore="$here/tests/test_cuda_compile.py"
 step ops 120 python3 "$here/benchmarks/gpu/ops.py" --output "$out/ops.json"
 step train_step 240 python3 "$here/benchmarks/gpu/train_step.py" --output "$out/train_step.json" --seconds 210
