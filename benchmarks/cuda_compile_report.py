@@ -3,11 +3,14 @@
     python benchmarks/cuda_compile_report.py [--output benchmarks/results/cuda_compile.md] [--json FILE]
 
 Needs nvcc, no GPU and no PyTorch. Registers are per thread; spills and stack are bytes of local memory per thread.
+Shared memory is bytes per block: the compiler's own (static), and for the main loops what a launch asks for (dynamic).
 """
 
 import argparse
 import json
+import os
 import re
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -21,7 +24,7 @@ ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<architecture>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores, "
     r"(?P<spill_loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers",
+    r"Used (?P<registers>\d+) registers[^\n]*?(?:, (?P<static_shared>\d+) bytes smem|\n|$)",
     re.DOTALL,
 )
 
@@ -43,8 +46,26 @@ def demangle(names: list[str]) -> list[str]:
     return short
 
 
-def compile_source(stem: str) -> list[dict]:
-    """Rows with kernel, architecture, registers, stack, spill_stores and spill_loads; raises on any warning."""
+def main_loop_shared_bytes() -> dict[str, int]:
+    """Dynamic shared memory per block of the main loops, by the start of the kernel's name."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = f"{folder}/cuda_shared_memory"
+        compiler = os.environ.get("CXX", "g++").split()
+        sources = [ROOT / "benchmarks/cuda_shared_memory.cpp", ROOT / "csrc/cuda/host/fibers.cpp"]
+        flags = ["-std=c++17", "-DFASTGAN_CUDA_HOST", "-Wno-unknown-pragmas"]
+        subprocess.run([*compiler, *flags, *sources, "-o", program], check=True)
+        output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    lines = (line.split("\t") for line in output.replace("fastgan::cuda::", "").splitlines())
+    return {start: int(count) for start, count in lines}
+
+
+def compile_source(stem: str, dynamic_shared: dict[str, int]) -> list[dict]:
+    """One row a kernel and architecture; raises on any warning.
+
+    Returns:
+        Rows with stem, kernel, architecture, registers, stack, spill_stores, spill_loads, static_shared and
+        dynamic_shared, which is None where a launch decides by the size of its data or by its number of threads.
+    """
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     with tempfile.TemporaryDirectory() as folder:
         result = subprocess.run(
@@ -72,7 +93,11 @@ def compile_source(stem: str) -> list[dict]:
     entries = [m.groupdict() for m in ENTRY.finditer(result.stdout + result.stderr)]
     rows = []
     for entry, kernel in zip(entries, demangle([e["name"] for e in entries]), strict=True):
-        numbers = {key: int(entry[key]) for key in ("registers", "stack", "spill_stores", "spill_loads")}
+        keys = ("registers", "stack", "spill_stores", "spill_loads", "static_shared")
+        numbers = {key: int(entry[key] or 0) for key in keys}
+        numbers["dynamic_shared"] = next(
+            (count for start, count in dynamic_shared.items() if kernel.startswith(start)), None
+        )
         rows.append({"stem": stem, "kernel": kernel, "architecture": f"sm_{entry['architecture']}", **numbers})
     return rows
 
@@ -85,10 +110,12 @@ def write_table(rows: list[dict], path: Path, seconds: float) -> None:
         f"nvcc {nvcc_version()}, {time.strftime('%Y-%m-%d')}, warnings as errors, all sources for {', '.join(columns)} "
         f"in {seconds:.0f} s of processor time.",
         "Written by `python benchmarks/cuda_compile_report.py --output benchmarks/results/cuda_compile.md`.",
-        "Registers per thread, `+n` bytes of spills where there are any.",
+        "Registers per thread, `+n` bytes of spills where there are any. Shared memory is static + dynamic bytes per",
+        "block; `n` stands for a dynamic part of at most 32 KiB that a launch derives from its number of threads or of",
+        "classes.",
         "",
-        f"| kernel | {' | '.join(columns)} |",
-        f"|---|{'---|' * len(columns)}",
+        f"| kernel | {' | '.join(columns)} | shared memory |",
+        f"|---|{'---|' * len(columns)}---|",
     ]
     for kernel in sorted({row["kernel"] for row in rows}):
         cells = []
@@ -96,7 +123,9 @@ def write_table(rows: list[dict], path: Path, seconds: float) -> None:
             row = next(r for r in rows if r["kernel"] == kernel and r["architecture"] == column)
             spills = row["spill_stores"] + row["spill_loads"]
             cells.append(f"{row['registers']}" + (f" +{spills}" if spills else ""))
-        lines.append(f"| `{kernel}` | {' | '.join(cells)} |")
+        static = max(r["static_shared"] for r in rows if r["kernel"] == kernel)
+        dynamic = "n" if row["dynamic_shared"] is None else row["dynamic_shared"]
+        lines.append(f"| `{kernel}` | {' | '.join(cells)} | {static} + {dynamic} |")
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -107,9 +136,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if shutil.which("nvcc") is None:
         raise SystemExit("cuda_compile_report: nvcc is not on PATH")
-    import resource
-
-    rows = [row for stem in STEMS for row in compile_source(stem)]
+    dynamic_shared = main_loop_shared_bytes()
+    rows = [row for stem in STEMS for row in compile_source(stem, dynamic_shared)]
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     if arguments.output:
         write_table(rows, arguments.output, usage.ru_utime + usage.ru_stime)
@@ -118,7 +146,8 @@ def main() -> None:
     spilled = [f"{r['kernel']} ({r['architecture']})" for r in rows if r["spill_stores"] + r["spill_loads"]]
     print(
         f"{len(rows)} kernels, {len(spilled)} with spills{': ' + ', '.join(spilled) if spilled else ''}, "
-        f"most registers {max(r['registers'] for r in rows)}"
+        f"most registers {max(r['registers'] for r in rows)}, "
+        f"most shared memory {max(r['static_shared'] + (r['dynamic_shared'] or 0) for r in rows)} bytes per block"
     )
 
 
