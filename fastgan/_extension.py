@@ -33,6 +33,8 @@ else:
         _C = None
         _missing_reason = f"the compiled extension fastgan._C is missing or could not be loaded: {error}"
 
+# The instruction set of the CPU kernels, None without them. FASTGAN_CPU_ISA is read here, once.
+CPU_ISA = None if _C is None else _C.cpu_info()["cpu_isa"]
 _DEVICES = frozenset() if _C is None else frozenset({"cpu", "cuda"} if _build_config.CUDA_KERNELS else {"cpu"})
 _warned = set()
 

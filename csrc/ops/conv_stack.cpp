@@ -5,6 +5,9 @@
 // the same way: the loop for the input gradient multiplies by the activation's derivative and sums what batch norm
 // needs, and the next loop applies batch norm's backward while loading. The kernel-4 stride-2 layers run on
 // csrc/cpu/conv4x4s2.h; layers from or to one pixel are matrix products; others call ATen's convolution.
+//
+// Images (inputs, raw outputs, their gradients) are float32 or bfloat16; parameters, statistics and sums are float32
+// either way. bfloat16 images are what autocast asks for: weights are rounded where a loop reads them.
 #include "conv_stack.h"
 
 #include <ATen/Parallel.h>
@@ -69,6 +72,19 @@ std::vector<LayerParameters> split_parameters(const std::vector<StackLayer>& sta
 }
 
 float* floats(const Tensor& t) { return t.defined() ? t.mutable_data_ptr<float>() : nullptr; }
+void* image_data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
+// Calls f(kernels, data) for the dtype of image, where data(t) is the typed pointer of an image.
+template <typename F>
+void on_images(const Tensor& image, const F& f) {
+  const auto call = [&](auto tag) {
+    using T = decltype(tag);
+    f(cpu::bn_act_kernels<T>(), [](const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); });
+  };
+  image.scalar_type() == at::kBFloat16 ? call(cpu::BFloat16()) : call(float());
+}
+
+at::TensorOptions float_options() { return at::TensorOptions().dtype(at::kFloat); }
 
 cpu::BnActShape rows_of(const Tensor& t) {  // [N, C, H, W] in channels_last
   return {t.size(0) * t.size(2) * t.size(3), t.size(1), 1};
@@ -91,7 +107,7 @@ struct Lazy {
 
   cpu::ConvOperand operand() const {
     cpu::ConvOperand o;
-    o.data = floats(raw);
+    o.data = image_data(raw);
     if (plain()) return o;
     o.mode = cpu::ConvOperand::Mode::activated;
     o.scale = floats(scale);
@@ -104,10 +120,11 @@ struct Lazy {
   Tensor store() const {
     if (plain()) return raw;
     const Tensor out = at::empty_like(raw);
-    const Tensor one = scale.defined() ? scale : at::ones({raw.size(1)}, raw.options());
-    const Tensor zero = shift.defined() ? shift : at::zeros({raw.size(1)}, raw.options());
-    cpu::bn_act_kernels<float>().scale_shift_act(rows_of(raw), floats(raw), floats(one), floats(zero), activation,
-                                                 floats(out));
+    const Tensor one = scale.defined() ? scale : at::ones({raw.size(1)}, float_options());
+    const Tensor zero = shift.defined() ? shift : at::zeros({raw.size(1)}, float_options());
+    on_images(raw, [&](const auto& kernels, const auto& data) {
+      kernels.scale_shift_act(rows_of(raw), data(raw), floats(one), floats(zero), activation, data(out));
+    });
     return out;
   }
 };
@@ -121,12 +138,12 @@ struct LazyGrad {
 
   cpu::ConvOperand operand() const {
     cpu::ConvOperand o;
-    o.data = floats(grad);
+    o.data = image_data(grad);
     if (!a.defined()) return o;
     o.mode = cpu::ConvOperand::Mode::batch_norm_backward;
     o.scale = floats(a);
     o.shift = floats(c);
-    o.other = floats(y);
+    o.other = image_data(y);
     o.other_scale = floats(b);
     return o;
   }
@@ -134,10 +151,11 @@ struct LazyGrad {
   // In place: grad is always a tensor of this backward's own.
   Tensor store() const {
     if (!a.defined()) return grad;
-    const Tensor one = at::ones({y.size(1)}, y.options()), zero = at::zeros({y.size(1)}, y.options());
-    cpu::bn_act_kernels<float>().bn_act_backward_apply(rows_of(y), floats(grad), floats(y), floats(one), floats(zero),
-                                                       floats(a), floats(b), floats(c), {Activation::identity, 0.0},
-                                                       floats(grad));
+    const Tensor one = at::ones({y.size(1)}, float_options()), zero = at::zeros({y.size(1)}, float_options());
+    on_images(y, [&](const auto& kernels, const auto& data) {
+      kernels.bn_act_backward_apply(rows_of(y), data(grad), data(y), floats(one), floats(zero), floats(a), floats(b),
+                                    floats(c), {Activation::identity, 0.0}, data(grad));
+    });
     return grad;
   }
 };
@@ -155,7 +173,7 @@ struct Geometry {
 
 struct Plan {
   std::vector<Geometry> layers;
-  int64_t raw_size, statistics_size;  // floats to save
+  int64_t raw_size, statistics_size;  // elements to save
 };
 
 bool all_equal(const int64_t (&pair)[2], int64_t value) { return pair[0] == value && pair[1] == value; }
@@ -165,7 +183,8 @@ bool invertible(const StackLayer& layer) {
   return layer.activation != Activation::leaky_relu || layer.negative_slope >= 0;
 }
 
-Geometry geometry(const StackLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W, const Tensor& weight) {
+Geometry geometry(const StackLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W, const Tensor& weight,
+                  at::ScalarType image_dtype) {
   const int64_t kh = weight.size(2), kw = weight.size(3);
   Geometry g;
   g.batch = N;
@@ -180,6 +199,7 @@ Geometry geometry(const StackLayer& layer, int64_t N, int64_t C, int64_t H, int6
     g.width = (W + 2 * layer.padding[1] - kw) / layer.stride[1] + 1;
     g.shape = {N, H, W, C, g.height, g.width, g.channels};
   }
+  g.shape.dtype = image_dtype == at::kBFloat16 ? cpu::ConvDType::bfloat16 : cpu::ConvDType::float32;
   const bool unpadded = all_equal(layer.padding, 0);
   g.path = Path::aten;
   if (layer.transposed && unpadded && H == 1 && W == 1) g.path = Path::from_pixel;
@@ -196,13 +216,13 @@ Plan make_plan(const std::vector<StackLayer>& stack, const std::vector<LayerPara
   Plan plan{{}, 0, 0};
   int64_t N = input.size(0), C = input.size(1), H = input.size(2), W = input.size(3);
   for (size_t i = 0; i < stack.size(); ++i) {
-    Geometry g = geometry(stack[i], N, C, H, W, split[i].weight);
+    Geometry g = geometry(stack[i], N, C, H, W, split[i].weight, input.scalar_type());
     C = g.channels, H = g.height, W = g.width;
     // The last layer, where there is no batch norm, keeps its output instead of its raw output.
     const bool keeps_raw = i + 1 < stack.size() || stack[i].has_batch_norm || !invertible(stack[i]);
     g.raw_offset = keeps_raw ? plan.raw_size : -1;
     g.statistics_offset = stack[i].has_batch_norm ? plan.statistics_size : -1;
-    constexpr int64_t kAligned = 16;  // floats: 64 bytes
+    constexpr int64_t kAligned = 32;  // elements: at least 64 bytes
     if (keeps_raw) plan.raw_size += (N * C * H * W + kAligned - 1) / kAligned * kAligned;
     if (stack[i].has_batch_norm) plan.statistics_size += 2 * C;
     plan.layers.push_back(g);
@@ -250,7 +270,9 @@ Tensor dense_channels_last(const Tensor& t) { return t.contiguous(at::MemoryForm
 
 Tensor aten_convolution(const StackLayer& layer, const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   constexpr int64_t zero[2] = {0, 0}, one[2] = {1, 1};
-  return at::convolution(input, weight, bias, layer.stride, layer.padding, one, layer.transposed, zero, 1);
+  const auto dtype = input.scalar_type();
+  return at::convolution(input, weight.to(dtype), bias.has_value() ? OptionalTensor(bias->to(dtype)) : std::nullopt,
+                         layer.stride, layer.padding, one, layer.transposed, zero, 1);
 }
 
 // The raw output for the paths without a fused loop, into y; the bias is added.
@@ -260,7 +282,7 @@ void plain_forward(const StackLayer& layer, const Geometry& g, const Tensor& inp
     y.copy_(aten_convolution(layer, input, p.weight, p.bias.defined() ? OptionalTensor(p.bias) : std::nullopt));
     return;
   }
-  const Tensor matrix = as_matrix(p.weight);
+  const Tensor matrix = as_matrix(p.weight.to(y.scalar_type()));
   Tensor out = flat(y);
   at::mm_out(out, flat(input), g.path == Path::from_pixel ? matrix : matrix.t());
   if (p.bias.defined()) y.add_(p.bias.view({1, -1, 1, 1}));
@@ -268,13 +290,16 @@ void plain_forward(const StackLayer& layer, const Geometry& g, const Tensor& inp
 
 // Gradients of the same paths; undefined where not wanted.
 std::pair<Tensor, Tensor> plain_backward(const StackLayer& layer, const Geometry& g, const Tensor& dy,
-                                         const Tensor& input, const Tensor& weight, bool want_input, bool want_weight) {
+                                         const Tensor& input, const Tensor& parameter, bool want_input,
+                                         bool want_weight) {
+  const Tensor weight = parameter.to(input.scalar_type());
   if (g.path == Path::aten) {
     constexpr int64_t zero[2] = {0, 0}, one[2] = {1, 1};
     auto [grad_input, grad_weight, unused] =
         at::convolution_backward(dy, input, weight, std::nullopt, layer.stride, layer.padding, one, layer.transposed,
                                  zero, 1, {want_input, want_weight, false});
-    return {want_input ? dense_channels_last(grad_input) : Tensor(), grad_weight};
+    return {want_input ? dense_channels_last(grad_input) : Tensor(),
+            want_weight ? grad_weight.to(parameter.scalar_type()) : Tensor()};
   }
   const Tensor x = flat(input), d = flat(dy);
   const bool from_pixel = g.path == Path::from_pixel;
@@ -282,7 +307,8 @@ std::pair<Tensor, Tensor> plain_backward(const StackLayer& layer, const Geometry
   if (want_input)
     grad_input = unflat(at::mm(d, from_pixel ? as_matrix(weight).t() : as_matrix(weight)), input.size(1), input.size(2),
                         input.size(3));
-  if (want_weight) grad_weight = from_matrix(from_pixel ? at::mm(x.t(), d) : at::mm(d.t(), x), weight);
+  if (want_weight)
+    grad_weight = from_matrix(from_pixel ? at::mm(x.t(), d) : at::mm(d.t(), x), weight).to(parameter.scalar_type());
   return {grad_input, grad_weight};
 }
 
@@ -293,9 +319,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
   const auto stack = parse_stack(layers, numbers);
   auto split = split_parameters(stack, parameters);
   const Plan plan = make_plan(stack, split, input);
-  const auto& kernels = cpu::bn_act_kernels<float>();
-  const auto options = input.options().memory_format(at::MemoryFormat::Contiguous);
-  const Tensor raw = at::empty({save_for_backward ? plan.raw_size : 0}, options);
+  const auto options = float_options();
+  const Tensor raw = at::empty({save_for_backward ? plan.raw_size : 0}, options.dtype(input.scalar_type()));
   const Tensor statistics = at::empty({plan.statistics_size}, options);
   Lazy current{dense_channels_last(input)};
   size_t next_running = 0;
@@ -318,7 +343,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
       e.mode = from_batch  ? cpu::ConvEpilogue::Mode::statistics
                : activated ? cpu::ConvEpilogue::Mode::activate
                            : cpu::ConvEpilogue::Mode::store;
-      e.out = floats(y);
+      e.out = image_data(y);
       e.bias = floats(p.bias);
       e.activation = layer.activation;
       e.negative_slope = static_cast<float>(layer.negative_slope);
@@ -330,7 +355,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
       plain_forward(layer, g, current.store(), p, y);
       if (from_batch) {
         const Tensor workspace = at::empty({cpu::bn_act_workspace_size(rows_of(y))}, options);
-        kernels.batch_statistics(rows_of(y), floats(y), floats(mean), floats(var), floats(workspace));
+        on_images(y, [&](const auto& kernels, const auto& data) {
+          kernels.batch_statistics(rows_of(y), data(y), floats(mean), floats(var), floats(workspace));
+        });
       }
     }
     current = Lazy{y};
@@ -366,8 +393,7 @@ std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Ten
   const auto stack = parse_stack(layers, numbers);
   auto split = split_parameters(stack, parameters);
   const Plan plan = make_plan(stack, split, input);
-  const auto& kernels = cpu::bn_act_kernels<float>();
-  const auto options = input.options().memory_format(at::MemoryFormat::Contiguous);
+  const auto options = float_options();
   const int64_t count = static_cast<int64_t>(stack.size());
 
   // What each layer's input was, and where its parameters stand in the results.
@@ -433,20 +459,24 @@ std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Ten
     const Tensor workspace = at::empty({cpu::bn_act_workspace_size(rows_of(grad))}, options);
     if (!above.raw.defined()) {  // the last layer, which kept its output instead
       const Tensor kept = dense_channels_last(output);
-      kernels.act_backward(rows_of(grad), floats(grad), floats(kept), above.activation, floats(dz), floats(sums[0]),
-                           floats(workspace));
+      on_images(grad, [&](const auto& kernels, const auto& data) {
+        kernels.act_backward(rows_of(grad), data(grad), data(kept), above.activation, data(dz), floats(sums[0]),
+                             floats(workspace));
+      });
       return finish_layer(i, dz, sums);
     }
     const Tensor one = at::ones({C}, options), zero = at::zeros({C}, options);
     const bool bn = above.scale.defined();
     const Tensor scale = bn ? above.scale : one, shift = bn ? above.shift : zero;
-    kernels.bn_act_backward_reduce(rows_of(grad), floats(grad), floats(above.raw), floats(scale), floats(shift),
-                                   floats(bn ? above.mean : zero), floats(bn ? above.invstd : one), above.activation,
-                                   floats(sums[0]), floats(sums[1]), floats(workspace));
-    LazyGrad lazy = finish_layer(i, dz, sums);
-    kernels.bn_act_backward_apply(rows_of(grad), floats(grad), floats(above.raw), floats(scale), floats(shift),
-                                  floats(bn ? lazy.a : one), floats(bn ? lazy.b : zero), floats(bn ? lazy.c : zero),
-                                  above.activation, floats(dz));
+    on_images(grad, [&](const auto& kernels, const auto& data) {
+      kernels.bn_act_backward_reduce(rows_of(grad), data(grad), data(above.raw), floats(scale), floats(shift),
+                                     floats(bn ? above.mean : zero), floats(bn ? above.invstd : one), above.activation,
+                                     floats(sums[0]), floats(sums[1]), floats(workspace));
+      const LazyGrad lazy = finish_layer(i, dz, sums);
+      kernels.bn_act_backward_apply(rows_of(grad), data(grad), data(above.raw), floats(scale), floats(shift),
+                                    floats(bn ? lazy.a : one), floats(bn ? lazy.b : zero), floats(bn ? lazy.c : zero),
+                                    above.activation, data(dz));
+    });
     return LazyGrad{dz};
   };
 
@@ -482,12 +512,12 @@ std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Ten
     const Tensor grad_input = at::empty_like(below.raw);
     const Tensor sums = at::zeros({2, below.raw.size(1)}, options);
     cpu::ConvEpilogue e;
-    e.out = floats(grad_input);
+    e.out = image_data(grad_input);
     if (i > 0) {
       e.mode = cpu::ConvEpilogue::Mode::gradient;
       e.activation = below.activation.kind;
       e.negative_slope = static_cast<float>(below.activation.negative_slope);
-      e.y = floats(below.raw);
+      e.y = image_data(below.raw);
       e.scale = floats(below.scale);
       e.shift = floats(below.shift);
       e.y_mean = floats(below.mean);
@@ -501,7 +531,8 @@ std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Ten
   }
   for (size_t k = 0; k < results.size(); ++k)
     if (!output_mask[k] || !results[k].defined())
-      results[k] = output_mask[k] ? at::zeros_like(k == 0 ? input : parameters[k - 1]) : at::empty({0}, options);
+      results[k] = output_mask[k] ? at::zeros_like(k == 0 ? input : parameters[k - 1])
+                                  : at::empty({0}, k == 0 ? options.dtype(input.scalar_type()) : options);
   return results;
 }
 
@@ -600,7 +631,7 @@ OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, cons
   StackLayer one{layer.transposed, {2, 2}, {1, 1}, given(bias), bn != nullptr, bn && given(bn->weight),
                  bn && given(bn->bias), bn && given(bn->running_mean), bn && bn->training, activation,
                  bn ? bn->momentum : 0.0, bn ? bn->eps : 0.0, negative_slope};
-  if (geometry(one, input.size(0), input.size(1), input.size(2), input.size(3), weight).path != Path::conv4x4s2)
+  if (geometry(one, input.size(0), input.size(1), input.size(2), input.size(3), weight, at::kFloat).path != Path::conv4x4s2)
     return std::nullopt;
   std::vector<Tensor> parameters{weight}, running;
   if (one.has_bias) parameters.push_back(*bias);

@@ -120,7 +120,12 @@ def _run(layers, input):
 
 def _run_stack(layers, input):
     """The whole run as one operator, or None where it does not take these layers or gains nothing."""
-    if input.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") and input.dtype != torch.float64:
+        # Images in the autocast dtype, parameters as they are: the loops round weights where they read them.
+        if torch.get_autocast_dtype("cpu") != torch.bfloat16:
+            return None
+        input = input.to(torch.bfloat16)
+    elif input.dtype != torch.float32:
         return None
     stack = StackCall(input)
     calls = []

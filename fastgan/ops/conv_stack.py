@@ -19,9 +19,12 @@ _INTEGERS, _NUMBERS = 12, 3  # a layer, as in csrc/ops/conv_stack.h
 class StackCall:
     """Collects the arguments of one call, layer by layer.
 
+    Args:
+        input: ``[N, C, H, W]``, float32 or bfloat16. Parameters are float32 either way.
+
     Attributes:
         shape: ``[N, C, H, W]`` of the output of the layers added so far.
-        gains: whether one of them runs on the minimal-filtering loops, without which the call is not worth it.
+        gains: whether one of them runs on fastgan's own loops, without which the call is not worth it.
     """
 
     def __init__(self, input):
@@ -65,6 +68,8 @@ class StackCall:
             return False
         minimal = tuple(weight.shape[2:]) == (4, 4) and conv.stride == (2, 2) and conv.padding == (1, 1)
         small, large = (channels, out_channels) if transposed else (out_channels, channels)
+        if self.input.dtype == torch.bfloat16:  # conv4x4s2_supported in csrc/cpu/conv4x4s2.cpp
+            minimal &= _extension.CPU_ISA in ("avx512_bf16", "amx") and batch >= 16
         self.gains |= minimal and small % 16 == 0 and (large <= 4 or large % 16 == 0)
         self.shape = (batch, out_channels, *new_size)
         self.parameters += [p for p in parameters if p is not None]
@@ -76,14 +81,14 @@ class StackCall:
         return True
 
     def run(self):
-        """``[N, C, H, W]``, float32, in channels_last."""
+        """``[N, C, H, W]``, dtype of input, in channels_last."""
         return torch.ops.fastgan.conv_stack(self.input, self.parameters, self.running, self.layers, self.numbers)
 
 
 if _extension.has_kernels("cpu"):
 
     def _plan(input, parameters, layers, numbers):
-        """(shape of the output, floats of raw outputs, floats of statistics), as make_plan in csrc/ops/conv_stack.cpp."""
+        """(shape of the output, elements of raw outputs, elements of statistics), as make_plan in csrc/ops/conv_stack.cpp."""
         shape, position, raw_size, statistics_size = tuple(input.shape), 0, 0, 0
         count = len(layers) // _INTEGERS
         for i in range(count):
@@ -98,7 +103,7 @@ if _extension.has_kernels("cpu"):
             shape = (shape[0], weight.shape[1 if transposed else 0], *sides)
             invertible = code != _ACTIVATION_CODES["leaky_relu"] or numbers[i * _NUMBERS + 2] >= 0
             if i + 1 < count or has_bn or not invertible:
-                raw_size += (math.prod(shape) + 15) // 16 * 16
+                raw_size += (math.prod(shape) + 31) // 32 * 32
             statistics_size += 2 * shape[1] if has_bn else 0
         return shape, raw_size, statistics_size
 
@@ -108,7 +113,7 @@ if _extension.has_kernels("cpu"):
         output = input.new_empty(shape).contiguous(memory_format=torch.channels_last)
         if not save_for_backward:
             raw_size = statistics_size = 0
-        return output, input.new_empty([raw_size]), input.new_empty([statistics_size])
+        return output, input.new_empty([raw_size]), input.new_empty([statistics_size], dtype=torch.float32)
 
     @torch.library.register_fake("fastgan::conv_stack_backward")
     def _(grad_output, input, parameters, output, raw, statistics, layers, numbers, output_mask):
