@@ -352,6 +352,22 @@ for _ in range(20):
     assert result.returncode == 0, result.stderr
 
 
+def test_low_precision_weight_gradient_of_taps_that_meet_only_padding_is_zero():
+    # PyTorch 2.13 leaves it unset; freshly allocated memory is filled with huge numbers here.
+    code = """
+import torch, fastgan
+x = torch.ones(3, 1, 1, 1, dtype=torch.bfloat16)
+w = torch.ones(3, 1, 4, 4, dtype=torch.bfloat16, requires_grad=True)
+for _ in range(20):
+    (g,) = torch.autograd.grad(fastgan.ops.conv2d_act(x, w, stride=(3, 2), padding=(2, 3)).sum(), w)
+    met = torch.zeros(4, 4, dtype=torch.bool)
+    met[2, 1::2] = True
+    assert (g[..., ~met] == 0).all() and (g[..., met] == 3).all(), g
+"""
+    result = run_python(code, MALLOC_PERTURB_="128")
+    assert result.returncode == 0, result.stderr
+
+
 def test_plain_pytorch_runs_with_one_warning_where_there_are_no_kernels(monkeypatch):
     monkeypatch.setattr(_extension, "_DEVICES", frozenset())
     monkeypatch.setattr(_extension, "_C", None)

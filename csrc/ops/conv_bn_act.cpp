@@ -433,15 +433,44 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const OptionalTens
                          layer.output_padding, layer.groups);
 }
 
+namespace {
+
+// Whether some row or column of the kernel meets nothing but padding.
+bool has_dead_taps(const Tensor& grad, const Tensor& input, const Tensor& weight, const ConvLayer& layer) {
+  const Tensor &steps = layer.transposed ? input : grad, &read = layer.transposed ? grad : input;
+  for (int dim = 0; dim < 2; ++dim) {
+    for (int64_t tap = 0; tap < weight.size(2 + dim); ++tap) {
+      bool meets = false;
+      for (int64_t i = 0; i < steps.size(2 + dim) && !meets; ++i) {
+        const int64_t at = i * layer.stride[dim] - layer.padding[dim] + tap * layer.dilation[dim];
+        meets = at >= 0 && at < read.size(2 + dim);
+      }
+      if (!meets) return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
                                                 const ConvLayer& layer, std::array<bool, 2> output_mask) {
-  // PyTorch 2.13 writes out of bounds in the channels_last CPU backward of a transposed convolution with
-  // output_padding; its contiguous path does not.
+  // Two defects of PyTorch 2.13's CPU backward. With output_padding, a transposed convolution in channels_last writes
+  // out of bounds; in the contiguous layout it does not. In bfloat16 and float16 the weight gradient of taps that meet
+  // only padding is left unset; in float32 it is 0.
   const bool avoid_channels_last = layer.transposed && (layer.output_padding[0] > 0 || layer.output_padding[1] > 0);
-  const auto arrange = [&](const Tensor& tensor) { return avoid_channels_last ? tensor.contiguous() : tensor; };
+  const auto dtype = input.scalar_type();
+  const bool in_float = input.device().is_cpu() && (dtype == at::kBFloat16 || dtype == at::kHalf) && output_mask[1] &&
+                        has_dead_taps(grad, input, weight, layer);
+  const auto arrange = [&](const Tensor& tensor) {
+    const Tensor widened = in_float ? tensor.to(at::kFloat) : tensor;
+    return avoid_channels_last ? widened.contiguous() : widened;
+  };
   auto [grad_input, grad_weight, grad_bias] = at::convolution_backward(
       arrange(grad), arrange(input), arrange(weight), std::nullopt, layer.stride, layer.padding, layer.dilation,
       layer.transposed, layer.output_padding, layer.groups, {output_mask[0], output_mask[1], false});
+  if (in_float && output_mask[0]) grad_input = grad_input.to(dtype);
+  if (in_float) grad_weight = grad_weight.to(dtype);
   return {grad_input, grad_weight};
 }
 

@@ -11,8 +11,6 @@
 #include "conv_stack.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
@@ -268,11 +266,16 @@ Tensor unflat(const Tensor& matrix, int64_t channels, int64_t height, int64_t wi
 
 Tensor dense_channels_last(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
 
+constexpr int64_t kZeros[2] = {0, 0}, kOnes[2] = {1, 1};
+
+ConvLayer conv_layer(const StackLayer& layer) {
+  return {layer.stride, layer.padding, kOnes, layer.transposed, kZeros, 1};
+}
+
 Tensor aten_convolution(const StackLayer& layer, const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  constexpr int64_t zero[2] = {0, 0}, one[2] = {1, 1};
   const auto dtype = input.scalar_type();
-  return at::convolution(input, weight.to(dtype), bias.has_value() ? OptionalTensor(bias->to(dtype)) : std::nullopt,
-                         layer.stride, layer.padding, one, layer.transposed, zero, 1);
+  return convolution(input, weight.to(dtype), bias.has_value() ? OptionalTensor(bias->to(dtype)) : std::nullopt,
+                     conv_layer(layer));
 }
 
 // The raw output for the paths without a fused loop, into y; the bias is added.
@@ -294,10 +297,7 @@ std::pair<Tensor, Tensor> plain_backward(const StackLayer& layer, const Geometry
                                          bool want_weight) {
   const Tensor weight = parameter.to(input.scalar_type());
   if (g.path == Path::aten) {
-    constexpr int64_t zero[2] = {0, 0}, one[2] = {1, 1};
-    auto [grad_input, grad_weight, unused] =
-        at::convolution_backward(dy, input, weight, std::nullopt, layer.stride, layer.padding, one, layer.transposed,
-                                 zero, 1, {want_input, want_weight, false});
+    auto [grad_input, grad_weight] = convolution_backward(dy, input, weight, conv_layer(layer), {want_input, want_weight});
     return {want_input ? dense_channels_last(grad_input) : Tensor(),
             want_weight ? grad_weight.to(parameter.scalar_type()) : Tensor()};
   }
