@@ -47,7 +47,8 @@ def softmax_entropy_cross_entropy(logits, labels, *, ignore_index=-100):
 
     Raises:
         RuntimeError, TypeError: as softmax_entropy, or labels has another shape, dtype or device.
-        IndexError: a label is neither in [0, K) nor ignore_index.
+        IndexError: a label is neither in [0, K) nor ignore_index (on CUDA, where a check would have to wait for the
+            device, the cross-entropy is NaN instead).
 
     Derivatives of every order; the first by a fused kernel.
     """
