@@ -1,7 +1,7 @@
 """Random and listed calls of the convolution family, for tests and benchmarks."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -32,7 +32,6 @@ class Case:
     layout: str = "contiguous"
     grad_layout: str = "contiguous"
     seed: int = 0
-    extra: dict = field(default_factory=dict)
 
     @property
     def channels(self):
