@@ -114,6 +114,14 @@ def test_checkpoint_is_loadable_with_weights_only_and_holds_the_whole_state(tmp_
     discriminator.load_state_dict(state["networks"]["discriminator"])
 
 
+def test_kept_checkpoints_are_those_of_their_epochs(tmp_path, tiny):
+    assert run(DCGANConfig, [*tiny, "--output", str(tmp_path), "--keep-checkpoints", "1,3"]) == 0
+    kept = sorted((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in kept] == ["epoch_0001.pt", "epoch_0003.pt"]
+    assert [load_checkpoint(path, "dcgan")["step"] for path in kept] == [5, 15]
+    assert checkpoint(tmp_path)["step"] == 20
+
+
 def test_grid_shows_each_image_in_its_place(tmp_path):
     images = torch.full((4, 3, 64, 64), -1.0)
     images[1, 0] = 1

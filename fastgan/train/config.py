@@ -65,6 +65,8 @@ class TrainConfig:
     log_every: int = option(10, "steps between two lines of metrics.jsonl", minimum=1, may_change=True)
     checkpoint_every: int | None = option(None, "steps between two checkpoints; by default one an epoch",
                                           minimum=1, may_change=True)
+    keep_checkpoints: str | None = option(None, "epochs whose checkpoint is kept in checkpoints/, with commas between, "
+                                          "or 'all'", may_change=True)
     output: str = option("runs/train", "folder the results are written to", may_change=True)
     resume: str | None = option(None, "folder of a run to continue, with that run's settings", may_change=True)
 
@@ -84,12 +86,20 @@ class TrainConfig:
             raise ValueError("--device cuda: this PyTorch sees no GPU; use --device cpu")
         if self.precision == "fp16" and self.torch_device.type == "cpu":
             raise ValueError("--precision fp16 needs a GPU; on a CPU use bf16")
+        kept = self.keep_checkpoints
+        if kept not in (None, "all") and not all(epoch.isdecimal() and int(epoch) for epoch in kept.split(",")):
+            raise ValueError(f"--keep-checkpoints must be 'all' or epochs with commas between, such as 1,3,5, got {kept!r}")
 
     @property
     def torch_device(self) -> torch.device:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
+
+    def keeps_checkpoint(self, epoch: int) -> bool:
+        """Whether the checkpoint after this epoch, counted from 1, is kept for good."""
+        kept = self.keep_checkpoints
+        return kept == "all" or kept is not None and epoch in map(int, kept.split(","))
 
     def latent(self, count: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """``count`` inputs of the generator network, [count, latent_dim] from N(0, 1).

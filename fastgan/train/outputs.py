@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fastgan.train.checkpoint import TrainingError, write_atomically
 
 # Everything a run writes; an earlier run's files are moved aside by these names.
-FILES = ("config.json", "metrics.jsonl", "losses.png", "samples", "samples.gif", "checkpoint.pt")
+FILES = ("config.json", "metrics.jsonl", "losses.png", "samples", "samples.gif", "checkpoint.pt", "checkpoints")
 
 
 def prepare_folder(folder: Path) -> None:

@@ -154,6 +154,8 @@ class Trainer:
                     drawn = time.monotonic()
                 if run_ends or self.step % checkpoint_every == 0:
                     self.save()
+                if epoch_ends and self.config.keeps_checkpoint(epoch + 1):
+                    self.save(self.output / "checkpoints" / f"epoch_{epoch + 1:04d}.pt")
                 if run_ends:
                     break
         if received:
@@ -232,8 +234,9 @@ class Trainer:
         generator.train()
         return images.float()
 
-    def save(self) -> None:
-        """Write checkpoint.pt. Raises TrainingError, with the previous checkpoint intact."""
+    def save(self, path: Path | None = None) -> None:
+        """Write checkpoint.pt, or another file. Raises TrainingError, with the previous checkpoint intact."""
+        path = path or self.output / "checkpoint.pt"
         epoch, position = divmod(self.step, len(self.batches))
         state = {
             "family": self.config.family,
@@ -245,7 +248,7 @@ class Trainer:
                 "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
         }
-        save_checkpoint(self.output / "checkpoint.pt", state | {
+        save_checkpoint(path, state | {
             part: {name: item.state_dict() for name, item in getattr(self, part).items()} for part in _STATEFUL
         })
 
@@ -272,6 +275,8 @@ class Trainer:
             copy_history(Path(self.config.resume), self.output)
         write_json(self.output / "config.json", {"family": self.config.family} | dataclasses.asdict(self.config))
         (self.output / "samples").mkdir(exist_ok=True)
+        if self.config.keep_checkpoints:
+            (self.output / "checkpoints").mkdir(exist_ok=True)
         self.metrics = Metrics(self.output / "metrics.jsonl", self.step)
         # So that a run killed before its first checkpoint can be resumed too, and a folder that is too
         # small for a checkpoint is found out before an hour of training.
