@@ -80,12 +80,17 @@ def say(message):
 
 
 def make_environment_torch_visible():
-    """Under pip's build isolation the environment's packages are hidden; the PyTorch to build against is there."""
+    """Under build isolation the environment's packages are hidden; the PyTorch to build against is there."""
     if importlib.util.find_spec("torch") is not None:
         return True
     candidates = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *site.getsitepackages()]
     if not sys.flags.no_user_site:
         candidates.append(site.getusersitepackages())
+    if Path(sys.prefix).name.startswith("build-env-"):
+        # pip hides the packages of the environment it runs in; `python -m build` runs setup.py in a new environment,
+        # from which only the activated one can be found.
+        for prefix in filter(None, (os.environ.get("VIRTUAL_ENV"), os.environ.get("CONDA_PREFIX"))):
+            candidates.append(sysconfig.get_path("platlib", vars={"base": prefix, "platbase": prefix}))
     for folder in candidates:
         if folder and (Path(folder) / "torch" / "version.py").is_file():
             sys.path.append(folder)
@@ -95,7 +100,10 @@ def make_environment_torch_visible():
 
 
 def setup_without_torch(command):
-    """pip first asks, by egg_info, what the build requires, and comes back with that installed."""
+    """A builder first asks, by egg_info, what the build requires, and comes back with that installed. The sources
+    alone are packed without PyTorch."""
+    if command[:1] == ["sdist"]:
+        return setup(version=VERSION, install_requires=DEPENDENCIES)
     if "egg_info" not in command:
         raise SystemExit(
             f"fastgan is built against an installed PyTorch, and this environment has none: "
@@ -191,6 +199,19 @@ def extension(cuda):
     return (CUDAExtension if cuda else CppExtension)("fastgan._C", sources(cuda), extra_compile_args=arguments)
 
 
+def find_compiler():
+    """The command of the C++ compiler, as a list."""
+    command = os.environ.get("CXX", "c++").split()
+    if not command or shutil.which(command[0]) is None:
+        raise SystemExit(
+            f"fastgan: no C++ compiler: CXX is {os.environ['CXX']!r}, which is not on PATH"
+            if "CXX" in os.environ
+            else "fastgan: no C++ compiler: c++ is not on PATH; install one (Debian, Ubuntu: `apt install g++ python3-dev`; "
+            "conda: `conda install gxx_linux-64`), or set CXX to it"
+        )
+    return command
+
+
 def kernel_jobs(out):
     """(source, object file, flags) for every compilation of csrc/cpu."""
     jobs = []
@@ -210,7 +231,7 @@ def build_command(config):
         """Compiles the torch-free CPU kernels, then leaves the rest to PyTorch's builder."""
 
         def build_extensions(self):
-            compiler = os.environ.get("CXX", "c++").split()
+            compiler = find_compiler()
             out = Path(self.build_temp).resolve() / "kernels"
             out.mkdir(parents=True, exist_ok=True)
             jobs = kernel_jobs(out)

@@ -1,8 +1,12 @@
 """Fixtures shared by all tests."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
 DEVICES = ["cpu", "cuda"]
 
 
@@ -17,3 +21,12 @@ def device(request, monkeypatch):
     if request.param == "cuda":
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def setup_script():
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("fastgan_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,7 +1,6 @@
 """The build: setup.py's decisions, its agreement with CMakeLists.txt, what an installation says about itself, and the
 native tests of the torch-free kernels."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -16,14 +15,6 @@ import fastgan
 from fastgan import _extension
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def setup_script():
-    spec = importlib.util.spec_from_file_location("fastgan_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_setup(tmp_path, *command, **environment):
@@ -128,6 +119,24 @@ def test_build_isolation_finds_the_torch_of_the_environment(setup_script, tmp_pa
     assert sys.path[-1] == str(tmp_path)
 
 
+def test_python_m_build_finds_the_torch_of_the_activated_environment(setup_script, tmp_path, monkeypatch):
+    activated = tmp_path / "activated"
+    library = Path(setup_script.sysconfig.get_path("platlib", vars={"base": activated, "platbase": activated}))
+    stub_torch(library)
+    monkeypatch.setattr(setup_script.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(setup_script.site, "getsitepackages", lambda: [])
+    monkeypatch.setattr(setup_script.site, "getusersitepackages", lambda: str(tmp_path / "user"))
+    get_path = setup_script.sysconfig.get_path
+    monkeypatch.setattr(setup_script.sysconfig, "get_path", lambda *a, **k: get_path(*a, **k) if k else str(tmp_path / "new"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("VIRTUAL_ENV", str(activated))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "other"))  # another environment's pip: not its business
+    assert not setup_script.make_environment_torch_visible()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "build-env-x1"))
+    assert setup_script.make_environment_torch_visible()
+    assert sys.path[-1] == str(library)
+
+
 def test_without_torch_the_build_requires_the_tested_version(setup_script, monkeypatch):
     asked = {}
     monkeypatch.setattr(setup_script, "setup", lambda **arguments: asked.update(arguments))
@@ -135,6 +144,13 @@ def test_without_torch_the_build_requires_the_tested_version(setup_script, monke
     assert asked["setup_requires"] == [f"torch=={setup_script.TESTED_TORCH}"]
     with pytest.raises(SystemExit, match=f"pip install torch=={setup_script.TESTED_TORCH}"):
         setup_script.setup_without_torch(["bdist_wheel"])
+
+
+def test_sources_are_packed_without_torch(setup_script, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(setup_script, "setup", lambda **arguments: asked.update(arguments))
+    setup_script.setup_without_torch(["sdist", "--formats", "gztar"])
+    assert "setup_requires" not in asked and asked["version"] == setup_script.VERSION
 
 
 @pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cu117"])
@@ -173,6 +189,18 @@ def test_unbuilt_source_folder_does_not_hide_the_installed_package(unbuilt_sourc
     installed = Path(fastgan.ops.__file__).parents[1]
     run = import_fastgan(unbuilt_source.parent, installed.parent)
     assert run.stdout.split() == ["True", *(str(installed / file) for file in ("__init__.py", "ops/__init__.py"))], run.stderr
+
+
+def test_missing_compiler_is_named_before_anything_is_compiled(setup_script, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    with pytest.raises(SystemExit, match="no C.. compiler: CXX is 'no-such-compiler -m64', which is not on PATH"):
+        setup_script.find_compiler()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="no C.. compiler: c.. is not on PATH; install one .*apt install g.."):
+        setup_script.find_compiler()
+    (tmp_path / "c++").touch(0o755)
+    assert setup_script.find_compiler() == ["c++"]
 
 
 # ---- what an installation says about itself ----------------------------------------------------------------------
