@@ -1,6 +1,6 @@
 """Shuffled batches of a data set in memory, taken on the device rather than image by image."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,9 @@ class Batch(NamedTuple):
 class Batches:
     """Deterministic epochs of equally large batches.
 
+    Attributes:
+        parts: equal parts that a batch consists of, one after the other.
+
     The order of an epoch depends on the seed and the epoch's number alone, so that a run can be taken
     up at any batch of any epoch. The images that do not fill the last batch are left out of that epoch
     (another few in every epoch): batch statistics and the CatGAN's marginal want equal batches.
@@ -34,6 +37,8 @@ class Batches:
         DataError: fewer images than one batch.
     """
 
+    parts = 1
+
     def __init__(self, dataset: ImageDataset, batch_size: int, seed: int, device: torch.device | str = "cpu"):
         if not 1 <= batch_size <= len(dataset):
             raise DataError(
@@ -44,6 +49,23 @@ class Batches:
         self.labels = None if dataset.labels is None else dataset.labels.to(device)
         self.batch_size = batch_size
         self.seed = seed
+        self.share: Callable[[Tensor], Tensor] = lambda rows: rows
+
+    def divide(self, processes: int, share: Callable[[Tensor], Tensor]) -> None:
+        """Give from now on only this process's share of every batch.
+
+        Args:
+            processes: how many share a batch.
+            share: takes the rows of this process out of those of a whole batch.
+
+        Raises:
+            DataError: a batch that cannot be shared equally.
+        """
+        if self.batch_size % processes:
+            raise DataError(
+                f"batch_size must be divisible by the number of processes, {processes}, got {self.batch_size}"
+            )
+        self.share = share
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -57,7 +79,7 @@ class Batches:
         order = self._order(generator).to(self.images.device)
         size = len(order) // len(self)
         for number in range(start, len(self)):
-            chosen = order[number * size : (number + 1) * size]
+            chosen = self.share(order[number * size : (number + 1) * size])
             labels = None if self.labels is None else self.labels[chosen]
             yield Batch(normalize(self.images[chosen]), labels)
 
@@ -94,6 +116,7 @@ class ClassBatches(Batches):
                     f"{dataset.name!r}, got {batch_size}"
                 )
         super().__init__(dataset, batch_size, seed, device)
+        self.parts = len(self.members)
 
     def __len__(self) -> int:
         return min(map(len, self.members)) // self.batch_size

@@ -121,6 +121,13 @@ class TrainConfig:
         """The training batches, on the device."""
         return Batches(dataset, self.batch_size, self.seed, self.torch_device)
 
+    def shared_settings(self) -> dict[str, Any]:
+        """The settings by their flags that all processes of a run must have alike."""
+        own = ("data_root", "threads", "output", "resume")
+        return {
+            f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(self).items() if name not in own
+        }
+
     def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Any]:
         """The generator, the discriminator and the :class:`~fastgan.train.trainer.Objective`."""
         raise NotImplementedError

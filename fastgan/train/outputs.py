@@ -89,8 +89,8 @@ class Metrics:
 class Progress:
     """A progress bar; plain lines, ten seconds or more apart, where there is no terminal."""
 
-    def __init__(self, step: int, total: int):
-        self.bar = tqdm(initial=step, total=total, unit="it", disable=None, dynamic_ncols=True)
+    def __init__(self, step: int, total: int, *, hidden: bool = False):
+        self.bar = tqdm(initial=step, total=total, unit="it", disable=hidden or None, dynamic_ncols=True)
         self.first, self.total = step, total
         self.started = self.printed = time.monotonic()
         self.figures: dict[str, float] = {}  # the latest of each, also of those that come once an epoch

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import shlex
 import signal
@@ -21,6 +22,7 @@ from fastgan.losses import discriminator_loss, generator_loss
 from fastgan.nn import fuse
 from fastgan.train.checkpoint import TrainingError, save_checkpoint
 from fastgan.train.config import PRECISIONS, TrainConfig
+from fastgan.train.distributed import Ranks, resume_words, set_random_state
 from fastgan.train.nonfinite import locate_nonfinite
 from fastgan.train.outputs import (
     Metrics, Progress, copy_history, prepare_folder, save_animation, save_curves, save_grid, write_json,
@@ -62,12 +64,16 @@ class Objective:
 class Trainer:
     """One run: networks, optimizers, data position and output folder.
 
+    In each process of a torch.distributed group it takes its share of every batch; the gradients are averaged, so that
+    all hold the same weights, and the main process writes the results.
+
     Args:
         config: the settings.
         dataset: the training images.
         checkpoint: contents of a checkpoint to go on from, or None to start anew.
 
     Attributes:
+        ranks: the processes of the run.
         step: updates done; each is one of the discriminator and one of the generator.
         averaged: exponential averages of both networks by name, where ``config.ema`` is not 0.
 
@@ -78,12 +84,16 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, dataset: ImageDataset, checkpoint: dict[str, Any] | None = None):
         self.config = config
+        self.ranks = Ranks()
         self.device = config.torch_device
+        self.ranks.require_devices(self.device)
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.batches = config.batches(dataset)
+        self.batches.divide(self.ranks.size, functools.partial(self.ranks.share, parts=self.batches.parts))
         self.fingerprint = dataset.fingerprint()
+        self.ranks.require_same({"data set": self.fingerprint} | config.shared_settings())
         generator, discriminator, self.objective = config.build(dataset)
         if config.fuse:
             generator, discriminator = fuse(generator, inplace=True), fuse(discriminator, inplace=True)
@@ -103,12 +113,16 @@ class Trainer:
             if config.ema
         }
         self.step = 0
+        self._signals: list[int] = []  # that ask this process to stop
+        self._stopping = False  # whether any process was asked to
         # From a generator of its own and on the CPU: the same noise before and after a resume, and on any device.
         noise = config.latent(math.prod(config.grid), torch.Generator().manual_seed(config.seed))
         self.grid_noise = noise.to(self.device)
         if checkpoint:
             self._restore(checkpoint)
-        self._prepare_output(anew=checkpoint is None)
+        self.ranks.start_alike(self.networks.values())
+        self.output = Path(config.output)
+        self.ranks.on_main(lambda: self._prepare_output(anew=checkpoint is None))
 
     @property
     def total_steps(self) -> int:
@@ -116,7 +130,8 @@ class Trainer:
         return min(steps, self.config.max_steps or steps)
 
     def train(self) -> None:
-        """Train up to the last step. SIGINT and SIGTERM end the run after the current step, with a checkpoint.
+        """Train up to the last step. SIGINT and SIGTERM end the run after the current step, with a checkpoint; of many
+        processes all end when one of them is asked to.
 
         Raises:
             TrainingError: a loss that is not finite, or an output that cannot be written; the last
@@ -125,20 +140,27 @@ class Trainer:
         """
         steps_per_epoch = len(self.batches)
         checkpoint_every = self.config.checkpoint_every or steps_per_epoch
-        progress = Progress(self.step, self.total_steps)
+        progress = Progress(self.step, self.total_steps, hidden=not self.ranks.main)
         drawn = time.monotonic()
         timed_images, seconds = 0, 0.0
-        with _deferred_signals() as received, contextlib.closing(progress):
+        with _deferred_signals() as self._signals, contextlib.closing(progress):
             for epoch, batch in self._remaining_batches():
                 started = time.monotonic()
                 figures = self.train_step(batch)
                 seconds += time.monotonic() - started
-                timed_images += len(batch.images)
+                timed_images += len(batch.images) * self.ranks.size
                 self.step += 1
                 progress.advance()
-                run_ends = self.step == self.total_steps or bool(received)
+                run_ends = self.step == self.total_steps or self._stopping
                 epoch_ends = self.step % steps_per_epoch == 0
-                if run_ends or epoch_ends or self.step % self.config.log_every == 0:
+                logged = run_ends or epoch_ends or self.step % self.config.log_every == 0
+                if logged:
+                    figures = self.ranks.mean(figures)
+                if not self.ranks.main:
+                    if run_ends:
+                        break
+                    continue
+                if logged:
                     record = {"step": self.step, "epoch": epoch + 1}
                     record |= {name: float(figure) for name, figure in figures.items()}
                     record |= self.objective.evaluate(self) if epoch_ends else {}
@@ -158,11 +180,15 @@ class Trainer:
                     self.save(self.output / "checkpoints" / f"epoch_{epoch + 1:04d}.pt")
                 if run_ends:
                     break
-        if received:
-            print(f"stopped at step {self.step} of {self.total_steps} and saved; to go on:\n  {self._resume_command()}")
-            if received[0] == signal.SIGINT:
+            # No process leaves before the results are written: torchrun would end the others.
+            self.ranks.wait()
+        if self._signals or self._stopping:
+            if self.ranks.main:
+                print(f"stopped at step {self.step} of {self.total_steps} and saved; to go on:\n  {self._resume_command()}")
+            number = self._signals[0] if self._signals else signal.SIGTERM
+            if number == signal.SIGINT:
                 raise KeyboardInterrupt
-            raise SystemExit(128 + received[0])
+            raise SystemExit(128 + number)
 
     def _remaining_batches(self) -> Iterator[tuple[int, Batch]]:
         """The epoch's number from 0 and the batch, from the current step to the last."""
@@ -184,38 +210,56 @@ class Trainer:
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = self.config.learning_rate_at(self.step / self.total_steps)
-        z = self.config.latent(len(batch.images))
+        z = self._latent(len(batch.images))
 
         # Discriminator: real images against fakes that carry no gradient back to the generator.
         with self.autocast():
             fake = generator(z)
             loss_d, figures_d = self.objective.discriminator_loss(discriminator, batch, fake.detach())
-        self._descend("discriminator", loss_d, batch, z)
+        loss_d = self._descend("discriminator", loss_d, batch, z)
 
         # Generator: the same fakes, judged by the discriminator as it now is and as it stays.
         with frozen(discriminator):
             with self.autocast():
                 loss_g, figures_g = self.objective.generator_loss(discriminator, batch, fake)
-            self._descend("generator", loss_g, batch, z)
+            loss_g = self._descend("generator", loss_g, batch, z)
 
         for name, averaged in self.averaged.items():
             averaged.update_parameters(self.networks[name])
-        return {"loss_d": loss_d.detach(), "loss_g": loss_g.detach()} | figures_d | figures_g
+        return {"loss_d": loss_d, "loss_g": loss_g} | figures_d | figures_g
 
-    def _descend(self, name: str, loss: Tensor, batch: Batch, z: Tensor) -> None:
-        """One optimizer step of a network, unless its loss is not finite: then the run ends here."""
-        if not math.isfinite(loss.item()):
-            with self.autocast():
-                culprit = locate_nonfinite(*self.networks.values(), batch.images, z)
-            raise TrainingError(
-                f"step {self.step + 1}: the loss of the {name} is {loss.item()}; first value that is not finite: "
-                f"{culprit}. The checkpoint in {self.output} is from before it; a lower --learning-rate often helps"
-            )
+    def _latent(self, count: int) -> Tensor:
+        """Inputs of the generator for ``count`` images: this process's share of those of a whole batch."""
+        whole = self.ranks.draw(lambda: self.config.latent(count * self.ranks.size), self.device)
+        return self.ranks.share(whole, self.batches.parts)
+
+    def _descend(self, name: str, loss: Tensor, batch: Batch, z: Tensor) -> Tensor:
+        """One optimizer step of a network, unless a loss is not finite: then the run ends here. Returns the mean loss
+        of the processes."""
         optimizer, scaler = self.optimizers[name], self.scalers[name]
         optimizer.zero_grad()
         scaler.scale(loss).backward()
+        parameters = self.networks[name].parameters()
+        mean_loss, self._stopping = self.ranks.average(parameters, loss.detach(), bool(self._signals))
+        if not math.isfinite(mean_loss.item()):
+            raise self._nonfinite(name, loss.item(), batch, z)
         scaler.step(optimizer)
         scaler.update()
+        return mean_loss
+
+    def _nonfinite(self, name: str, loss: float, batch: Batch, z: Tensor) -> TrainingError:
+        """Says where the first value arose that is not finite, in the first process that has one."""
+        culprit = None
+        if not math.isfinite(loss):
+            with self.autocast():
+                culprit = locate_nonfinite(*self.networks.values(), batch.images, z)
+        found = [(rank, *cause) for rank, cause in enumerate(self.ranks.gather((loss, culprit))) if cause[1]]
+        rank, loss, culprit = found[0]
+        where = f" in process {rank}" if self.ranks.group is not None else ""
+        return TrainingError(
+            f"step {self.step + 1}: the loss of the {name} is {loss}{where}; first value that is not finite: "
+            f"{culprit}. The checkpoint in {self.output} is from before it; a lower --learning-rate often helps"
+        )
 
     def autocast(self) -> torch.autocast:
         precision = PRECISIONS[self.config.precision]
@@ -243,10 +287,7 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "step": self.step,
             "data": {"epoch": epoch, "position": position, "fingerprint": self.fingerprint},
-            "random": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            },
+            "random": self.ranks.random_state(self.device),
         }
         save_checkpoint(path, state | {
             part: {name: item.state_dict() for name, item in getattr(self, part).items()} for part in _STATEFUL
@@ -261,13 +302,10 @@ class Trainer:
                     item.load_state_dict(state[part][name])
         except (KeyError, RuntimeError, ValueError) as error:
             raise TrainingError(f"the checkpoint does not fit these networks: {error}") from error
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.device.type == "cuda" and state["random"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        set_random_state(state["random"], self.device)
         self.step = state["step"]
 
     def _prepare_output(self, anew: bool) -> None:
-        self.output = Path(self.config.output)
         if anew:
             prepare_folder(self.output)
         elif Path(self.config.resume).resolve() != self.output.resolve():
@@ -287,7 +325,7 @@ class Trainer:
         save_animation(self.output / "samples.gif", sorted((self.output / "samples").glob("epoch_*.png")))
 
     def _resume_command(self) -> str:
-        return f"{shlex.join(['python', sys.argv[0], '--resume', str(self.output)])}"
+        return shlex.join([*resume_words(), sys.argv[0], "--resume", str(self.output)])
 
 
 _STATEFUL = ("networks", "optimizers", "scalers", "averaged")
