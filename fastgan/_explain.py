@@ -14,7 +14,8 @@ def explain(op, *args, **kwargs):
 
     Args:
         op: a function of :mod:`fastgan.ops`, or its name.
-        *args, **kwargs: what the call would be given.
+        *args: what the call would be given.
+        **kwargs: likewise.
 
     Returns:
         str: the first line names the path, the lines after it the reasons; for a convolution also its main loop.

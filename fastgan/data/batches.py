@@ -130,5 +130,12 @@ class ClassBatches(Batches):
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 images to float32 in [-1, 1], the range of tanh."""
+    """Pixels to numbers in [-1, 1], the range of tanh.
+
+    Args:
+        images: uint8, any shape.
+
+    Returns:
+        float32 of the same shape.
+    """
     return images.float().div_(127.5).sub_(1)

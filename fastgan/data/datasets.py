@@ -105,6 +105,9 @@ def load_dataset(
         channels: 1 for grey, 3 for RGB; None means 1 for the MNIST family and 3 for ``"folder"``.
         split: ``"train"`` or ``"test"``; ``"folder"`` has no test images.
 
+    Returns:
+        The images, in memory.
+
     Raises:
         DataError: unknown name, or data that is missing, damaged or of the wrong kind.
     """

@@ -21,6 +21,9 @@ CRITERION = "|mean error| < 0.1, std ratio 0.7 to 1.3, KS < 0.15"
 def run(arguments: list[str] | None = None) -> int:
     """Train as the command line says, and write figures and figures' numbers into the output folder.
 
+    Args:
+        arguments: the command line without the program's name; None takes the process's.
+
     Returns:
         Exit status: 0, or 1 for an error (one line on standard error).
     """

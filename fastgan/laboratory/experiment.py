@@ -55,6 +55,7 @@ class LaboratoryConfig:
 
     @property
     def data(self) -> Mixture:
+        """The distribution to learn."""
         try:
             means, stds = (tuple(map(float, text.split(","))) for text in (self.means, self.stds))
         except ValueError:
@@ -86,7 +87,15 @@ class Run:
 
 
 def train(config: LaboratoryConfig, *, frames: int = 20) -> Run:
-    """Train all seeds (Goodfellow et al. 2014, algorithm 1) and look at them ``frames`` times on the way."""
+    """Train all seeds (Goodfellow et al. 2014, algorithm 1).
+
+    Args:
+        config: the settings.
+        frames: how often the networks are looked at on the way.
+
+    Returns:
+        The trained networks and what was seen of them.
+    """
     random = torch.Generator().manual_seed(config.seed)
     data, count, seeds = config.data, config.batch_size, config.seeds
     shift, scale = _standardisation(config)
@@ -145,7 +154,9 @@ def fit_discriminator(config: LaboratoryConfig, generators: Mixture, *, steps: i
     """Train discriminators to their optimum against a generator that stays as it is.
 
     Args:
+        config: the settings.
         generators: the distribution of the fixed generator.
+        steps: of the discriminators' training.
 
     Returns:
         Places x [X] where data or generator are at least 1% as dense as at their densest, the discriminators' probabilities
@@ -176,6 +187,10 @@ def gradient_norms(config: LaboratoryConfig, *, steps: int = 200) -> dict[str, T
 
     The generators stay at their first weights and the discriminators learn, as they do in the first steps of a run
     when the samples are easy to tell apart; both losses are taken at the same weights.
+
+    Args:
+        config: the settings.
+        steps: of the discriminators' training.
 
     Returns:
         Loss name to [steps, seeds].

@@ -30,14 +30,17 @@ class Mixture:
 
     @property
     def mean(self) -> float:
+        """Of the whole mixture."""
         return sum(self.means) / len(self.means)
 
     @property
     def std(self) -> float:
+        """Of the whole mixture."""
         squares = sum(mean**2 + std**2 for mean, std in zip(self.means, self.stds)) / len(self.means)
         return math.sqrt(squares - self.mean**2)
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Independent samples, float32 of the ``shape`` asked for, drawn from ``generator``."""
         if len(self.means) == 1:
             return torch.empty(shape).normal_(self.means[0], self.stds[0], generator=generator)
         part = torch.randint(len(self.means), shape, generator=generator)
@@ -45,18 +48,20 @@ class Mixture:
         return torch.tensor(self.means)[part] + torch.tensor(self.stds)[part] * noise
 
     def density(self, x: Tensor) -> Tensor:
+        """Probability density at each place ``x``, shape of x."""
         return sum(
             torch.exp(-0.5 * ((x - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
             for mean, std in zip(self.means, self.stds)
         ) / len(self.means)
 
     def cumulative(self, x: Tensor) -> Tensor:
+        """Probability of a value below each ``x``, shape of x."""
         return sum(
             0.5 * (1 + torch.erf((x - mean) / (std * math.sqrt(2)))) for mean, std in zip(self.means, self.stds)
         ) / len(self.means)
 
     def limits(self, deviations: float) -> tuple[float, float]:
-        """From the lowest to the highest part, each with this many of its standard deviations."""
+        """From the lowest to the highest part, each with so many ``deviations`` of its own around it."""
         return (
             min(mean - deviations * std for mean, std in zip(self.means, self.stds)),
             max(mean + deviations * std for mean, std in zip(self.means, self.stds)),
@@ -64,7 +69,11 @@ class Mixture:
 
 
 def distances(samples: Tensor, data: Mixture) -> dict[str, Tensor]:
-    """How far the samples [S, N] of S generators are from the data's distribution.
+    """How far samples are from the data's distribution.
+
+    Args:
+        samples: [S, N], N of each of S generators.
+        data: the distribution.
 
     Returns:
         By name, tensors [S]: ``mean_error`` (absolute), ``std_ratio`` (1 for the data's own width), ``ks``

@@ -52,7 +52,17 @@ def predict(classifier: nn.Module, images: Tensor, *, batch_size: int = 1000) ->
 
 
 def count_categories(categories: Tensor, labels: Tensor, num_categories: int, num_classes: int) -> Tensor:
-    """How often each category meets each class: int64 [num_categories, num_classes] from two int64 [N]."""
+    """How often each category meets each class.
+
+    Args:
+        categories: int64 [N] in [0, num_categories).
+        labels: int64 [N] in [0, num_classes).
+        num_categories: rows of the result.
+        num_classes: columns of the result.
+
+    Returns:
+        int64 [num_categories, num_classes].
+    """
     pairs = torch.bincount(categories * num_classes + labels, minlength=num_categories * num_classes)
     return pairs.view(num_categories, num_classes)
 
@@ -70,9 +80,13 @@ def majority_map(counts: Tensor) -> Tensor:
 
 
 def hungarian_map(counts: Tensor) -> Tensor:
-    """The one-to-one map with the most agreement (Kuhn 1955); arguments and result as of :func:`majority_map`.
+    """The one-to-one map with the most agreement (Kuhn 1955).
 
-    With more categories than classes the others stay UNMAPPED, and their images count as errors.
+    Args:
+        counts: [K, C] as of :func:`count_categories`, of images the error is *not* measured on.
+
+    Returns:
+        int64 [K]. With more categories than classes the others stay UNMAPPED, and their images count as errors.
     """
     chosen = torch.full((len(counts),), UNMAPPED)
     rows, columns = linear_sum_assignment(counts.numpy(), maximize=True)
@@ -88,6 +102,9 @@ def evaluate(categories: Tensor, labels: Tensor, num_classes: int, mapping: Tens
         labels: true classes, int64 [N] in [0, num_classes).
         num_classes: classes there are.
         mapping: class of each category, int64 [K], fitted on other images; None where categories are classes.
+
+    Returns:
+        The error in percent and the confusion matrix.
 
     Raises:
         ValueError: categories and labels differ in length, or there are none.
@@ -120,7 +137,14 @@ def recalibrate_batch_norm(network: nn.Module, images: Tensor, *, batch_size: in
 
 
 def mean_and_std(errors: Sequence[float]) -> tuple[float, float]:
-    """Mean over seeds and the sample standard deviation (0 for a single one)."""
+    """Mean over seeds and the sample standard deviation.
+
+    Args:
+        errors: a figure a seed, at least one.
+
+    Returns:
+        (mean, standard deviation); the latter is 0 for a single seed.
+    """
     values = torch.tensor(errors, dtype=torch.float64)
     return values.mean().item(), values.std().item() if len(values) > 1 else 0.0
 

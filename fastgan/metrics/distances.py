@@ -16,6 +16,13 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
     Heusel et al. 2017 (arXiv 1706.08500), equation 6: ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))``.
 
+    Args:
+        real: features of real images, [N, D].
+        fake: features of generated images, [M, D].
+
+    Returns:
+        0 for equal Gaussians; in squared units of the features.
+
     Raises:
         ValueError: features of other shapes, or fewer than 2 samples in a set.
     """
@@ -32,6 +39,13 @@ def kernel_distance(real: Tensor, fake: Tensor) -> float:
     """Unbiased squared maximum mean discrepancy under the kernel ``(x.y / D + 1)^3``; it may fall below 0.
 
     Bińkowski et al. 2018 (arXiv 1801.01401), the kernel inception distance on features of any kind.
+
+    Args:
+        real: features of real images, [N, D].
+        fake: features of generated images, [M, D].
+
+    Returns:
+        About 0 for sets from one distribution.
 
     Raises:
         ValueError: features of other shapes, or fewer than 2 samples in a set.
@@ -67,6 +81,14 @@ class Coverage(NamedTuple):
 def precision_recall(real: Tensor, fake: Tensor, *, neighbours: int = 5) -> Coverage:
     """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020, equations 4 and 5).
 
+    Args:
+        real: features of real images, [N, D].
+        fake: features of generated images, [M, D].
+        neighbours: k, whose distance is the radius of a sample's ball.
+
+    Returns:
+        The four figures.
+
     Raises:
         ValueError: features of other shapes, or no more than ``neighbours`` samples in a set.
     """
@@ -98,6 +120,13 @@ def nearest_neighbour_test(real: Tensor, fake: Tensor) -> TwoSampleTest:
 
     The larger set is cut to the size of the smaller.
 
+    Args:
+        real: features of real images, [N, D].
+        fake: features of generated images, [M, D].
+
+    Returns:
+        The accuracies over both sets and over each.
+
     Raises:
         ValueError: features of other shapes, or fewer than 2 samples in a set.
     """
@@ -111,7 +140,15 @@ def nearest_neighbour_test(real: Tensor, fake: Tensor) -> TwoSampleTest:
 
 
 def nearest_images(queries: Tensor, images: Tensor) -> Tensor:
-    """Index int64 [M] of the image [N, ...] nearest to each query [M, ...], by Euclidean distance of the pixels."""
+    """The image nearest to each query, by Euclidean distance of the pixels.
+
+    Args:
+        queries: [M, ...], any dtype.
+        images: [N, ...] of the same shape apart from the count.
+
+    Returns:
+        Index int64 [M] into images.
+    """
     return torch.cdist(queries.flatten(1).float(), images.flatten(1).float()).argmin(1)
 
 
@@ -125,7 +162,14 @@ class Appearance(NamedTuple):
 
 
 def appearance(images: Tensor) -> Appearance:
-    """Contrast and sharpness of images [N, C, H, W], in units of their pixel values."""
+    """Contrast and sharpness of images.
+
+    Args:
+        images: [N, C, H, W].
+
+    Returns:
+        The contrast in units of the pixel values, the sharpness without unit.
+    """
     contrast = images.flatten(1).double().std(1).mean()
     second = [images.double().diff(n=2, dim=dim).abs().mean() for dim in (-1, -2)]
     return Appearance(float(contrast), float(sum(second) / 2 / contrast))

@@ -20,7 +20,11 @@ EPOCHS = {"digits": 12, "mnist": 6, "fashion-mnist": 8}
 
 
 class LeNet(nn.Module):
-    """Images [N, 1, 28, 28] in [-1, 1] to logits [N, classes]; ``features`` are its 128 hidden units."""
+    """Images [N, 1, 28, 28] in [-1, 1] to logits [N, classes].
+
+    Args:
+        classes: that it tells apart.
+    """
 
     def __init__(self, classes: int):
         super().__init__()
@@ -32,6 +36,7 @@ class LeNet(nn.Module):
         self.output = nn.Linear(128, classes)
 
     def features(self, images: Tensor) -> Tensor:
+        """The 128 hidden units, [N, 128], of images [N, 1, 28, 28]."""
         return self.hidden(images)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -81,6 +86,9 @@ def feature_extractor(dataset: str = "digits", data_root: str | os.PathLike | No
     Args:
         dataset: ``"digits"``, ``"mnist"`` or ``"fashion-mnist"``.
         data_root: where the data files are, as for :func:`fastgan.data.load_dataset`.
+
+    Returns:
+        The extractor; the same data give the same one.
 
     Raises:
         ValueError: a data set without labels.

@@ -54,7 +54,9 @@ def score(extractor: FeatureExtractor, dataset: str, images: Tensor, data_root: 
 
     Args:
         extractor: gives features and class probabilities.
+        dataset: name of the data set compared with, as for :func:`fastgan.data.load_dataset`.
         images: [N, C, H, W], float in [-1, 1] or uint8; the training images are cut to as many.
+        data_root: where the data files are.
 
     Returns:
         ``frechet_distance``, ``kernel_distance``, ``precision``, ``recall``, ``density``, ``coverage``,

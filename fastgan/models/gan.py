@@ -35,7 +35,7 @@ class StackedLinear(nn.Module):
 
 
 class MLPGenerator(nn.Module):
-    """Latent vectors z [N, latent_dim] to samples [N, *data_shape]; built by :func:`mlp_gan`."""
+    """Latent vectors z [N, latent_dim] to samples ``[N, *data_shape]``; built by :func:`mlp_gan`."""
 
     def __init__(self, data_shape: tuple[int, ...], latent_dim: int, main: nn.Sequential):
         super().__init__()
@@ -48,7 +48,7 @@ class MLPGenerator(nn.Module):
 
 
 class MLPDiscriminator(nn.Module):
-    """Samples [N, *data_shape] to logits [N]; built by :func:`mlp_gan`."""
+    """Samples ``[N, *data_shape]`` to logits [N]; built by :func:`mlp_gan`."""
 
     def __init__(self, data_shape: tuple[int, ...], main: nn.Sequential):
         super().__init__()
@@ -85,7 +85,7 @@ def mlp_gan(
 
     Returns:
         ``(generator, discriminator)``. The generator maps z [N, latent_dim] to samples
-        [N, *data_shape], the discriminator maps such samples to logits [N].
+        ``[N, *data_shape]``, the discriminator maps such samples to logits [N].
 
     The generator's hidden layers have ReLU, the discriminator's leaky ReLU with slope 0.2; weights and
     biases start as in ``nn.Linear``.

@@ -67,11 +67,25 @@ class _ConvBNAct2d(nn.Module):
 class ConvBNAct2d(_ConvBNAct2d):
     """``activation(BatchNorm2d(Conv2d(input)))`` as one operator, :func:`fastgan.ops.conv2d_bn_act`.
 
-    Arguments are those of :class:`torch.nn.Conv2d` (bias defaults to False: batch norm cancels it), then those of
-    :class:`torch.nn.BatchNorm2d`, then ``activation`` ("relu", "leaky_relu", "tanh", "sigmoid", "identity") and
-    ``negative_slope``. The children are ``conv`` and ``bn``, plain PyTorch layers that hold the parameters.
+    The children are ``conv`` (:class:`torch.nn.Conv2d`) and ``bn`` (:class:`torch.nn.BatchNorm2d`), plain PyTorch layers
+    that hold the parameters; the arguments are theirs.
+
+    Args:
+        in_channels, out_channels: of input and output.
+        kernel_size, stride, dilation: int or pair, at least 1.
+        padding: int or pair, at least 0, or "same" or "valid".
+        groups: divides both channel counts.
+        bias: of the convolution; batch norm cancels it.
+        padding_mode: "zeros", as there are no others here.
+        device, dtype: of the parameters.
+        eps, momentum, affine, track_running_stats: of :class:`torch.nn.BatchNorm2d`.
+        activation: "relu", "leaky_relu", "tanh", "sigmoid" or "identity".
+        negative_slope: of leaky_relu.
 
     Shapes: input ``[N, in_channels, H, W]``, output ``[N, out_channels, H_out, W_out]``.
+
+    Raises:
+        ValueError: an unknown activation, another padding mode, or what the layers themselves refuse.
     """
 
     def __init__(
@@ -96,11 +110,26 @@ class ConvTransposeBNAct2d(_ConvBNAct2d):
     """``activation(BatchNorm2d(ConvTranspose2d(input)))`` as one operator,
     :func:`fastgan.ops.conv_transpose2d_bn_act`.
 
-    Arguments are those of :class:`torch.nn.ConvTranspose2d` (bias defaults to False: batch norm cancels it), then
-    those of :class:`torch.nn.BatchNorm2d`, then ``activation`` and ``negative_slope``. The children are ``conv`` and
-    ``bn``, plain PyTorch layers that hold the parameters.
+    The children are ``conv`` (:class:`torch.nn.ConvTranspose2d`) and ``bn`` (:class:`torch.nn.BatchNorm2d`), plain PyTorch
+    layers that hold the parameters; the arguments are theirs.
+
+    Args:
+        in_channels, out_channels: of input and output.
+        kernel_size, stride, dilation: int or pair, at least 1.
+        padding: int or pair, at least 0.
+        output_padding: int or pair, at least 0 and smaller than stride or dilation.
+        groups: divides both channel counts.
+        bias: of the convolution; batch norm cancels it.
+        padding_mode: "zeros", as there are no others here.
+        device, dtype: of the parameters.
+        eps, momentum, affine, track_running_stats: of :class:`torch.nn.BatchNorm2d`.
+        activation: "relu", "leaky_relu", "tanh", "sigmoid" or "identity".
+        negative_slope: of leaky_relu.
 
     Shapes: input ``[N, in_channels, H, W]``, output ``[N, out_channels, H_out, W_out]``.
+
+    Raises:
+        ValueError: an unknown activation, another padding mode, or what the layers themselves refuse.
     """
 
     def __init__(

@@ -72,13 +72,29 @@ def conv2d_bn_act_reference(
 def conv2d_act(
     input, weight, bias=None, *, stride=1, padding=0, dilation=1, groups=1, activation="leaky_relu", negative_slope=0.2
 ):
-    """``activation(conv2d(input))`` as one operator. Arguments, errors and derivatives as in :func:`conv2d_bn_act`.
+    """``activation(conv2d(input))`` as one operator.
 
     The activation is applied in place on the convolution's output, and its derivative is taken from that output, so
     only the input, the weight and the result are kept for backward.
 
+    Args:
+        input: ``[N, C_in, H, W]`` or ``[C_in, H, W]``; float32, bfloat16, float16 or float64; any strides.
+        weight: ``[C_out, C_in / groups, kH, kW]``, dtype of input.
+        bias: ``[C_out]``, dtype of input.
+        stride, dilation: int or pair, at least 1.
+        padding: int or pair, at least 0, or "same" or "valid".
+        groups: divides C_in and C_out.
+        activation: "relu", "leaky_relu", "tanh", "sigmoid" or "identity".
+        negative_slope: of leaky_relu; below 0 PyTorch's own operators run.
+
     Returns:
         ``[N, C_out, H_out, W_out]`` (no N for unbatched input), dtype of input.
+
+    Derivatives of every order: the first by a fused kernel, higher ones through differentiable PyTorch operators.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: naming the argument, what it must be and what came, for shapes, dtypes or
+            devices that do not fit.
     """
     op = "conv2d_act"
     if isinstance(padding, str):

@@ -32,7 +32,10 @@ def conv_transpose2d_bn_act(
         ``F.conv_transpose2d`` gives; ``H_out = (H - 1) * stride - 2 * padding + dilation * (kH - 1) +
         output_padding + 1``.
 
-    Derivatives and errors as in :func:`fastgan.ops.conv2d_bn_act`.
+    Derivatives of every order: the first by a fused kernel, higher ones through differentiable PyTorch operators.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`fastgan.ops.conv2d_bn_act`.
 
     Batch normalisation: Ioffe and Szegedy 2015, algorithm 1. As generator layer: Radford et al. 2015, section 3.
     """
@@ -60,11 +63,27 @@ def conv_transpose2d_act(
     input, weight, bias=None, *, stride=1, padding=0, output_padding=0, groups=1, dilation=1,
     activation="relu", negative_slope=0.2,
 ):  # fmt: skip
-    """``activation(conv_transpose2d(input))`` as one operator: the generator's last layer. Arguments, errors and
-    derivatives as in :func:`conv_transpose2d_bn_act`.
+    """``activation(conv_transpose2d(input))`` as one operator: the generator's last layer.
+
+    Args:
+        input: ``[N, C_in, H, W]`` or ``[C_in, H, W]``; float32, bfloat16, float16 or float64; any strides.
+        weight: ``[C_in, C_out / groups, kH, kW]``, dtype of input.
+        bias: ``[C_out]``, dtype of input.
+        stride, dilation: int or pair, at least 1.
+        padding: int or pair, at least 0.
+        output_padding: int or pair, at least 0 and smaller than stride or dilation.
+        groups: divides C_in and C_out.
+        activation: "relu", "leaky_relu", "tanh", "sigmoid" or "identity".
+        negative_slope: of leaky_relu; below 0 PyTorch's own operators run.
 
     Returns:
         ``[N, C_out, H_out, W_out]`` (no N for unbatched input), dtype of input.
+
+    Derivatives of every order: the first by a fused kernel, higher ones through differentiable PyTorch operators.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: naming the argument, what it must be and what came, for shapes, dtypes or
+            devices that do not fit.
     """
     op = "conv_transpose2d_act"
     run = torch.ops.fastgan.conv_transpose2d_act if fast_path(op, input) else conv_transpose2d_act_reference

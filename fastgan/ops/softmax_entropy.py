@@ -16,7 +16,7 @@ def softmax_entropy(logits):
     0 where a row's probability lies on one class, and 0 log 0 = 0.
 
     Args:
-        logits: (N, K), at least one row and one class; float32, float64, bfloat16 or float16. Rows may be strided.
+        logits: ``[N, K]``, at least one row and one class; float32, float64, bfloat16 or float16. Rows may be strided.
 
     Returns:
         (conditional, marginal): two scalars in nats, float64 for float64 logits and float32 otherwise.
@@ -24,7 +24,7 @@ def softmax_entropy(logits):
         H[mean over n of softmax(logits_n)], in [conditional, log K].
 
     Raises:
-        RuntimeError, TypeError: logits is no floating-point (N, K) tensor with N >= 1 and K >= 1.
+        RuntimeError, TypeError: logits is no floating-point ``[N, K]`` tensor with N >= 1 and K >= 1.
 
     Derivatives of every order; the first by a fused kernel.
     """
@@ -34,11 +34,11 @@ def softmax_entropy(logits):
 
 
 def softmax_entropy_cross_entropy(logits, labels, *, ignore_index=-100):
-    """softmax_entropy and the cross-entropy of the labeled rows, in one pass.
+    """:func:`softmax_entropy` and the cross-entropy of the labeled rows, in one pass.
 
     Args:
-        logits: (N, K) as for softmax_entropy.
-        labels: (N,) int64, each in [0, K), or ignore_index for a row without label.
+        logits: ``[N, K]`` as for :func:`softmax_entropy`.
+        labels: ``[N]`` int64, each in [0, K), or ignore_index for a row without label.
         ignore_index: the label that says "none".
 
     Returns:
@@ -46,7 +46,7 @@ def softmax_entropy_cross_entropy(logits, labels, *, ignore_index=-100):
         mean over the labeled rows, and 0 where there are none.
 
     Raises:
-        RuntimeError, TypeError: as softmax_entropy, or labels has another shape, dtype or device.
+        RuntimeError, TypeError: as :func:`softmax_entropy`, or labels has another shape, dtype or device.
         IndexError: a label is neither in [0, K) nor ignore_index (on CUDA, where a check would have to wait for the
             device, the cross-entropy is NaN instead).
 

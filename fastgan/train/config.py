@@ -19,7 +19,16 @@ def option(default: Any, help: str, *, choices: tuple | None = None, minimum: fl
            below: float | None = None, may_change: bool = False) -> Any:
     """A setting with its help text and limits.
 
-    ``may_change`` marks what a resumed run may set anew: everything else decides the numbers it computes.
+    Args:
+        default: its value where none is given.
+        help: what it is, in a few words, for ``--help`` and the reference.
+        choices: the values allowed; None for any.
+        minimum: the least value allowed.
+        below: what the value must be below.
+        may_change: whether a resumed run may set it anew: everything else decides the numbers it computes.
+
+    Returns:
+        A field of a dataclass.
     """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "below": below, "may_change": may_change}
     return dataclasses.field(default=default, metadata=metadata)
@@ -92,6 +101,7 @@ class TrainConfig:
 
     @property
     def torch_device(self) -> torch.device:
+        """Where to train, with ``auto`` decided."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
@@ -104,7 +114,7 @@ class TrainConfig:
     def latent(self, count: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """``count`` inputs of the generator network, [count, latent_dim] from N(0, 1).
 
-        Drawn on the device, or on the CPU from ``generator`` where one is given.
+        Drawn on the device, or on the device of ``generator`` where one is given.
         """
         device = self.torch_device if generator is None else generator.device
         return torch.randn(count, self.latent_dim, device=device, generator=generator)
@@ -114,11 +124,11 @@ class TrainConfig:
         return load_dataset(self.dataset, self.data_root, image_size=self.image_size, channels=self.channels)
 
     def learning_rate_at(self, progress: float) -> float:
-        """Adam's step size when this part of the run is done, from 0 to 1."""
+        """Adam's step size when a part of the run is done: ``progress`` from 0 to 1."""
         return self.learning_rate
 
     def batches(self, dataset: ImageDataset) -> Batches:
-        """The training batches, on the device."""
+        """The training batches of the ``dataset``, on the device."""
         return Batches(dataset, self.batch_size, self.seed, self.torch_device)
 
     def shared_settings(self) -> dict[str, Any]:
@@ -129,7 +139,7 @@ class TrainConfig:
         }
 
     def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Any]:
-        """The generator, the discriminator and the :class:`~fastgan.train.trainer.Objective`."""
+        """The generator, the discriminator and the :class:`~fastgan.train.Objective` for a ``dataset``."""
         raise NotImplementedError
 
 

@@ -39,10 +39,12 @@ class GANConfig(TrainConfig):
 
     @property
     def classes(self) -> tuple[int, ...]:
+        """The labels learnt, a GAN each."""
         return tuple(range(CLASSES)) if self.digit is None else (self.digit,)
 
     @property
     def grid(self) -> tuple[int, int]:
+        """Rows and columns of the grid of samples."""
         return (CLASSES, 16) if self.digit is None else (4, 4)
 
     def latent(self, count: int, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -37,15 +37,19 @@ class Objective:
 
     Each method returns a scalar loss and figures for the log, detached scalars by name. ``d_real`` and
     ``d_fake`` are the mean probabilities D(x) and D(G(z)).
+
+    Args:
+        kind: of the generator's loss, as for :func:`fastgan.losses.generator_loss`; the discriminator's goes with it.
+        augment: what real and generated images [N, C, H, W] go through before the discriminator; None for nothing.
     """
 
     def __init__(self, kind: str = "non_saturating", augment: Callable[[Tensor], Tensor] | None = None):
         self.kind = kind
-        # What real and generated images go through before the discriminator; nothing by default.
         self.augment = augment or nn.Identity()
 
     def discriminator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
-        """Loss of the discriminator; ``fake`` [N, C, H, W] is detached from the generator."""
+        """Loss of the ``discriminator`` over a real ``batch`` and as many ``fake`` images [N, C, H, W], which are detached
+        from the generator."""
         real_logits, fake_logits = discriminator(self.augment(batch.images)), discriminator(self.augment(fake))
         kind = "minimax" if self.kind == "non_saturating" else self.kind
         probabilities = {"d_real": real_logits, "d_fake": fake_logits}
@@ -53,11 +57,12 @@ class Objective:
         return discriminator_loss(real_logits, fake_logits, kind), figures
 
     def generator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
-        """Loss of the generator; the discriminator's weights take no gradients."""
+        """Loss of the generator, whose images are ``fake`` [N, C, H, W]; the ``discriminator``'s weights take no gradients.
+        ``batch`` holds the real images of the step."""
         return generator_loss(discriminator(self.augment(fake)), self.kind), {}
 
     def evaluate(self, trainer: "Trainer") -> dict[str, float]:
-        """Figures for the log at the end of every epoch, such as a test error."""
+        """Figures of a ``trainer``'s networks for the log at the end of every epoch, such as a test error."""
         return {}
 
 
@@ -126,6 +131,7 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
+        """Updates of the whole run."""
         steps = self.config.epochs * len(self.batches)
         return min(steps, self.config.max_steps or steps)
 
@@ -262,6 +268,7 @@ class Trainer:
         )
 
     def autocast(self) -> torch.autocast:
+        """The context in which the networks run at the precision of the settings."""
         precision = PRECISIONS[self.config.precision]
         return torch.autocast(self.device.type, precision, enabled=precision != torch.float32)
 
@@ -279,7 +286,7 @@ class Trainer:
         return images.float()
 
     def save(self, path: Path | None = None) -> None:
-        """Write checkpoint.pt, or another file. Raises TrainingError, with the previous checkpoint intact."""
+        """Write checkpoint.pt, or another file at ``path``. Raises TrainingError, with the previous checkpoint intact."""
         path = path or self.output / "checkpoint.pt"
         epoch, position = divmod(self.step, len(self.batches))
         state = {
