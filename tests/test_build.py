@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,33 @@ def test_python_m_fastgan_prints_build_info(tmp_path):
     assert run.returncode == 0, run.stderr
     printed = {line.split()[0] for line in run.stdout.splitlines()}
     assert printed == set(fastgan.build_info())
+
+
+# ---- the source distribution ---------------------------------------------------------------------------------------
+
+
+def test_source_distribution_holds_every_file_that_build_and_tests_need(tmp_path):
+    leave = shutil.ignore_patterns(
+        ".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.py[cod]", "*.so", "_build_config.py"
+    )
+    tree = tmp_path / "fastgan"
+    shutil.copytree(ROOT, tree, ignore=leave)
+    if (ROOT / ".git").exists():
+        listing = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout
+        expected = {name for name in listing.splitlines() if (ROOT / name).exists()}
+    else:
+        expected = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
+    # Without PyTorch, as it may be made.
+    code = "import sys, setup; sys.argv[0] = 'setup.py'; setup.setup_without_torch(sys.argv[1:])"
+    run = subprocess.run(
+        [sys.executable, "-c", code, "sdist", "--dist-dir", tmp_path], cwd=tree, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    (archive,) = tmp_path.glob("fastgan-*.tar.gz")
+    with tarfile.open(archive) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames()}
+    assert len(expected) > 100
+    assert {name for name in expected - held if not name.startswith(".")} == set()
 
 
 # ---- CMake -------------------------------------------------------------------------------------------------------
