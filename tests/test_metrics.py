@@ -1,16 +1,20 @@
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import linalg
+from torch import nn
 
-from fastgan.data import load_dataset
+from fastgan.data import ImageDataset, load_dataset
 from fastgan.metrics.__main__ import main
 from fastgan.metrics.distances import (
     appearance, frechet_distance, kernel_distance, nearest_images, nearest_neighbour_test, precision_recall,
 )
-from fastgan.metrics.features import FeatureExtractor, LeNet
-from fastgan.train import GANConfig, Trainer
+from fastgan.metrics.features import FeatureExtractor, LeNet, RandomExtractor, ScriptedExtractor, feature_extractor
+from fastgan.metrics.generator import real_features, save_nearest
+from fastgan.train import DCGANConfig, GANConfig, Trainer
 
 
 def sets(n=60, m=50, d=7, shift=0.3):
@@ -78,8 +82,8 @@ def test_wrong_features_are_named(function):
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 28, 28), (3, 1, 32, 32), (3, 3, 64, 64)])
-def test_extractor_takes_images_of_any_size(shape, tmp_path):
-    extractor = FeatureExtractor(LeNet(10).eval(), 0.0, "untrained", tmp_path)
+def test_extractor_takes_images_of_any_size(shape):
+    extractor = FeatureExtractor(LeNet(10).eval(), 0.0, "untrained")
     features, probabilities = extractor(torch.zeros(shape, dtype=torch.uint8))
     assert features.shape == (3, 128) and probabilities.sum(1) == pytest.approx(torch.ones(3))
     torch.testing.assert_close(extractor(-torch.ones(shape))[0], features)
@@ -95,8 +99,9 @@ def test_appearance_tells_contrast_from_sharpness():
 
 
 def test_command_scores_a_checkpoint_beside_held_out_images(tmp_path, monkeypatch, capsys):
-    untrained = FeatureExtractor(LeNet(10).eval(), 0.5, "untrained", tmp_path)
-    monkeypatch.setattr("fastgan.metrics.__main__.feature_extractor", lambda *_: untrained)
+    untrained = FeatureExtractor(LeNet(10).eval(), 0.5, "untrained")
+    monkeypatch.setattr("fastgan.metrics.features.feature_extractor", lambda *_: untrained)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     trainer = Trainer(GANConfig(device="cpu", output=str(tmp_path / "run"), max_steps=1), load_dataset("digits"))
     trainer.train()
     capsys.readouterr()
@@ -107,3 +112,105 @@ def test_command_scores_a_checkpoint_beside_held_out_images(tmp_path, monkeypatc
     assert extractor == {"extractor": "untrained", "test_accuracy": 0.5}
     assert held_out["of"] == "held-out images" and scored["of"] == checkpoint
     assert held_out["frechet_distance"] < scored["frechet_distance"] and len(scored["intended_digit"]) == 10
+
+
+def test_distances_are_those_of_torchmetrics():
+    """Torchmetrics takes features too, through a network of the user's; ours is the identity."""
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    kid = pytest.importorskip("torchmetrics.image.kid")
+    real, fake = (x.double() for x in sets(80, 80, 6))
+    identity = nn.Identity()
+    identity.num_features = 6
+    frechet = fid.FrechetInceptionDistance(identity, normalize=True, input_img_size=(6,)).set_dtype(torch.float64)
+    # One subset of all samples: then its unbiased estimate is over every pair, as ours.
+    kernel = kid.KernelInceptionDistance(identity, subsets=1, subset_size=80, normalize=False)
+    for metric in (frechet, kernel):
+        metric.update(real, real=True)
+        metric.update(fake, real=False)
+    assert frechet_distance(real, fake) == pytest.approx(float(frechet.compute()), rel=1e-5)
+    assert kernel_distance(real, fake) == pytest.approx(float(kernel.compute()[0]), rel=1e-4)
+
+
+def test_random_features_are_fixed_and_tell_noise_from_smooth_images():
+    generator = torch.Generator().manual_seed(4)
+    noise = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    smooth = nn.functional.avg_pool2d(noise.float(), 5, 1, 2).byte()
+    extractor = RandomExtractor()
+    assert extractor.name == RandomExtractor().name != RandomExtractor(1).name
+    features = [extractor(images)[0] for images in (noise[:20], noise[20:], smooth[:20])]
+    assert features[0].shape == (20, 448)
+    assert kernel_distance(features[0], features[2]) > 20 * abs(kernel_distance(features[0], features[1]))
+    torch.testing.assert_close(extractor(noise[:3].float() / 127.5 - 1)[0], features[0][:3])
+    assert extractor(noise[:3, :1])[0].shape == (3, 448)
+
+
+class MeanColour(nn.Module):
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        return images.float().mean((2, 3)) if return_features else images.float()
+
+
+def test_a_scripted_network_gives_features(tmp_path):
+    torch.jit.script(MeanColour()).save(tmp_path / "colour.pt")
+    extractor = ScriptedExtractor(tmp_path / "colour.pt")
+    features, probabilities = extractor(torch.full((2, 1, 4, 4), -1.0))
+    assert torch.equal(features, torch.zeros(2, 3)) and probabilities is None
+    assert torch.equal(extractor(torch.full((60, 3, 4, 4), 9, dtype=torch.uint8))[0], torch.full((60, 3), 9.0))
+    assert extractor.name.startswith("colour ") and extractor.accuracy is None
+
+
+def test_what_is_no_feature_network_is_named(tmp_path):
+    (tmp_path / "text.pt").write_text("text")
+    with pytest.raises(ValueError, match="--features .*text.pt: cannot be read as a TorchScript file"):
+        ScriptedExtractor(tmp_path / "text.pt")
+    torch.jit.script(nn.Identity()).save(tmp_path / "same.pt")
+    with pytest.raises(ValueError, match=r"the network must return features \[2, D\], got \[2, 3, 4, 4\]"):
+        ScriptedExtractor(tmp_path / "same.pt")(torch.zeros(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="dataset must be one of .* got 'folder'; .* --features random"):
+        feature_extractor("folder")
+
+
+def test_real_features_are_computed_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    dataset = ImageDataset("folder", torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8), None)
+    extractor, calls = RandomExtractor(), []
+    monkeypatch.setattr(RandomExtractor, "__call__", lambda self, images: (calls.append(1), (images.flatten(1).float(), None))[1])
+    first = real_features(extractor, dataset)
+    assert torch.equal(real_features(extractor, dataset), first) and calls == [1]
+    assert sorted(first[:, 0].tolist()) == sorted(dataset.images[:, 0, 0, 0].tolist())
+
+
+def test_nearest_images_stand_beside_their_samples_and_copies_are_at_distance_zero(tmp_path):
+    pixels = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    dataset = ImageDataset("folder", pixels, None)
+    copies = pixels[[4, 7]].float() / 127.5 - 1
+    figures = save_nearest(tmp_path / "nearest.png", copies, dataset)
+    assert figures["nearest_distance"] < 1e-5 < 1 < figures["nearest_distance_real"]
+    picture = torch.from_numpy(np.array(Image.open(tmp_path / "nearest.png").convert("RGB"))).permute(2, 0, 1)
+    scale = picture.shape[2] // (8 * 10 + 2)
+    first, nearest = (picture[:, 2 * scale : 10 * scale : scale, left * scale : (left + 8) * scale : scale] for left in (2, 12))
+    assert torch.equal(first, pixels[4]) and torch.equal(nearest, pixels[4])
+    with pytest.raises(ValueError, match=r"samples must have shape \[N, 3, 8, 8\], got \[2, 3, 4, 4\]"):
+        save_nearest(tmp_path / "nearest.png", copies[:, :, :4, :4], dataset)
+
+
+def test_command_scores_checkpoints_and_folders_against_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    generator = torch.Generator().manual_seed(6)
+    for name in ("real", "other"):
+        (tmp_path / name).mkdir()
+        for i in range(12):
+            pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8, generator=generator).numpy()
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    root = str(tmp_path / "real")
+    config = DCGANConfig(dataset="folder", data_root=root, image_size=8, base_channels=2, batch_size=4, max_steps=1,
+                         device="cpu", output=str(tmp_path / "run"))
+    Trainer(config, config.load_data()).train()
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["metrics", root, str(tmp_path / "other"), str(tmp_path / "run" / "checkpoint.pt"),
+                                     "--dataset", "folder", "--data-root", root, "--image-size", "8", "--samples", "50",
+                                     "--features", "random", "--nearest"])
+    assert main() == 0
+    extractor, same, other, scored = map(json.loads, capsys.readouterr().out.splitlines())
+    assert extractor["test_accuracy"] is None and "confident" not in scored
+    assert same["kernel_distance"] < other["kernel_distance"] < scored["kernel_distance"]
+    assert scored["nearest_distance"] > 0 and Image.open(tmp_path / "run" / "checkpoint.nearest.png").width > 8 * 8

@@ -1,13 +1,19 @@
-"""The built-in feature extractor: a LeNet with a fixed seed, trained once on the data set and kept in the cache.
+"""Feature extractors: what the distances between sets of images are measured in.
 
-Its scores name it by hash: they compare generators of one data set with each other and with held-out images, and
-are never to be put beside Inception scores.
+An extractor is called with images [N, C, H, W] and gives features [N, D] and class probabilities [N, K], or None for
+an extractor that knows no classes. It has a ``name`` that is stated beside every score, with a hash of its weights;
+scores from different extractors, and Inception scores among them, are never to be put beside each other.
+
+Three are here: a LeNet with a fixed seed, trained once on a labelled data set; random convolutions, for images of any
+kind; and any TorchScript file, such as an Inception network.
 """
 
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +23,25 @@ from fastgan.data import Batches, ImageDataset, load_dataset, normalize
 from fastgan.train.checkpoint import save_checkpoint
 
 EPOCHS = {"digits": 12, "mnist": 6, "fashion-mnist": 8}
+
+
+class Extractor(Protocol):
+    """What the functions of this package ask of a feature extractor.
+
+    Attributes:
+        name: stated beside every score; the cache of real features goes by it.
+        accuracy: on test images, 0 to 1; None without classes.
+    """
+
+    name: str
+    accuracy: float | None
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]: ...
+
+
+def cache_folder() -> Path:
+    """Where trained extractors and real features are kept: ``$XDG_CACHE_HOME/fastgan`` or ``~/.cache/fastgan``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgan"
 
 
 class LeNet(nn.Module):
@@ -51,13 +76,11 @@ class FeatureExtractor:
         network: in eval mode, on the CPU.
         accuracy: on the test images of its data set, 0 to 1.
         name: data set and hash of the weights, to be stated beside every score.
-        cache: folder it is kept in.
     """
 
     network: LeNet
     accuracy: float
     name: str
-    cache: Path
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,8 +91,7 @@ class FeatureExtractor:
         """
         features, probabilities = [], []
         for part in images.split(1000):
-            part = normalize(part) if part.dtype == torch.uint8 else part.float()
-            part = part.mean(1, keepdim=True)
+            part = _as_floats(part).mean(1, keepdim=True)
             if part.shape[-1] == 32:
                 part = part[:, :, 2:-2, 2:-2]
             elif part.shape[-1] != 28:
@@ -78,6 +100,100 @@ class FeatureExtractor:
             features.append(hidden)
             probabilities.append(self.network.output(hidden).softmax(1))
         return torch.cat(features), torch.cat(probabilities)
+
+
+class RandomExtractor:
+    """Convolutions with random weights of a fixed seed: features of images of any kind, without labels.
+
+    Naeem et al. 2020 (arXiv 2002.09797) found random networks the fairer choice for images unlike those that a
+    trained one has seen. Images are brought to 64 x 64 RGB; features [N, 448] are the mean activations of three layers, the last one
+    in each quarter of the image.
+    """
+
+    accuracy = None
+
+    def __init__(self, seed: int = 0):
+        random = torch.Generator().manual_seed(seed)
+        widths = (3, 64, 128, 64)
+        self.weights = [
+            torch.randn(out, into, 3, 3, generator=random) * (2 / (9 * into)) ** 0.5
+            for into, out in zip(widths, widths[1:])
+        ]
+        self.name = f"random {_digest(self.weights)}"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, None]:
+        """Features of images [N, 1 or 3, H, W], uint8 or floating point in [-1, 1]."""
+        features = []
+        for part in images.split(200):
+            activations = F.interpolate(_as_rgb(_as_floats(part)), (64, 64), mode="bilinear", antialias=True)
+            means = []
+            for weight in self.weights:
+                activations = F.conv2d(activations, weight, stride=2, padding=1).relu()
+                means.append(activations.mean((2, 3)))
+            means[-1] = F.adaptive_avg_pool2d(activations, 2).flatten(1)
+            features.append(torch.cat(means, 1))
+        return torch.cat(features), None
+
+
+class ScriptedExtractor:
+    """Features by a TorchScript file, such as the published Inception networks for Fréchet distances.
+
+    The network gets uint8 images [N, 3, H, W] and returns features [N, D]. One that has an argument
+    ``return_features``, as the Inception file of StyleGAN2-ADA has, is called with it set.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: no TorchScript file.
+    """
+
+    accuracy = None
+
+    def __init__(self, path: str | os.PathLike):
+        try:
+            content = Path(path).read_bytes()
+            self.network = torch.jit.load(str(path), map_location="cpu").eval()
+        except (OSError, RuntimeError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"--features {path}: cannot be read as a TorchScript file ({reason})") from error
+        arguments = [argument.name for argument in self.network.forward.schema.arguments]
+        self.options = {"return_features": True} if "return_features" in arguments else {}
+        self.name = f"{Path(path).stem} {hashlib.sha256(content).hexdigest()[:12]}"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, None]:
+        """Features of images [N, 1 or 3, H, W], uint8 or floating point in [-1, 1]."""
+        parts = []
+        for part in images.split(50):
+            part = _as_rgb(part)
+            if part.dtype != torch.uint8:
+                part = ((part + 1) * 127.5).round().clamp(0, 255).byte()
+            features = self.network(part, **self.options)
+            if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != len(part):
+                found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+                raise ValueError(f"--features: the network must return features [{len(part)}, D], got {found}")
+            parts.append(features.float())
+        return torch.cat(parts), None
+
+
+def load_extractor(features: str, dataset: str, data_root: str | os.PathLike | None = None) -> Extractor:
+    """An extractor by name.
+
+    Args:
+        features: ``"lenet"`` (see :func:`feature_extractor`), ``"random"`` (:class:`RandomExtractor`) or the path of a
+            TorchScript file (:class:`ScriptedExtractor`).
+        dataset: the data set a LeNet learns.
+        data_root: where its files are.
+
+    Raises:
+        ValueError: a data set without labels for a LeNet, or a file that is no network.
+        DataError: data that is missing or damaged.
+    """
+    if features == "lenet":
+        return feature_extractor(dataset, data_root)
+    return RandomExtractor() if features == "random" else ScriptedExtractor(features)
 
 
 def feature_extractor(dataset: str = "digits", data_root: str | os.PathLike | None = None) -> FeatureExtractor:
@@ -95,10 +211,10 @@ def feature_extractor(dataset: str = "digits", data_root: str | os.PathLike | No
         DataError: data that is missing or damaged.
     """
     if dataset not in EPOCHS:
-        raise ValueError(f"feature_extractor: dataset must be one of {', '.join(EPOCHS)}, got {dataset!r}")
+        raise ValueError(f"feature_extractor: dataset must be one of {', '.join(EPOCHS)}, got {dataset!r}; "
+                         "for other images there is --features random")
     train = load_dataset(dataset, data_root, image_size=28)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgan"
-    path = cache / f"lenet-{dataset}-{train.fingerprint():08x}.pt"
+    path = cache_folder() / f"lenet-{dataset}-{train.fingerprint():08x}.pt"
     network = LeNet(int(train.labels.max()) + 1)
     if path.is_file():
         state = torch.load(path, weights_only=True)
@@ -110,10 +226,21 @@ def feature_extractor(dataset: str = "digits", data_root: str | os.PathLike | No
             network = LeNet(int(train.labels.max()) + 1)
             _train(network, train, EPOCHS[dataset])
         accuracy = _accuracy(network, load_dataset(dataset, data_root, image_size=28, split="test"))
-        cache.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, {"network": network.state_dict(), "accuracy": accuracy})
-    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in network.state_dict().values()))
-    return FeatureExtractor(network.eval(), accuracy, f"LeNet {dataset} {digest.hexdigest()[:12]}", cache)
+    return FeatureExtractor(network.eval(), accuracy, f"LeNet {dataset} {_digest(network.state_dict().values())}")
+
+
+def _digest(weights: Iterable[Tensor]) -> str:
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in weights)).hexdigest()[:12]
+
+
+def _as_floats(images: Tensor) -> Tensor:
+    return normalize(images) if images.dtype == torch.uint8 else images.float()
+
+
+def _as_rgb(images: Tensor) -> Tensor:
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
 def _train(network: LeNet, dataset: ImageDataset, epochs: int) -> None:

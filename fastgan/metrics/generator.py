@@ -1,4 +1,4 @@
-"""Scores of a trained generator beside those of held-out images."""
+"""Scores of generated images, and the real images nearest to them."""
 
 import os
 from pathlib import Path
@@ -6,12 +6,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgan.data import load_dataset
-from fastgan.metrics.distances import frechet_distance, kernel_distance, nearest_neighbour_test, precision_recall
-from fastgan.metrics.features import FeatureExtractor
-from fastgan.train.checkpoint import load_checkpoint
+from fastgan.data import ImageDataset, normalize
+from fastgan.metrics.distances import (
+    frechet_distance, kernel_distance, nearest_images, nearest_neighbour_test, precision_recall,
+)
+from fastgan.metrics.features import Extractor, cache_folder
+from fastgan.train.checkpoint import load_checkpoint, save_checkpoint
 from fastgan.train.config import TrainConfig
+from fastgan.train.outputs import save_grid
 
+# Real images that features are computed of, at most.
+REAL_SAMPLES = 10_000
 # cdist holds a matrix of these squared.
 NEIGHBOUR_SAMPLES = 2000
 # Images generated at a time.
@@ -49,43 +54,83 @@ def generate(config_class: type[TrainConfig], path: str | os.PathLike, count: in
     return torch.cat([generator(config.latent(min(CHUNK, count - done), random)) for done in range(0, count, CHUNK)])
 
 
-def score(extractor: FeatureExtractor, dataset: str, images: Tensor, data_root: str | os.PathLike | None = None) -> dict[str, float]:
-    """Compare generated images with the training images of a data set.
+def score(extractor: Extractor, real: Tensor, images: Tensor) -> dict[str, float]:
+    """Compare generated images with real ones.
 
     Args:
         extractor: gives features and class probabilities.
-        dataset: name of the data set compared with, as for :func:`fastgan.data.load_dataset`.
-        images: [N, C, H, W], float in [-1, 1] or uint8; the training images are cut to as many.
-        data_root: where the data files are.
+        real: features of the real images, as of :func:`real_features`; cut to as many as there are images.
+        images: [N, C, H, W], float in [-1, 1] or uint8.
 
     Returns:
         ``frechet_distance``, ``kernel_distance``, ``precision``, ``recall``, ``density``, ``coverage``,
-        ``nearest_neighbour_accuracy``, ``confident`` (part of the images with a class probability over 0.9) and
-        ``confidence`` (mean of the highest class probability).
+        ``nearest_neighbour_accuracy``; with an extractor that knows classes also ``confident`` (part of the images with
+        a class probability over 0.9) and ``confidence`` (mean of the highest class probability).
+
+    Raises:
+        ValueError: fewer than 6 images, or images and real features that do not fit together.
     """
-    real = _real_features(extractor, dataset, data_root)[: len(images)]
+    real = real[: len(images)]
     fake, probabilities = extractor(images)
     few = slice(NEIGHBOUR_SAMPLES)
     # Ordered sets (classes one after the other) are shuffled before a part is taken.
     fake = fake[torch.randperm(len(fake), generator=torch.Generator().manual_seed(0))]
-    highest = probabilities.amax(1)
-    return {
+    figures = {
         "frechet_distance": frechet_distance(real, fake),
         "kernel_distance": kernel_distance(real[few], fake[few]),
         **precision_recall(real[few], fake[few])._asdict(),
         "nearest_neighbour_accuracy": nearest_neighbour_test(real[few], fake[few]).accuracy,
-        "confident": float((highest > 0.9).double().mean()),
-        "confidence": float(highest.mean()),
     }
+    if probabilities is not None:
+        highest = probabilities.amax(1)
+        figures |= {"confident": float((highest > 0.9).double().mean()), "confidence": float(highest.mean())}
+    return figures
 
 
-def _real_features(extractor: FeatureExtractor, dataset: str, data_root: str | os.PathLike | None) -> Tensor:
-    """Features of the training images in a fixed random order; kept in the cache under the extractor's name."""
-    train = load_dataset(dataset, data_root, image_size=28)
-    path = extractor.cache / f"features-{extractor.name.replace(' ', '-')}-{train.fingerprint():08x}.pt"
+def real_features(extractor: Extractor, dataset: ImageDataset) -> Tensor:
+    """Features [N, D] of the images of a data set, of 10,000 at most, in a fixed random order.
+
+    Kept in the cache under the extractor's name and the fingerprint of the images.
+    """
+    path = cache_folder() / f"features-{extractor.name.replace(' ', '-')}-{dataset.fingerprint():08x}.pt"
     if path.is_file():
         return torch.load(path, weights_only=True)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:10_000]
-    features, _ = extractor(train.images[order])
-    torch.save(features, path)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:REAL_SAMPLES]
+    features, _ = extractor(dataset.images[order])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, features)
     return features
+
+
+def save_nearest(path: Path, samples: Tensor, dataset: ImageDataset) -> dict[str, float]:
+    """Check for copies: a picture with the nearest training image (by pixels) to the right of each sample.
+
+    Args:
+        path: of the picture, a grid of four pairs a row.
+        samples: [N, C, H, W] in [-1, 1], of the size of the training images; the first 32 are drawn.
+        dataset: the training images.
+
+    Returns:
+        ``nearest_distance``: median over the samples of the distance to the nearest training image;
+        ``nearest_distance_real``: the same from each training image to the nearest other one. Copies have a distance near
+        0; new images are about as far from the training images as those are from each other.
+
+    Raises:
+        ValueError: samples of another size than the training images.
+        TrainingError: the file cannot be written.
+    """
+    if samples.shape[1:] != dataset.image_shape:
+        raise ValueError(
+            f"save_nearest: samples must have shape [N, {', '.join(map(str, dataset.image_shape))}], got {list(samples.shape)}"
+        )
+    real = normalize(dataset.images)
+    nearest = real[nearest_images(samples, real)]
+    pairs = torch.stack([samples, nearest], 1)[:32].flatten(0, 1)
+    save_grid(path, pairs, 8)
+    flat = real[:NEIGHBOUR_SAMPLES].flatten(1)
+    others = torch.cdist(flat, real.flatten(1))
+    others[torch.arange(len(flat)), torch.arange(len(flat))] = torch.inf
+    return {
+        "nearest_distance": float((samples - nearest).flatten(1).norm(dim=1).median()),
+        "nearest_distance_real": float(others.amin(1).median()),
+    }

@@ -20,7 +20,16 @@ class DCGANConfig(TrainConfig):
 
     base_channels: int = option(32, "channels of the layers next to the image; they double inwards", minimum=1)
     augment: bool = option(False, "change the images the discriminator sees, differentiably: for small sets")
+    decay: float = option(0.0, "last part of the run in which the step size falls linearly to 0; 0 for none", minimum=0)
     output: str = option("runs/dcgan", "folder the results are written to", may_change=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.decay > 1:
+            raise ValueError(f"--decay must be at most 1, got {self.decay}")
+
+    def learning_rate_at(self, progress: float) -> float:
+        return self.learning_rate * (min(1.0, (1 - progress) / self.decay) if self.decay else 1.0)
 
     def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Objective]:
         channels, height, _ = dataset.image_shape
