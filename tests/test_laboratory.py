@@ -98,8 +98,36 @@ def test_command_writes_figures_and_numbers(tmp_path, capsys):
     for name in ("density.png", "losses.png", "optimal.png", "gradients.png"):
         assert Image.open(tmp_path / name).width > 300
     assert Image.open(tmp_path / "samples.gif").n_frames > 5
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["epoch_0001.png"]
     assert json.loads((tmp_path / "summary.json").read_text())["seeds"] == 2
     assert "of 2 pass" in capsys.readouterr().out
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 30 and last["epoch"] == 1 and 0 < last["d_real"] < 1 and 0 < last["d_fake"] < 1
+
+
+@pytest.mark.parametrize("stop", [200, 250])
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, stop):
+    flags = ["--seeds", "2", "--epochs", "2"]
+    assert run([*flags, "--output", str(tmp_path / "whole")]) == 0
+    assert run([*flags, "--output", str(tmp_path / "parts"), "--max-steps", str(stop)]) == 0
+    assert run(["--resume", str(tmp_path / "parts")]) == 0
+    whole, parts = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 400
+    for name, value in whole["weights"].items():
+        assert torch.equal(value, parts["weights"][name]), name
+    assert whole["history"]["steps"][-1] == parts["history"]["steps"][-1] == 400
+    assert torch.equal(whole["history"]["samples"][-1], parts["history"]["samples"][-1])
+
+
+def test_a_run_that_diverges_stops_with_its_step(tmp_path, capsys):
+    assert run(["--seeds", "1", "--max-steps", "40", "--generator-learning-rate", "1e38", "--output", str(tmp_path)]) == 1
+    assert "weights that are not finite; a lower learning rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--dataset", "--data-root", "--image-size=32"])
+def test_flags_of_the_image_examples_are_refused_with_the_reason(flag, capsys):
+    assert run([flag, "x"]) == 2
+    assert f"{flag.partition('=')[0]} means nothing for one-dimensional data: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, message", [

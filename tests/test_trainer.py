@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import os
 import resource
@@ -381,6 +382,7 @@ def test_learning_rate_that_explodes_is_reported_in_one_line(tmp_path, tiny, cap
         (["--image-size", "30"], "image_size must be 4 * 2**n"),
         (["--data-root", "/no/such/place"], "no such folder: /no/such/place"),
         (["--precision", "fp16"], "--precision fp16 needs a GPU"),
+        (["--keep-checkpoints", "1,x"], "--keep-checkpoints must be 'all' or epochs with commas between"),
     ],
 )
 def test_wrong_settings_are_one_line_and_no_output(tmp_path, tiny, arguments, message, capsys):
@@ -478,6 +480,18 @@ def test_training_follows_the_plain_loop_of_the_paper(tmp_path, images):
     figures = [trainer.train_step(batch) for batch in epochs]
     found = [(figure["loss_d"].item(), figure["loss_g"].item()) for figure in figures]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_decay_lowers_the_step_size_over_the_last_part_of_the_run(tmp_path, images):
+    trainer = trainer_in(tmp_path, images, max_steps=4, decay=0.5, learning_rate=1e-3)
+    rates = []
+    for batch in itertools.islice(trainer.batches.epoch(0), 4):
+        trainer.train_step(batch)
+        trainer.step += 1
+        rates.append(trainer.optimizers["generator"].param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4])
+    with pytest.raises(ValueError, match="--decay must be at most 1, got 2"):
+        DCGANConfig(decay=2)
 
 
 def test_averaged_weights_lie_between_the_old_and_the_new_and_make_the_samples(tmp_path, images):

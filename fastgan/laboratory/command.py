@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -9,13 +10,23 @@ from pathlib import Path
 import torch
 
 from fastgan.laboratory import pictures
-from fastgan.laboratory.experiment import LaboratoryConfig, Run, fit_discriminator, gradient_norms, train
+from fastgan.laboratory.experiment import (
+    STEPS_PER_EPOCH, LaboratoryConfig, Run, fit_discriminator, gradient_norms, train,
+)
 from fastgan.laboratory.mixture import Mixture, distances
-from fastgan.train.checkpoint import TrainingError, save_checkpoint, write_atomically
-from fastgan.train.config import parse_arguments
-from fastgan.train.outputs import write_json
+from fastgan.train.checkpoint import TrainingError, load_checkpoint, save_checkpoint, write_atomically
+from fastgan.train.config import parse_arguments, resumed_config
+from fastgan.train.outputs import prepare_folder, write_json
 
 CRITERION = "|mean error| < 0.1, std ratio 0.7 to 1.3, KS < 0.15"
+
+
+# Flags of the other examples that mean nothing here, with what does.
+FOREIGN = {
+    "--dataset": "the data are set by --means and --stds", "--data-root": "no files are read",
+    "--image-size": "a sample is one number", "--channels": "a sample is one number",
+    "--latent-dim": "the input is one number, see --noise-range",
+}
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -25,40 +36,55 @@ def run(arguments: list[str] | None = None) -> int:
         arguments: the command line without the program's name; None takes the process's.
 
     Returns:
-        Exit status: 0, or 1 for an error (one line on standard error).
+        Exit status: 0, 1 for an error (one line on standard error), or 130 after an interrupt. Wrong flags exit with 2.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for argument in arguments:
+        if (flag := argument.partition("=")[0]) in FOREIGN:
+            print(f"error: {flag} means nothing for one-dimensional data: {FOREIGN[flag]}", file=sys.stderr)
+            return 2
     try:
-        config = LaboratoryConfig(**parse_arguments(LaboratoryConfig, arguments))
-        output = Path(config.output)
-        torch.set_num_threads(config.threads)
-        started = time.perf_counter()
-        trained = train(config)
-        seconds = time.perf_counter() - started
-        summary = summarise(trained) | {"seconds": round(seconds, 2)}
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "config.json", {"family": "gaussian"} | dataclasses.asdict(config))
-        write_atomically(output / "metrics.jsonl", _lines(trained).encode())
-        save_checkpoint(output / "checkpoint.pt", {
-            "family": "gaussian", "config": dataclasses.asdict(config),
-            "networks": {"generator": trained.generator.parameters, "discriminator": trained.discriminator.parameters},
-        })
-        pictures.save_density(output / "density.png", trained)
-        pictures.save_curves(output / "losses.png", trained)
-        pictures.save_evolution(output / "samples.gif", trained)
-        # A fixed generator one deviation beside the data and a little wider.
-        fixed = Mixture((config.data.mean - config.data.std,), (1.3 * config.data.std,))
-        x, found, optimal = fit_discriminator(config, fixed)
-        summary["optimal_discriminator_error"] = float((found - optimal).abs().mean())
-        pictures.save_optimal(output / "optimal.png", x, found, optimal, summary["optimal_discriminator_error"])
-        norms = gradient_norms(config)
-        summary["early_gradient_ratio"] = float((norms["non_saturating"] / norms["minimax"]).median())
-        pictures.save_gradient_norms(output / "gradients.png", norms)
-        write_json(output / "summary.json", summary)
+        given = parse_arguments(LaboratoryConfig, arguments)
+        resumed = load_checkpoint(Path(given["resume"]) / "checkpoint.pt", "gaussian") if given.get("resume") else None
+        config = resumed_config(LaboratoryConfig, given, resumed["config"], resumed["step"]) if resumed else LaboratoryConfig(**given)
+        _experiment(config, resumed)
     except (ValueError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    _report(summary, config, output)
+    except KeyboardInterrupt:
+        print(f"interrupted; to go on from the last whole epoch:\n  python {sys.argv[0]} --resume {config.output}")
+        return 130
     return 0
+
+
+def _experiment(config: LaboratoryConfig, resumed: dict | None) -> None:
+    output = Path(config.output)
+    if not resumed or Path(config.resume).resolve() != output.resolve():
+        prepare_folder(output)
+    (output / "samples").mkdir(parents=True, exist_ok=True)
+    write_json(output / "config.json", {"family": "gaussian"} | dataclasses.asdict(config))
+
+    def save(state: dict) -> None:
+        save_checkpoint(output / "checkpoint.pt", {"family": "gaussian", "config": dataclasses.asdict(config)} | state)
+
+    torch.set_num_threads(config.threads)
+    started = time.perf_counter()
+    trained = train(config, resumed=resumed, save=save)
+    summary = summarise(trained) | {"seconds": round(time.perf_counter() - started, 2)}
+    write_atomically(output / "metrics.jsonl", _lines(trained).encode())
+    pictures.save_density(output / "density.png", trained)
+    pictures.save_curves(output / "losses.png", trained)
+    pictures.save_evolution(output, trained)
+    # A fixed generator one deviation beside the data and a little wider.
+    fixed = Mixture((config.data.mean - config.data.std,), (1.3 * config.data.std,))
+    x, found, optimal = fit_discriminator(config, fixed)
+    summary["optimal_discriminator_error"] = float((found - optimal).abs().mean())
+    pictures.save_optimal(output / "optimal.png", x, found, optimal, summary["optimal_discriminator_error"])
+    norms = gradient_norms(config)
+    summary["early_gradient_ratio"] = float((norms["non_saturating"] / norms["minimax"]).median())
+    pictures.save_gradient_norms(output / "gradients.png", norms)
+    write_json(output / "summary.json", summary)
+    _report(summary, config, output)
 
 
 def summarise(trained: Run) -> dict:
@@ -82,7 +108,8 @@ def _lines(trained: Run) -> str:
     for number, step in enumerate(trained.steps):
         figures = distances(trained.samples[number], trained.config.data)
         figures |= {name: values[number] for name, values in trained.losses.items()}
-        lines.append(json.dumps({"step": step} | {name: float(value.median()) for name, value in figures.items()}))
+        epoch = max(1, math.ceil(step / STEPS_PER_EPOCH))
+        lines.append(json.dumps({"step": step, "epoch": epoch} | {name: float(value.median()) for name, value in figures.items()}))
     return "\n".join(lines) + "\n"
 
 
@@ -90,7 +117,7 @@ def _report(summary: dict, config: LaboratoryConfig, output: Path) -> None:
     def median(name: str) -> float:
         return float(torch.tensor(summary[name]).median())
 
-    print(f"{summary['seeds']} seeds x {config.max_steps} steps in {summary['seconds']:.1f} s; "
+    print(f"{summary['seeds']} seeds x {config.total_steps} steps in {summary['seconds']:.1f} s; "
           f"{summary['passed']} of {summary['seeds']} pass ({CRITERION})")
     print(f"medians: |mean error| {median('mean_error'):.3f}  std ratio {median('std_ratio'):.2f}  KS {median('ks'):.3f}  "
           f"Wasserstein {median('wasserstein'):.3f}  JS {median('js'):.3f}")

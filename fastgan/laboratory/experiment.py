@@ -1,6 +1,8 @@
 """Training of one-dimensional GANs, all seeds at once, and the experiments on their theory."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,9 +10,11 @@ from torch.nn import functional as F
 
 from fastgan.laboratory.mixture import Mixture
 from fastgan.laboratory.networks import Adam, StackedMLP
+from fastgan.train.checkpoint import TrainingError
 from fastgan.train.config import option
 
 GENERATOR_LOSSES = ("non_saturating", "minimax")
+STEPS_PER_EPOCH = 200
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -25,7 +29,10 @@ class LaboratoryConfig:
     stds: str = option("0.5", "standard deviation of the data; as many as means")
     noise_range: float = option(8.0, "the generator's input is uniform from minus this to this", minimum=1e-6)
     seeds: int = option(10, "networks trained side by side, each with weights and samples of its own", minimum=1)
-    max_steps: int = option(4000, "training steps", minimum=1)
+    epochs: int | None = option(None, "epochs of 200 steps each (the data are drawn anew, there is no set to pass over); by "
+                                "default 20, or what --max-steps needs", minimum=1)
+    max_steps: int | None = option(None, "stop after this many steps, counted from the start of the run", minimum=1,
+                                   may_change=True)
     batch_size: int = option(120, "samples in a step", minimum=2)
     hidden_features: int = option(11, "units of every hidden layer", minimum=1)
     generator_learning_rate: float = option(5e-3, "Adam's step size; falls to 0 over the second half", minimum=0)
@@ -37,13 +44,17 @@ class LaboratoryConfig:
                                      "brought to [-1, 1]; without, fewer seeds come close")
     generator_loss: str = option("non_saturating", "loss of the generator", choices=GENERATOR_LOSSES)
     seed: int = option(0, "seed of everything", minimum=0, below=2**32)
-    device: str = option("cpu", "networks this small are for the CPU", choices=("cpu",))
-    threads: int = option(1, "CPU threads; more than one only costs here", minimum=1)
-    output: str = option("runs/gaussian", "folder the results are written to")
+    device: str = option("cpu", "networks this small are for the CPU, which auto takes too", choices=("auto", "cpu"))
+    precision: str = option("fp32", "arithmetic; nothing would be gained by less", choices=("fp32",))
+    threads: int = option(1, "CPU threads; more than one only costs here", minimum=1, may_change=True)
+    output: str = option("runs/gaussian", "folder the results are written to", may_change=True)
+    resume: str | None = option(None, "folder of a run to continue, with that run's settings", may_change=True)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, limits = getattr(self, field.name), field.metadata
+            if value is None:
+                continue
             flag = f"--{field.name.replace('_', '-')}"
             if limits["choices"] and value not in limits["choices"]:
                 raise ValueError(f"{flag} must be one of {', '.join(limits['choices'])}, got {value}")
@@ -52,6 +63,15 @@ class LaboratoryConfig:
             if limits["below"] is not None and not value < limits["below"]:
                 raise ValueError(f"{flag} must be below {limits['below']}, got {value}")
         self.data  # raises for means and stds that do not fit
+
+    @property
+    def planned_steps(self) -> int:
+        """Steps of all epochs, over which the step size falls to 0."""
+        return self.epochs * STEPS_PER_EPOCH if self.epochs else max(20 * STEPS_PER_EPOCH, self.max_steps or 0)
+
+    @property
+    def total_steps(self) -> int:
+        return min(self.planned_steps, self.max_steps or self.planned_steps)
 
     @property
     def data(self) -> Mixture:
@@ -73,7 +93,7 @@ class Run:
         samples: of the generators at every frame, float32 [T, seeds, 2000], from evenly spaced inputs.
         grid: places x of the curves, [X].
         curves: the discriminators' probabilities over the grid at every frame, [T, seeds, X].
-        losses: name to [T, seeds], of the step at every frame.
+        losses: ``loss_d``, ``loss_g``, ``d_real`` and ``d_fake`` (mean probabilities) at every frame, [T, seeds].
     """
 
     config: LaboratoryConfig
@@ -86,18 +106,23 @@ class Run:
     losses: dict[str, Tensor]
 
 
-def train(config: LaboratoryConfig, *, frames: int = 20) -> Run:
+def train(
+    config: LaboratoryConfig, *, frames: int = 20, resumed: dict[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda state: None,
+) -> Run:
     """Train all seeds (Goodfellow et al. 2014, algorithm 1).
 
     Args:
         config: the settings.
-        frames: how often the networks are looked at on the way.
+        frames: looks at the networks, evenly over the run, beside those at the end of every epoch.
+        resumed: what ``save`` was given; the run goes on from there, bit for bit as if it had not stopped.
+        save: called with the state of the run, tensors and numbers in dictionaries, after every epoch and at the end.
 
-    Returns:
-        The trained networks and what was seen of them.
+    Raises:
+        TrainingError: weights that are not finite.
     """
     random = torch.Generator().manual_seed(config.seed)
-    data, count, seeds = config.data, config.batch_size, config.seeds
+    data, count, seeds, total = config.data, config.batch_size, config.seeds, config.total_steps
     shift, scale = _standardisation(config)
     generator, discriminator = _networks(config, random)
     optimizer_g = Adam(generator.parameters, config.beta1, config.beta2)
@@ -106,39 +131,68 @@ def train(config: LaboratoryConfig, *, frames: int = 20) -> Run:
     real_then_fake = torch.cat([torch.ones(1, count, 1), torch.zeros(1, count, 1)], 1)
     z = torch.empty(seeds, count, 1)
     grid = torch.linspace(*data.limits(5), 401)
-    steps, samples, curves = [], [], []
-    losses: dict[str, list[Tensor]] = {"loss_d": [], "loss_g": []}
-    frame_steps = {round(number * config.max_steps / frames) for number in range(frames + 1)}
-    for step in range(config.max_steps + 1):
-        if step in frame_steps:
-            steps.append(step)
-            samples.append(_generate(generator, averaged, config.noise_range) * scale + shift)
-            curves.append(discriminator.forward(((grid - shift) / scale).expand(seeds, -1)[..., None]).sigmoid()[..., 0])
-        # Full speed for half of the run, then down to 0, so that the circling dies out.
-        rate = min(1.0, 2 * (1 - step / config.max_steps))
+    history: dict[str, list] = {name: [] for name in ("steps", "samples", "curves", "loss_d", "loss_g", "d_real", "d_fake")}
+    weights = {"generator": generator.parameters, "discriminator": discriminator.parameters, "averaged": averaged,
+               "mean_g": optimizer_g.mean, "square_g": optimizer_g.square,
+               "mean_d": optimizer_d.mean, "square_d": optimizer_d.square}
+    first = 0
+    if resumed:
+        if total < resumed["step"]:
+            raise ValueError(f"--max-steps must be at least {resumed['step']}, the step of the checkpoint, got {total}")
+        for name, value in weights.items():
+            value.copy_(resumed["weights"][name])
+        random.set_state(resumed["random"])
+        first = optimizer_g.steps = optimizer_d.steps = resumed["step"]
+        # The last look was at the end of the run that stopped; it is taken anew.
+        history = {name: values[:-1] for name, values in resumed["history"].items()}
 
+    frame_steps = {round(number * total / frames) for number in range(frames + 1)} | set(range(0, total, STEPS_PER_EPOCH))
+    for step in range(first, total + 1):
+        looks = step in frame_steps
+        if looks:
+            history["steps"].append(step)
+            history["samples"].append(_generate(generator, averaged, config.noise_range) * scale + shift)
+            history["curves"].append(
+                discriminator.forward(((grid - shift) / scale).expand(seeds, -1)[..., None]).sigmoid()[..., 0]
+            )
+        before = random.get_state() if looks else None
         x = (data.sample((seeds, count, 1), random) - shift) / scale
         fake = generator.forward(z.uniform_(-config.noise_range, config.noise_range, generator=random))
         logits = discriminator.forward(torch.cat([x, fake], 1))
-        # The gradient of -log D(x) - log(1 - D(G(z))) for the logit is D(x) - 1 on data and D(G(z)) on fakes.
         probabilities = logits.sigmoid()
+        if looks:
+            _note_losses(history, config, logits)
+            if not (generator.parameters.isfinite().all() and discriminator.parameters.isfinite().all()):
+                raise TrainingError(f"step {step}: weights that are not finite; a lower learning rate often helps")
+            if step > first and (step % STEPS_PER_EPOCH == 0 or step == total):
+                save({"step": step, "weights": weights, "random": before, "history": history})
+            if step == total:
+                break
+
+        # Full speed for half of the run, then down to 0, so that the circling dies out.
+        rate = min(1.0, 2 * (1 - step / config.planned_steps))
+        # The gradient of -log D(x) - log(1 - D(G(z))) for the logit is D(x) - 1 on data and D(G(z)) on fakes.
         discriminator.backward((probabilities - real_then_fake) / count)
-        if step in frame_steps:
-            losses["loss_d"].append(2 * F.binary_cross_entropy_with_logits(
-                logits, real_then_fake.expand_as(logits), reduction="none").mean((1, 2)))
         optimizer_d.step(discriminator.gradients, config.discriminator_learning_rate * rate)
 
-        logits = discriminator.forward(fake)
-        gradient = generator_loss_gradient(logits, config.generator_loss) / count
+        gradient = generator_loss_gradient(discriminator.forward(fake), config.generator_loss) / count
         generator.backward(discriminator.backward(gradient, weights=False, input=True))
-        if step in frame_steps:
-            loss = F.softplus(-logits) if config.generator_loss == "non_saturating" else -F.softplus(logits)
-            losses["loss_g"].append(loss.mean((1, 2)))
         optimizer_g.step(generator.gradients, config.generator_learning_rate * rate)
         averaged.lerp_(generator.parameters, 1 - min(config.ema, (1 + step) / (10 + step)) if config.ema else 1.0)
     generator.parameters.copy_(averaged)
-    return Run(config, generator, discriminator, steps, torch.stack(samples), grid, torch.stack(curves),
-               {name: torch.stack(values) for name, values in losses.items()})
+    steps, samples, curves = history.pop("steps"), torch.stack(history.pop("samples")), torch.stack(history.pop("curves"))
+    return Run(config, generator, discriminator, steps, samples, grid, curves,
+               {name: torch.stack(values) for name, values in history.items()})
+
+
+def _note_losses(history: dict[str, list], config: LaboratoryConfig, logits: Tensor) -> None:
+    """Losses and mean probabilities of every seed, from the discriminators' logits of data and fakes."""
+    real, fake = logits.chunk(2, 1)
+    history["loss_d"].append((F.softplus(-real) + F.softplus(fake)).mean((1, 2)))
+    loss = F.softplus(-fake) if config.generator_loss == "non_saturating" else -F.softplus(fake)
+    history["loss_g"].append(loss.mean((1, 2)))
+    history["d_real"].append(real.sigmoid().mean((1, 2)))
+    history["d_fake"].append(fake.sigmoid().mean((1, 2)))
 
 
 def generator_loss_gradient(logits: Tensor, kind: str) -> Tensor:

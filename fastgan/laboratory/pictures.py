@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from fastgan.laboratory.experiment import Run
+from fastgan.laboratory.experiment import STEPS_PER_EPOCH, Run
 from fastgan.laboratory.mixture import distances
 from fastgan.train.checkpoint import write_atomically
 
@@ -24,14 +24,18 @@ def save_density(path: Path, run: Run, frame: int = -1) -> None:
     write_atomically(path, _png(_density_figure(run, frame)))
 
 
-def save_evolution(path: Path, run: Run) -> None:
-    """The density figure of every frame as an animated GIF."""
-    frames = [Image.open(io.BytesIO(_png(_density_figure(run, frame), 55))).convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
-              for frame in range(len(run.steps))]
+def save_evolution(folder: Path, run: Run) -> None:
+    """The density figure of every frame: samples.gif, and for the end of every epoch samples/epoch_0001.png and on."""
+    frames = []
+    for number, step in enumerate(run.steps):
+        picture = _png(_density_figure(run, number), 55)
+        frames.append(Image.open(io.BytesIO(picture)).convert("P", palette=Image.Palette.ADAPTIVE, colors=64))
+        if step and (step % STEPS_PER_EPOCH == 0 or step == run.steps[-1]):
+            write_atomically(folder / "samples" / f"epoch_{math.ceil(step / STEPS_PER_EPOCH):04d}.png", picture)
     buffer = io.BytesIO()
     durations = [150] * (len(frames) - 1) + [2000]
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(folder / "samples.gif", buffer.getvalue())
 
 
 def save_curves(path: Path, run: Run) -> None:
