@@ -360,7 +360,8 @@ def test_photo_crops_makes_a_folder_that_trains(tmp_path):
     for name, size in (("a.png", (50, 40)), ("b.png", (30, 60))):
         Image.effect_noise(size, 90).convert("RGB").save(tmp_path / name)
     script = Path(__file__).parent.parent / "examples" / "photo_crops.py"
-    command = [sys.executable, script, tmp_path / "a.png", tmp_path / "b.png", "--output", tmp_path / "crops", "--count", "6", "--size", "8"]
+    command = [sys.executable, script, tmp_path / "a.png", tmp_path / "b.png", "--output", tmp_path / "crops",
+               "--count", "6", "--size", "8"]
     assert "6 crops of 2 photographs" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     images = load_dataset("folder", tmp_path / "crops", image_size=8).images
     assert images.shape == (6, 3, 8, 8) and len(images.flatten(1).unique(dim=0)) == 6

@@ -120,7 +120,8 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, stop):
 
 
 def test_a_run_that_diverges_stops_with_its_step(tmp_path, capsys):
-    assert run(["--seeds", "1", "--max-steps", "40", "--generator-learning-rate", "1e38", "--output", str(tmp_path)]) == 1
+    flags = ["--seeds", "1", "--max-steps", "40", "--generator-learning-rate", "1e38"]
+    assert run([*flags, "--output", str(tmp_path)]) == 1
     assert "weights that are not finite; a lower learning rate" in capsys.readouterr().err
 
 

@@ -173,9 +173,14 @@ def test_real_features_are_computed_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     dataset = ImageDataset("folder", torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8), None)
     extractor, calls = RandomExtractor(), []
-    monkeypatch.setattr(RandomExtractor, "__call__", lambda self, images: (calls.append(1), (images.flatten(1).float(), None))[1])
+
+    def pixels(self, images):
+        calls.append(len(images))
+        return images.flatten(1).float(), None
+
+    monkeypatch.setattr(RandomExtractor, "__call__", pixels)
     first = real_features(extractor, dataset)
-    assert torch.equal(real_features(extractor, dataset), first) and calls == [1]
+    assert torch.equal(real_features(extractor, dataset), first) and calls == [9]
     assert sorted(first[:, 0].tolist()) == sorted(dataset.images[:, 0, 0, 0].tolist())
 
 
@@ -187,7 +192,8 @@ def test_nearest_images_stand_beside_their_samples_and_copies_are_at_distance_ze
     assert figures["nearest_distance"] < 1e-5 < 1 < figures["nearest_distance_real"]
     picture = torch.from_numpy(np.array(Image.open(tmp_path / "nearest.png").convert("RGB"))).permute(2, 0, 1)
     scale = picture.shape[2] // (8 * 10 + 2)
-    first, nearest = (picture[:, 2 * scale : 10 * scale : scale, left * scale : (left + 8) * scale : scale] for left in (2, 12))
+    small = picture[:, ::scale, ::scale]
+    first, nearest = small[:, 2:10, 2:10], small[:, 2:10, 12:20]
     assert torch.equal(first, pixels[4]) and torch.equal(nearest, pixels[4])
     with pytest.raises(ValueError, match=r"samples must have shape \[N, 3, 8, 8\], got \[2, 3, 4, 4\]"):
         save_nearest(tmp_path / "nearest.png", copies[:, :, :4, :4], dataset)

@@ -45,8 +45,11 @@ def run(arguments: list[str] | None = None) -> int:
             return 2
     try:
         given = parse_arguments(LaboratoryConfig, arguments)
-        resumed = load_checkpoint(Path(given["resume"]) / "checkpoint.pt", "gaussian") if given.get("resume") else None
-        config = resumed_config(LaboratoryConfig, given, resumed["config"], resumed["step"]) if resumed else LaboratoryConfig(**given)
+        if given.get("resume"):
+            resumed = load_checkpoint(Path(given["resume"]) / "checkpoint.pt", "gaussian")
+            config = resumed_config(LaboratoryConfig, given, resumed["config"], resumed["step"])
+        else:
+            resumed, config = None, LaboratoryConfig(**given)
         _experiment(config, resumed)
     except (ValueError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -108,8 +111,8 @@ def _lines(trained: Run) -> str:
     for number, step in enumerate(trained.steps):
         figures = distances(trained.samples[number], trained.config.data)
         figures |= {name: values[number] for name, values in trained.losses.items()}
-        epoch = max(1, math.ceil(step / STEPS_PER_EPOCH))
-        lines.append(json.dumps({"step": step, "epoch": epoch} | {name: float(value.median()) for name, value in figures.items()}))
+        record = {"step": step, "epoch": max(1, math.ceil(step / STEPS_PER_EPOCH))}
+        lines.append(json.dumps(record | {name: float(value.median()) for name, value in figures.items()}))
     return "\n".join(lines) + "\n"
 
 

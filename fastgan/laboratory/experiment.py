@@ -29,8 +29,8 @@ class LaboratoryConfig:
     stds: str = option("0.5", "standard deviation of the data; as many as means")
     noise_range: float = option(8.0, "the generator's input is uniform from minus this to this", minimum=1e-6)
     seeds: int = option(10, "networks trained side by side, each with weights and samples of its own", minimum=1)
-    epochs: int | None = option(None, "epochs of 200 steps each (the data are drawn anew, there is no set to pass over); by "
-                                "default 20, or what --max-steps needs", minimum=1)
+    epochs: int | None = option(None, "epochs of 200 steps each (the data are drawn anew, there is no set to pass "
+                                "over); by default 20, or what --max-steps needs", minimum=1)
     max_steps: int | None = option(None, "stop after this many steps, counted from the start of the run", minimum=1,
                                    may_change=True)
     batch_size: int = option(120, "samples in a step", minimum=2)
@@ -131,7 +131,8 @@ def train(
     real_then_fake = torch.cat([torch.ones(1, count, 1), torch.zeros(1, count, 1)], 1)
     z = torch.empty(seeds, count, 1)
     grid = torch.linspace(*data.limits(5), 401)
-    history: dict[str, list] = {name: [] for name in ("steps", "samples", "curves", "loss_d", "loss_g", "d_real", "d_fake")}
+    recorded = ("steps", "samples", "curves", "loss_d", "loss_g", "d_real", "d_fake")
+    history: dict[str, list] = {name: [] for name in recorded}
     weights = {"generator": generator.parameters, "discriminator": discriminator.parameters, "averaged": averaged,
                "mean_g": optimizer_g.mean, "square_g": optimizer_g.square,
                "mean_d": optimizer_d.mean, "square_d": optimizer_d.square}
@@ -146,7 +147,8 @@ def train(
         # The last look was at the end of the run that stopped; it is taken anew.
         history = {name: values[:-1] for name, values in resumed["history"].items()}
 
-    frame_steps = {round(number * total / frames) for number in range(frames + 1)} | set(range(0, total, STEPS_PER_EPOCH))
+    frame_steps = {round(number * total / frames) for number in range(frames + 1)}
+    frame_steps |= set(range(0, total, STEPS_PER_EPOCH))
     for step in range(first, total + 1):
         looks = step in frame_steps
         if looks:
@@ -180,9 +182,9 @@ def train(
         optimizer_g.step(generator.gradients, config.generator_learning_rate * rate)
         averaged.lerp_(generator.parameters, 1 - min(config.ema, (1 + step) / (10 + step)) if config.ema else 1.0)
     generator.parameters.copy_(averaged)
-    steps, samples, curves = history.pop("steps"), torch.stack(history.pop("samples")), torch.stack(history.pop("curves"))
-    return Run(config, generator, discriminator, steps, samples, grid, curves,
-               {name: torch.stack(values) for name, values in history.items()})
+    steps = history.pop("steps")
+    found = {name: torch.stack(values) for name, values in history.items()}
+    return Run(config, generator, discriminator, steps, found.pop("samples"), grid, found.pop("curves"), found)
 
 
 def _note_losses(history: dict[str, list], config: LaboratoryConfig, logits: Tensor) -> None:

@@ -20,16 +20,16 @@ FAMILIES = {config.family: config for config in (DCGANConfig, GANConfig)}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Score generators beside held-out images; a line of JSON each.")
-    parser.add_argument("scored", nargs="*", metavar="CHECKPOINT", help="checkpoints of generators, or folders of images")
+    parser.add_argument("scored", nargs="*", metavar="CHECKPOINT", help="of a generator, or a folder of images")
     parser.add_argument("--family", choices=FAMILIES, default="dcgan", help="model family (default: dcgan)")
     parser.add_argument("--dataset", choices=DATASETS, default="digits", help="the real images (default: digits)")
     parser.add_argument("--data-root", metavar="DIR", help="folder of the data files, or of the images for 'folder'")
-    parser.add_argument("--image-size", type=int, default=64, metavar="INT", help="of the images of folders (default: 64)")
-    parser.add_argument("--features", default="lenet", metavar="NAME", help="lenet, trained on the data set; random, for "
-                        "any images; or a TorchScript file (default: lenet)")
+    parser.add_argument("--image-size", type=int, default=64, metavar="INT", help="of images in folders (default: 64)")
+    parser.add_argument("--features", default="lenet", metavar="NAME", help="lenet, trained on the data set; random, "
+                        "for any images; or a TorchScript file (default: lenet)")
     parser.add_argument("--samples", type=int, default=10_000, metavar="INT", help="images drawn (default: 10000)")
-    parser.add_argument("--nearest", action="store_true", help="draw the nearest training image beside each sample, into "
-                        "a picture beside the checkpoint")
+    parser.add_argument("--nearest", action="store_true", help="draw the nearest training image beside each sample, "
+                        "into a picture beside the checkpoint")
     parser.add_argument("--threads", type=int, metavar="INT", help="CPU threads; by default PyTorch's choice")
     arguments = parser.parse_args()
     if arguments.threads:

@@ -106,8 +106,8 @@ class RandomExtractor:
     """Convolutions with random weights of a fixed seed: features of images of any kind, without labels.
 
     Naeem et al. 2020 (arXiv 2002.09797) found random networks the fairer choice for images unlike those that a
-    trained one has seen. Images are brought to 64 x 64 RGB; features [N, 448] are the mean activations of three layers, the last one
-    in each quarter of the image.
+    trained one has seen. Images are brought to 64 x 64 RGB; features [N, 448] are the mean activations of three
+    layers, the last one in each quarter of the image.
     """
 
     accuracy = None

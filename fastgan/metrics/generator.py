@@ -112,17 +112,16 @@ def save_nearest(path: Path, samples: Tensor, dataset: ImageDataset) -> dict[str
 
     Returns:
         ``nearest_distance``: median over the samples of the distance to the nearest training image;
-        ``nearest_distance_real``: the same from each training image to the nearest other one. Copies have a distance near
-        0; new images are about as far from the training images as those are from each other.
+        ``nearest_distance_real``: the same from each training image to the nearest other one. Copies have a distance
+        near 0; new images are about as far from the training images as those are from each other.
 
     Raises:
         ValueError: samples of another size than the training images.
         TrainingError: the file cannot be written.
     """
     if samples.shape[1:] != dataset.image_shape:
-        raise ValueError(
-            f"save_nearest: samples must have shape [N, {', '.join(map(str, dataset.image_shape))}], got {list(samples.shape)}"
-        )
+        shape = ", ".join(map(str, ("N", *dataset.image_shape)))
+        raise ValueError(f"save_nearest: samples must have shape [{shape}], got {list(samples.shape)}")
     real = normalize(dataset.images)
     nearest = real[nearest_images(samples, real)]
     pairs = torch.stack([samples, nearest], 1)[:32].flatten(0, 1)
