@@ -71,6 +71,7 @@ class LaboratoryConfig:
 
     @property
     def total_steps(self) -> int:
+        """Steps of the run: the planned ones, or ``max_steps`` where that is less."""
         return min(self.planned_steps, self.max_steps or self.planned_steps)
 
     @property
@@ -118,7 +119,11 @@ def train(
         resumed: what ``save`` was given; the run goes on from there, bit for bit as if it had not stopped.
         save: called with the state of the run, tensors and numbers in dictionaries, after every epoch and at the end.
 
+    Returns:
+        The trained networks and what was seen of them.
+
     Raises:
+        ValueError: ``config.max_steps`` below the step of ``resumed``.
         TrainingError: weights that are not finite.
     """
     random = torch.Generator().manual_seed(config.seed)

@@ -13,7 +13,6 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,8 @@ from fastgan.train.checkpoint import save_checkpoint
 EPOCHS = {"digits": 12, "mnist": 6, "fashion-mnist": 8}
 
 
-class Extractor(Protocol):
-    """What the functions of this package ask of a feature extractor.
+class Extractor:
+    """What the functions of this package ask of a feature extractor; one of your own may inherit from it.
 
     Attributes:
         name: stated beside every score; the cache of real features goes by it.
@@ -36,11 +35,17 @@ class Extractor(Protocol):
     name: str
     accuracy: float | None
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]: ...
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features [N, D], and class probabilities [N, K] or None, of images [N, C, H, W]."""
+        raise NotImplementedError
 
 
 def cache_folder() -> Path:
-    """Where trained extractors and real features are kept: ``$XDG_CACHE_HOME/fastgan`` or ``~/.cache/fastgan``."""
+    """Where trained extractors and real features are kept.
+
+    Returns:
+        ``$XDG_CACHE_HOME/fastgan``, or ``~/.cache/fastgan``.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgan"
 
 
@@ -69,7 +74,7 @@ class LeNet(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureExtractor:
+class FeatureExtractor(Extractor):
     """A trained LeNet.
 
     Attributes:
@@ -102,12 +107,15 @@ class FeatureExtractor:
         return torch.cat(features), torch.cat(probabilities)
 
 
-class RandomExtractor:
+class RandomExtractor(Extractor):
     """Convolutions with random weights of a fixed seed: features of images of any kind, without labels.
 
     Naeem et al. 2020 (arXiv 2002.09797) found random networks the fairer choice for images unlike those that a
     trained one has seen. Images are brought to 64 x 64 RGB; features [N, 448] are the mean activations of three
     layers, the last one in each quarter of the image.
+
+    Args:
+        seed: of the weights.
     """
 
     accuracy = None
@@ -136,7 +144,7 @@ class RandomExtractor:
         return torch.cat(features), None
 
 
-class ScriptedExtractor:
+class ScriptedExtractor(Extractor):
     """Features by a TorchScript file, such as the published Inception networks for Fréchet distances.
 
     The network gets uint8 images [N, 3, H, W] and returns features [N, D]. One that has an argument
@@ -186,6 +194,9 @@ def load_extractor(features: str, dataset: str, data_root: str | os.PathLike | N
             TorchScript file (:class:`ScriptedExtractor`).
         dataset: the data set a LeNet learns.
         data_root: where its files are.
+
+    Returns:
+        The extractor, ready to be called.
 
     Raises:
         ValueError: a data set without labels for a LeNet, or a file that is no network.

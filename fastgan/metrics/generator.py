@@ -88,9 +88,14 @@ def score(extractor: Extractor, real: Tensor, images: Tensor) -> dict[str, float
 
 
 def real_features(extractor: Extractor, dataset: ImageDataset) -> Tensor:
-    """Features [N, D] of the images of a data set, of 10,000 at most, in a fixed random order.
+    """Features of the images of a data set, from the cache where they are there.
 
-    Kept in the cache under the extractor's name and the fingerprint of the images.
+    Args:
+        extractor: its name is part of the file's name in the cache.
+        dataset: its images; their fingerprint is the other part.
+
+    Returns:
+        float32 [N, D] of 10,000 images at most, in a fixed random order.
     """
     path = cache_folder() / f"features-{extractor.name.replace(' ', '-')}-{dataset.fingerprint():08x}.pt"
     if path.is_file():
