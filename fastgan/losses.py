@@ -99,13 +99,14 @@ def catgan_discriminator_loss(
     labels: Tensor | None = None,
     *,
     supervised_weight: float = 1.0,
+    marginal_weight: float = 1.0,
     process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     """Loss of the CatGAN's discriminator, a classifier (Springenberg 2015, arXiv 1511.06390).
 
-    ``-H[mean p(real)] + E H[p(real)] - E H[p(fake)] + supervised_weight * CE(labeled, labels)``, with p the softmax
-    of the logits: sure about every real image, uses all categories equally, unsure about every generated one. The
-    sign of the cross-entropy is that of a term to be minimised.
+    ``-marginal_weight * H[mean p(real)] + E H[p(real)] - E H[p(fake)] + supervised_weight * CE(labeled, labels)``,
+    with p the softmax of the logits: sure about every real image, uses all categories equally, unsure about every
+    generated one. The sign of the cross-entropy is that of a term to be minimised.
 
     Args:
         real_logits: logits of real images, [N, K].
@@ -114,6 +115,8 @@ def catgan_discriminator_loss(
             is labeled, which then costs no further pass. None without labels.
         labels: their classes, int64 [L] in [0, K), or -100 for an image whose class is not known after all.
         supervised_weight: weight of the cross-entropy.
+        marginal_weight: weight of the marginal entropy, 1 in the paper; a larger one keeps categories from falling
+            empty.
         process_group: a group of ``torch.distributed``, one process a part of the batch: the marginal is then that
             of the real images of all of them (one all-reduce of K + 1 numbers). Gradients averaged over the
             processes, as by DistributedDataParallel, are those of one process with the whole batch.
@@ -139,7 +142,7 @@ def catgan_discriminator_loss(
     fake_conditional, _ = softmax_entropy(fake_logits)
     if labels is None:
         conditional, marginal = _entropies(real_logits, process_group)
-        return conditional - marginal - fake_conditional
+        return conditional - marginal_weight * marginal - fake_conditional
     if labels.shape != labeled_logits.shape[:1]:
         raise ValueError(
             f"{function}: labels must have shape [{len(labeled_logits)}] (a class for each row of labeled_logits), "
@@ -150,7 +153,7 @@ def catgan_discriminator_loss(
     else:
         conditional, marginal = _entropies(real_logits, process_group)
         _, _, cross_entropy = softmax_entropy_cross_entropy(labeled_logits, labels)
-    return conditional - marginal - fake_conditional + supervised_weight * cross_entropy
+    return conditional - marginal_weight * marginal - fake_conditional + supervised_weight * cross_entropy
 
 
 def catgan_generator_loss(

@@ -11,6 +11,7 @@ import torch
 from torch import multiprocessing
 from torch.nn import functional as F
 
+import fastgan
 from fastgan.losses import catgan_discriminator_loss, catgan_generator_loss, feature_matching_loss
 from fastgan.models import catgan
 from fastgan.train import CatGANConfig, run
@@ -39,6 +40,29 @@ def test_discriminator_loss_is_the_sum_of_its_terms():
         torch.autograd.grad(loss, (real, fake, labeled)), torch.autograd.grad(expected, (real, fake, labeled))
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([0, 4, 2, 2, 1, 1, 3, 0])])
+def test_marginal_weight_weighs_the_marginal_entropy(labels):
+    real, fake = logits(8), logits(6, seed=1)
+    labeled = None if labels is None else real
+    difference = catgan_discriminator_loss(real, fake, labeled, labels) - catgan_discriminator_loss(
+        real, fake, labeled, labels, marginal_weight=3.0
+    )
+    torch.testing.assert_close(difference, 2 * entropies(real)[1])
+
+
+def test_marginal_weight_falls_to_one_at_the_middle_of_the_run(tmp_path, monkeypatch):
+    weights = []
+
+    def loss(*arguments, marginal_weight, **options):
+        weights.append(marginal_weight)
+        return catgan_discriminator_loss(*arguments, marginal_weight=marginal_weight, **options)
+
+    monkeypatch.setattr(fastgan.train.catgan, "catgan_discriminator_loss", loss)
+    flags = "--labels 0 --epochs 1 --max-steps 8 --marginal-weight 3 --batch-size 20 --architecture mlp --device cpu"
+    assert run(CatGANConfig, [*flags.split(), "--output", str(tmp_path)]) == 0
+    assert weights == [3.0, 2.5, 2.0, 1.5, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_discriminator_loss_of_labeled_real_images_is_the_same_in_one_pass():

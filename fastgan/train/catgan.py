@@ -37,6 +37,8 @@ class CatGANConfig(TrainConfig):
     categories: int | None = option(None, "outputs of the classifier; by default the classes, 20 without labels",
                                     minimum=1)
     supervised_weight: float = option(1.0, "weight of the cross-entropy against the entropies", minimum=0)
+    marginal_weight: float = option(1.0, "weight of the real images' marginal entropy at the start; it goes linearly to "
+                                    "1 at the middle of the run", minimum=0)
     architecture: str = option("conv", "perceptron or convolutions", choices=ARCHITECTURES)
     generator_loss: str = option("catgan", "loss of the generator", choices=GENERATOR_LOSSES)
     base_channels: int = option(16, "channels of the convolutions next to the image", minimum=1)
@@ -120,7 +122,8 @@ class CatGANObjective(Objective):
         labeled_logits = None if labels is None else real if self.all_labeled else logits[len(real) :]
         mixed = mix_views(real, views)
         loss = catgan_discriminator_loss(
-            mixed, fake_logits, labeled_logits, labels, supervised_weight=self.config.supervised_weight
+            mixed, fake_logits, labeled_logits, labels, supervised_weight=self.config.supervised_weight,
+            marginal_weight=1 + (self.config.marginal_weight - 1) * max(0.0, 1 - 2 * self.progress),
         )
         with torch.no_grad():
             conditional, marginal = softmax_entropy(mixed.detach())
@@ -229,9 +232,17 @@ def random_affine(images: Tensor) -> Tensor:
     )[:, None]
     scale = 1 + size
     cosine, sine = scale * angle.cos(), scale * angle.sin()
-    matrix = torch.stack([cosine, sine, x, -sine, cosine, y], 1).view(count, 2, 3)
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    # What affine_grid computes by a batch of small matrix products, which take longer than the sampling.
+    rows, columns = (_pixel_centres(size, device) for size in images.shape[2:])
+    vertical = torch.stack([sine[:, None] * rows + x[:, None], cosine[:, None] * rows + y[:, None]], 2)  # [N, H, 2]
+    horizontal = torch.stack([cosine[:, None] * columns, -sine[:, None] * columns], 2)  # [N, W, 2]
+    grid = vertical[:, :, None] + horizontal[:, None]
     return F.grid_sample(images + 1, grid, align_corners=False) - 1
+
+
+def _pixel_centres(count: int, device: torch.device) -> Tensor:
+    """Positions of a row's pixels, from edge to edge of [-1, 1]."""
+    return (2 * torch.arange(count, device=device) + 1) / count - 1
 
 
 def _split(dataset: ImageDataset, held_out: int) -> tuple[ImageDataset, ImageDataset]:

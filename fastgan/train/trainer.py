@@ -45,6 +45,7 @@ class Objective:
 
     def __init__(self, kind: str = "non_saturating", augment: Callable[[Tensor], Tensor] | None = None):
         self.kind = kind
+        self.progress = 0.0  # the part of the run that is done, from 0 to 1; set by the trainer
         self.augment = augment or nn.Identity()
 
     def discriminator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
@@ -213,6 +214,7 @@ class Trainer:
             Figures for the log: ``loss_d``, ``loss_g`` and the objective's own.
         """
         generator, discriminator = self.networks.values()
+        self.objective.progress = self.step / self.total_steps
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = self.config.learning_rate_at(self.step / self.total_steps)
