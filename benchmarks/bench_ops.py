@@ -1,10 +1,11 @@
-"""Times every operator of the convolution family on the layers of a 64-pixel DCGAN, beside plain PyTorch.
+"""Times every operator beside plain PyTorch: the convolution family on the layers of a 64-pixel DCGAN, the entropies of a
+CatGAN's loss, and what a perceptron's layer does after its matrix product.
 
     pytest benchmarks/bench_ops.py --benchmark-enable --benchmark-group-by=group
     pytest benchmarks/bench_ops.py --benchmark-enable -k 'conv2d_bn_act and backward' --benchmark-json=results.json
 
-A group is one operator, layer, dtype and direction; in it fastgan is timed next to PyTorch in both memory formats,
-after its result was compared with theirs. `backward` is forward and backward together. pytest-benchmark writes the
+A group is one operator, layer, dtype and direction; in it fastgan is timed next to PyTorch (a convolution in both
+memory formats), after its result was compared with theirs. `backward` is forward and backward together. pytest-benchmark writes the
 machine and the date into its JSON.
 """
 
@@ -14,8 +15,10 @@ import pytest
 import torch
 
 from fastgan import ops
+from fastgan.ops.batch_norm_act_noise import batch_norm_act_noise_reference
 from fastgan.ops.conv2d_bn_act import conv2d_act_reference, conv2d_bn_act_reference
 from fastgan.ops.conv_transpose2d_bn_act import conv_transpose2d_act_reference, conv_transpose2d_bn_act_reference
+from fastgan.ops.softmax_entropy import softmax_entropy_reference
 
 BATCH = 64
 REFERENCES = {
@@ -99,3 +102,44 @@ def test_layer(benchmark, layer, dtype, direction, peer):
     for found, expected in zip(call(), make_call(layer, "pytorch", dtype, direction)()):
         assert (found - expected).norm() <= TOLERANCE[dtype] * expected.norm().clamp_min(1e-6), benchmark.group
     benchmark(call)
+
+
+def assert_close(found, expected, group):
+    for ours, theirs in zip(found, expected):
+        assert (ours - theirs).norm() <= TOLERANCE[torch.float32] * theirs.norm().clamp_min(1e-6), group
+
+
+@pytest.mark.parametrize("peer", ["fastgan", "pytorch"])
+@pytest.mark.parametrize("rows", [100, 1_000_000])
+def test_softmax_entropy(benchmark, rows, peer):
+    """Forward and backward of both entropies, of 10 classes."""
+    benchmark.group = f"softmax_entropy-{rows}x10 torch.float32 backward"
+    torch.manual_seed(0)
+    logits = (2 * torch.randn(rows, 10)).requires_grad_()
+    gradients = torch.ones(()), -torch.ones(())
+
+    def run(function):
+        values = function(logits)
+        return [*values, *torch.autograd.grad(values, logits, gradients)]
+
+    assert_close(run(ops.softmax_entropy), run(softmax_entropy_reference), benchmark.group)
+    benchmark(run, ops.softmax_entropy if peer == "fastgan" else softmax_entropy_reference)
+
+
+@pytest.mark.parametrize("peer", ["fastgan", "pytorch"])
+@pytest.mark.parametrize("noise_std", [0.0, 0.5])
+def test_batch_norm_act_noise(benchmark, noise_std, peer):
+    """Forward and backward of batch norm, leaky ReLU and noise on 200 x 1000."""
+    benchmark.group = f"batch_norm_act_noise-200x1000-{noise_std} torch.float32 backward"
+    torch.manual_seed(0)
+    tensors = [torch.randn(200, 1000), torch.rand(1000) + 0.5, torch.randn(1000)]
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    gradient = torch.randn(200, 1000)
+
+    def run(function, std):
+        output = function(*tensors, noise_std=std)
+        return [output, *torch.autograd.grad(output, tensors, gradient)]
+
+    functions = {"fastgan": ops.batch_norm_act_noise, "pytorch": batch_norm_act_noise_reference}
+    assert_close(run(functions["fastgan"], 0.0), run(functions["pytorch"], 0.0), benchmark.group)
+    benchmark(run, functions[peer], noise_std)

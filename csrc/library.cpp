@@ -29,6 +29,12 @@ TORCH_LIBRARY(fastgan, m) {
       "int[2] output_padding=0, int groups=1, int[2] dilation=1, str activation='relu', float negative_slope=0.2) "
       "-> Tensor");
 
+  // seed: int64 [] on the CPU; needed where noise_std is not 0.
+  m.def(
+      "batch_norm_act_noise(Tensor input, Tensor? bn_weight=None, Tensor? bn_bias=None, Tensor(a!)? running_mean=None, "
+      "Tensor(b!)? running_var=None, Tensor? seed=None, *, bool training=True, float momentum=0.1, float eps=1e-5, "
+      "str activation='leaky_relu', float negative_slope=0.2, float noise_std=0.0) -> Tensor");
+
   m.def("softmax_entropy(Tensor logits) -> (Tensor, Tensor)");
   m.def(
       "softmax_entropy_cross_entropy(Tensor logits, Tensor labels, *, int ignore_index=-100) "
@@ -54,6 +60,17 @@ TORCH_LIBRARY(fastgan, m) {
       "conv_act_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, int[2] stride, "
       "int[2] padding, int[2] dilation, bool transposed, int[2] output_padding, int groups, str activation, "
       "float negative_slope, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+
+  // forward: (output, mean, invstd). backward: gradients of (input, bn_weight, bn_bias); shape [0] where output_mask says
+  // false.
+  m.def(
+      "batch_norm_act_noise_forward(Tensor input, Tensor? bn_weight, Tensor? bn_bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor? seed, bool training, float momentum, float eps, str activation, "
+      "float negative_slope, float noise_std) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_act_noise_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor invstd, Tensor? bn_weight, "
+      "Tensor? bn_bias, bool training, str activation, float negative_slope, bool[3] output_mask) "
+      "-> (Tensor, Tensor, Tensor)");
 
   // A whole run of layers; csrc/ops/conv_stack.h says how a layer is written into layers and numbers.
   // parameters: weight [, bias] [, bn_weight] [, bn_bias] of each layer; running: mean and variance of those that

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from fastgan.losses import catgan_generator_loss
-from fastgan.models.catgan import GaussianNoise
+from fastgan.nn import GaussianNoise
 from fastgan.ops import softmax_entropy
 
 LATENT_DIM, POINTS, BATCH = 2, 1000, 100

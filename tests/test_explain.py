@@ -95,7 +95,7 @@ def test_explain_changes_no_buffer_and_runs_no_operator():
 
 @pytest.mark.parametrize("op", ["conv3d", torch.relu, None, "ACTIVATIONS"])
 def test_unknown_operator_is_an_error_that_lists_the_known(op):
-    with pytest.raises(ValueError, match="explain: op must be a function of fastgan.ops or its name, one of conv2d_act"):
+    with pytest.raises(ValueError, match="explain: op must be a function of fastgan.ops or its name, one of batch_norm_act_noise, conv2d_act"):
         fastgan.explain(op)
 
 

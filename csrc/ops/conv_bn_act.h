@@ -29,12 +29,18 @@ struct ConvLayer {
 Activation parse_activation(const char* op, std::string_view name);
 
 // Every check of shapes, dtypes, devices and numbers. Throws with the name of the argument at fault.
+void check_floating(const char* op, const Tensor& input);
 void check_conv(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                 const ConvLayer& layer);
 void check_batch_norm(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bn_weight,
                       const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
                       const OptionalTensor& running_var, const ConvLayer& layer, bool training, double momentum,
                       double eps);
+// The part of it that asks for no convolution: `channels` of what is normalised, with `values` in each.
+void check_batch_norm_arrays(const char* op, const Tensor& input, const c10::SymInt& channels, const char* channels_are,
+                             const c10::SymInt& values, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                             const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
+                             double momentum, double eps);
 
 // The convolution itself and its gradient. Today's main loop is ATen's (oneDNN on the CPU, cuDNN on CUDA); a kernel
 // of ours replaces it here.

@@ -10,12 +10,6 @@ namespace {
 
 using c10::SymInt;
 
-void check_floating(const char* op, const Tensor& input) {
-  const auto dtype = input.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, op,
-                   ": input must have dtype float32, float64, bfloat16 or float16, got ", dtype);
-}
-
 void check_same(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
   TORCH_CHECK(tensor.device() == input.device(), op, ": ", name, " must be on the device of input (", input.device(),
               "), got ", tensor.device());
@@ -61,6 +55,12 @@ SymInt output_size(const Tensor& input, const Tensor& weight, const ConvLayer& l
 }
 
 }  // namespace
+
+void check_floating(const char* op, const Tensor& input) {
+  const auto dtype = input.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, op,
+                   ": input must have dtype float32, float64, bfloat16 or float16, got ", dtype);
+}
 
 Activation parse_activation(const char* op, std::string_view name) {
   if (name == "relu") return Activation::relu;
@@ -112,12 +112,20 @@ void check_batch_norm(const char* op, const Tensor& input, const Tensor& weight,
                       const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
                       const OptionalTensor& running_var, const ConvLayer& layer, bool training, double momentum,
                       double eps) {
-  const SymInt channels = out_channels(weight, layer);
-  const char* are = out_channels_are(layer);
-  check_channel_array(op, "bn_weight", bn_weight, channels, are, input);
-  check_channel_array(op, "bn_bias", bn_bias, channels, are, input);
-  check_channel_array(op, "running_mean", running_mean, channels, are, input);
-  check_channel_array(op, "running_var", running_var, channels, are, input);
+  const SymInt batch = input.dim() == 4 ? input.sym_size(0) : SymInt(1);
+  check_batch_norm_arrays(op, input, out_channels(weight, layer), out_channels_are(layer),
+                          batch * output_size(input, weight, layer, 0) * output_size(input, weight, layer, 1), bn_weight,
+                          bn_bias, running_mean, running_var, training, momentum, eps);
+}
+
+void check_batch_norm_arrays(const char* op, const Tensor& input, const SymInt& channels, const char* channels_are,
+                             const SymInt& values, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                             const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
+                             double momentum, double eps) {
+  check_channel_array(op, "bn_weight", bn_weight, channels, channels_are, input);
+  check_channel_array(op, "bn_bias", bn_bias, channels, channels_are, input);
+  check_channel_array(op, "running_mean", running_mean, channels, channels_are, input);
+  check_channel_array(op, "running_var", running_var, channels, channels_are, input);
   const bool has_mean = running_mean.has_value() && running_mean->defined();
   const bool has_var = running_var.has_value() && running_var->defined();
   TORCH_CHECK_VALUE(has_mean == has_var, op, ": running_mean and running_var must be given together, got only ",
@@ -126,10 +134,7 @@ void check_batch_norm(const char* op, const Tensor& input, const Tensor& weight,
                     ": running_mean must be given when training=False (there are no batch statistics to use), got None");
   TORCH_CHECK_VALUE(eps >= 0, op, ": eps must be at least 0, got ", eps);
   TORCH_CHECK_VALUE(momentum == momentum, op, ": momentum must be a number, got ", momentum);
-  if (!training) return;
-  const SymInt batch = input.dim() == 4 ? input.sym_size(0) : SymInt(1);
-  const SymInt values = batch * output_size(input, weight, layer, 0) * output_size(input, weight, layer, 1);
-  TORCH_CHECK_VALUE(values != 1, op,
+  TORCH_CHECK_VALUE(!training || values != 1, op,
                     ": input must give more than one value per channel when training=True, got shape ",
                     input.sym_sizes(), " with one");
 }

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastgan.models.dcgan import dcgan
+from fastgan.nn import GaussianNoise
 
 ARCHITECTURES = ("mlp", "conv")
 
@@ -18,22 +19,6 @@ _DENSE = 128  # width of the convolutional classifier's hidden layer without con
 _LARGEST_MAP = 8  # convolutions halve the image until its side is no longer than this
 # Standard deviations of the noise on input (images in [-1, 1]) and hidden layers.
 _NOISE = {"mlp": (0.6, 0.5), "conv": (0.2, 0.0)}
-
-
-class GaussianNoise(nn.Module):
-    """Adds N(0, std^2) to a tensor of any shape in training mode; does nothing in eval mode."""
-
-    def __init__(self, std: float):
-        super().__init__()
-        self.std = std
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.std == 0:
-            return input
-        return input + self.std * torch.randn_like(input)
-
-    def extra_repr(self) -> str:
-        return f"std={self.std}"
 
 
 class CatGANClassifier(nn.Module):

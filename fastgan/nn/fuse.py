@@ -1,4 +1,4 @@
-"""fuse(): makes the convolution runs inside somebody's nn.Sequential run on the fused operators."""
+"""fuse(): makes the runs of layers inside somebody's nn.Sequential run on the fused operators."""
 
 import copy
 import functools
@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from fastgan import _extension, ops
-from fastgan.nn.modules import BatchNormCall, conv_arguments, run_batch_norm_layer
+from fastgan.nn.modules import BatchNormCall, GaussianNoise, conv_arguments, run_batch_norm_layer
 from fastgan.ops.conv_stack import StackCall
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
@@ -18,7 +18,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def fuse(module, inplace=False):
     """Makes every run ``ConvTranspose2d | Conv2d [+ BatchNorm2d] [+ ReLU | LeakyReLU | Tanh | Sigmoid]`` inside any
-    ``nn.Sequential`` of `module`, at any depth, run on the fused operators.
+    ``nn.Sequential`` of `module`, at any depth, run on the fused operators; on the CPU also every run
+    ``BatchNorm1d [+ ReLU | LeakyReLU | Tanh | Sigmoid] [+ fastgan.nn.GaussianNoise]``, as a perceptron has it after its
+    ``Linear``. (Noise has the values that :func:`fastgan.ops.batch_norm_act_noise` draws, not ``randn``'s.)
 
     Only the way the Sequentials compute changes. All layers stay where they were, with their names, parameters,
     buffers, hooks and modes: state_dict keys, initialisation by ``apply``, ``train()``/``eval()``, optimizers built
@@ -64,6 +66,9 @@ class FusedSequential:
                     position += layer.length
             if layers:
                 input = _run(layers, input)
+            elif (norm := _match_norm(children, position, input)) is not None:
+                input = norm.run(input)
+                position += norm.length
             else:
                 input = children[position](input)
                 position += 1
@@ -100,6 +105,27 @@ class _Layer:
             return operator(input, self.conv.weight, self.conv.bias, **arguments)
         operator = ops.conv_transpose2d_bn_act if transposed else ops.conv2d_bn_act
         return run_batch_norm_layer(operator, input, self.conv, self.bn, arguments)
+
+
+class _Norm:
+    """A BatchNorm1d with the activation and the noise after it."""
+
+    def __init__(self, bn, activation, noise):
+        self.bn, self.noise = bn, noise
+        self.length = 1 + (activation is not None) + (noise is not None)
+        self.activation = "identity" if activation is None else _ACTIVATIONS[type(activation)]
+        self.negative_slope = activation.negative_slope if self.activation == "leaky_relu" else 0.2
+
+    def run(self, input):
+        call = BatchNormCall(self.bn)
+        running_mean, running_var = call.running or (None, None)
+        output = ops.batch_norm_act_noise(
+            input, self.bn.weight, self.bn.bias, running_mean, running_var, training=call.uses_batch,
+            momentum=call.momentum, eps=self.bn.eps, activation=self.activation, negative_slope=self.negative_slope,
+            noise_std=self.noise.std if self.noise is not None and self.noise.training else 0.0,
+        )  # fmt: skip
+        call.done()
+        return output
 
 
 def _run(layers, input):
@@ -177,6 +203,31 @@ def _match(children, position):
     if position < len(children) and type(children[position]) in _ACTIVATIONS and _plain(children[position]):
         activation = children[position]
     return _Layer(conv, bn, activation)
+
+
+def _match_norm(children, position, input):
+    """The run of batch norm, activation and noise that starts at children[position], or None."""
+    bn = children[position]
+    if type(bn) is not nn.BatchNorm1d or not _plain(bn) or not _fusable_rows(input):
+        return None
+
+    def next_if(position, types):
+        child = children[position] if position < len(children) else None
+        return child if type(child) in types and _plain(child) else None
+
+    activation = next_if(position + 1, _ACTIVATIONS)
+    return _Norm(bn, activation, next_if(position + 1 + (activation is not None), (GaussianNoise,)))
+
+
+def _fusable_rows(input):
+    return (
+        isinstance(input, torch.Tensor)
+        and input.is_cpu
+        and input.dim() in (2, 3)
+        and input.dtype in _DTYPES
+        and input.layout == torch.strided
+        and _extension.has_kernels("cpu")
+    )
 
 
 def _plain(child):

@@ -1,8 +1,29 @@
-"""Modules over the fused operators of the convolution family."""
+"""Modules over the fused operators, and a layer of noise that they take in."""
 
+import torch
 from torch import nn
 
 from fastgan import ops
+
+
+class GaussianNoise(nn.Module):
+    """Adds Gaussian noise to a tensor of any shape in training mode; does nothing in eval mode.
+
+    Args:
+        std: standard deviation of the noise, 0 for none.
+    """
+
+    def __init__(self, std: float):
+        super().__init__()
+        self.std = std
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.std == 0:
+            return input
+        return input + self.std * torch.randn_like(input)
+
+    def extra_repr(self) -> str:
+        return f"std={self.std}"
 
 
 class BatchNormCall:

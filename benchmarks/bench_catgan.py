@@ -1,0 +1,170 @@
+"""Times a training step of a CatGAN of perceptrons in fastgan and in plain PyTorch, in turn in one process.
+
+    python benchmarks/bench_catgan.py --threads 2
+
+The classifier is 784-1000-500-250-250-250-10 with batch norm, leaky ReLU and Gaussian noise on its input and hidden
+layers, the generator 100-500-500-784; 100 real, 100 generated and 100 labeled images a step, Adam. Before anything is
+timed, every peer makes two steps from the same weights, images and latent vectors, with the noise turned off (each
+draws its own), and its losses are compared with those of `eager`. Then each makes one step in turn. Printed are
+medians, the 20th and 80th percentile and how many times as fast as `eager`.
+
+Peers:
+    eager          the paper's losses in plain PyTorch, Adam as it comes; real and labeled images in one pass
+    eager_separate the same with a pass each for the real and the labeled images
+    tuned          eager with Adam in one kernel, and no gradients for the classifier's weights in the generator's step
+    fuse           eager's loop on fastgan.fuse(network)
+    trainer        fastgan's trainer (fastgan.train.Trainer.train_step), without its averaged weights
+"""
+
+import argparse
+import copy
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from bench_step import environment, summary
+from torch.nn import functional as F
+
+import fastgan
+from fastgan.data import Batch, ImageDataset, normalize
+from fastgan.models import catgan
+from fastgan.nn import GaussianNoise
+from fastgan.train import Trainer
+from fastgan.train.catgan import CatGANConfig
+
+BATCH, LATENT_DIM, LEARNING_RATE, BETAS = 100, 100, 1e-3, (0.5, 0.999)
+PEERS = ("eager", "eager_separate", "tuned", "fuse", "trainer")
+TOLERANCE = 1e-3  # largest relative difference of a loss after one update
+
+
+def entropies(logits):
+    log_p = F.log_softmax(logits, 1)
+    p = log_p.exp()
+    q = p.mean(0)
+    return -(p * log_p).sum(1).mean(), -(q * (q + 1e-12).log()).sum()
+
+
+class Setting:
+    """What all peers start from."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.networks = catgan(28, 1, 10, LATENT_DIM, "mlp")
+        self.images = torch.rand(BATCH, 1, 28, 28) * 2 - 1
+        labeled = torch.randint(256, (BATCH, 1, 28, 28), dtype=torch.uint8)
+        self.labeled = Batch(labeled, torch.arange(BATCH) % 10)
+
+    def peer(self, name, noise, folder):
+        """A function that makes one step and returns its two losses."""
+        networks = copy.deepcopy(self.networks)
+        if not noise:
+            for module in networks[1].modules():
+                if isinstance(module, GaussianNoise):
+                    module.std = 0.0
+        if name == "trainer":
+            return self.trainer(networks, noise, folder)
+        if name == "fuse":
+            networks = [fastgan.fuse(network) for network in networks]
+        return self.eager(*networks, tuned=name == "tuned", separate=name == "eager_separate")
+
+    def eager(self, generator, classifier, tuned, separate):
+        labeled_images = normalize(self.labeled.images)
+        optimizers = [
+            torch.optim.Adam(network.parameters(), LEARNING_RATE, betas=BETAS, fused=tuned or None)
+            for network in (generator, classifier)
+        ]
+
+        def step():
+            fake = generator(torch.randn(BATCH, LATENT_DIM))
+            chosen = torch.randint(BATCH, (BATCH,))
+            labeled = labeled_images[chosen]
+            if separate:
+                real_logits, labeled_logits = classifier(self.images), classifier(labeled)
+            else:
+                real_logits, labeled_logits = classifier(torch.cat([self.images, labeled])).split(BATCH)
+            conditional, marginal = entropies(real_logits)
+            loss_d = conditional - marginal - entropies(classifier(fake.detach()))[0]
+            loss_d = loss_d + F.cross_entropy(labeled_logits, self.labeled.labels[chosen])
+            optimizers[1].zero_grad()
+            loss_d.backward()
+            optimizers[1].step()
+            if tuned:
+                classifier.requires_grad_(False)
+            conditional, marginal = entropies(classifier(fake))
+            loss_g = conditional - marginal
+            optimizers[0].zero_grad()
+            loss_g.backward()
+            optimizers[0].step()
+            if tuned:
+                classifier.requires_grad_(True)
+            return torch.stack([loss_d.detach(), loss_g.detach()])
+
+        return step
+
+    def trainer(self, networks, noise, folder):
+        config = CatGANConfig(
+            architecture="mlp", labels=str(BATCH), labeled_batch=BATCH, batch_size=BATCH, latent_dim=LATENT_DIM, views=1,
+            augment=False, ema=0, decay=0, learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], device="cpu",
+            input_noise=None if noise else 0.0, hidden_noise=None if noise else 0.0, output=str(folder),
+        )  # fmt: skip
+        images, labels = (torch.cat([part, part]) for part in self.labeled)
+        trainer = Trainer(config, ImageDataset("digits", images, labels))
+        for network, start in zip(trainer.networks.values(), self.networks):
+            tensors = zip(network.state_dict().values(), start.state_dict().values())
+            for tensor, value in tensors:
+                tensor.copy_(value)
+        trainer.objective.labeled = self.labeled
+
+        def step():
+            figures = trainer.train_step(Batch(self.images, None))
+            return torch.stack([figures["loss_d"], figures["loss_g"]])
+
+        return step
+
+
+def check(setting, peers, folder):
+    """Two steps from one seed: the second sees the first one's updates."""
+    expected = None
+    for name in ("eager", *(peer for peer in peers if peer not in ("eager", "eager_separate"))):
+        step = setting.peer(name, False, folder)
+        torch.manual_seed(2)
+        found = torch.stack([step(), step()])
+        expected = found if expected is None else expected
+        difference = ((found - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= TOLERANCE:
+            raise SystemExit(f"{name} differs from eager by {difference:.2g}: {found} and {expected}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS, metavar="PEER", help=f"of {', '.join(PEERS)}")
+    parser.add_argument("--repeats", type=int, default=40, help="timed steps of every peer (default: 40)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    setting = Setting()
+    with tempfile.TemporaryDirectory() as folder:
+        check(setting, arguments.peers, Path(folder))
+        steps = {name: setting.peer(name, True, Path(folder)) for name in arguments.peers}
+    times = {name: [] for name in steps}
+    order = list(steps)
+    for repeat in range(-2, arguments.repeats):  # two rounds to warm up
+        random.shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            steps[name]()
+            if repeat >= 0:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    print("\n".join(f"- {name}: {value}" for name, value in environment(arguments.threads).items()))
+    print("\n| peer | median, ms | 20–80%, ms | speed against eager |\n|---|---:|---:|---:|")
+    for name, taken in times.items():
+        result = summary(taken)
+        ratio = f"{statistics.median(times['eager']) / result['median']:.2f}" if "eager" in times else "–"
+        print(f"| {name} | {result['median']:.1f} | {result['p20']:.1f}–{result['p80']:.1f} | {ratio} |")
+
+
+if __name__ == "__main__":
+    main()
