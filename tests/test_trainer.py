@@ -135,6 +135,18 @@ def test_grid_shows_each_image_in_its_place(tmp_path):
     assert Image.open(tmp_path / "samples.gif").size == (134, 134)
 
 
+def test_animation_of_many_epochs_has_a_hundred_frames_at_most_and_ends_with_the_last(tmp_path):
+    frames = []
+    for i in range(250):
+        frames.append(tmp_path / f"{i:03d}.png")
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(frames[-1])
+    save_animation(tmp_path / "samples.gif", frames)
+    with Image.open(tmp_path / "samples.gif") as animation:
+        assert 80 <= animation.n_frames <= 100
+        animation.seek(animation.n_frames - 1)
+        assert abs(animation.convert("RGB").getpixel((0, 0))[0] - 249) < 8
+
+
 def test_a_second_run_keeps_the_files_of_the_first(tmp_path, tiny, capsys):
     arguments = [*tiny, "--output", str(tmp_path), "--max-steps", "2"]
     assert run(DCGANConfig, arguments) == 0

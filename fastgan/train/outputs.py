@@ -141,8 +141,11 @@ def save_grid(path: Path, images: torch.Tensor, columns: int | None = None) -> N
 
 
 def save_animation(path: Path, frames: list[Path]) -> None:
-    """Write an animated GIF of the sample grids; the last one stays longer."""
-    pictures = [Image.open(frame).convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
+    """Write an animated GIF of the sample grids, of a hundred at most; the last one stays longer."""
+    stride = math.ceil(len(frames) / 100)
+    frames = frames[::-stride][::-1]
+    # The octree takes a quarter of the time that the default takes in colour.
+    pictures = [Image.open(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
     durations = [max(50, min(500, 6000 // len(frames)))] * (len(frames) - 1) + [2000]
     buffer = io.BytesIO()
     pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
