@@ -102,7 +102,7 @@ def _convolution_loop(arguments):
     in_dtype = f"in {_name(dtype)}"
     if device == "cpu":
         if _has_minimal_filtering(arguments) and dtype == torch.float32:
-            return "fastgan's minimal filtering for kernel 4, stride 2, padding 1, batch norm and activation fused in"
+            return _minimal_filtering(arguments)
         return (
             f"ATen's (oneDNN) {in_dtype}; fastgan's minimal filtering takes float32 in channels_last (or any layout "
             "inside a Sequential given to fastgan.fuse), kernel 4, stride 2, padding 1, and channels in multiples of "
@@ -111,6 +111,34 @@ def _convolution_loop(arguments):
     if _has_cuda_loop(arguments):
         return f"fastgan's for kernel 4 {in_dtype}, with batch statistics or activation in its epilogue"
     return f"ATen's (cuDNN) {in_dtype}, since fastgan's take kernel 4 with stride 2, padding 1, or from or to one pixel"
+
+
+def _minimal_filtering(arguments):
+    """What the loops of csrc/cpu/conv4x4s2.h do with a shape, and what that saves."""
+    input, weight = arguments["input"], arguments["weight"]
+    transposed = "output_padding" in arguments
+    if weight.shape[1] <= 4:
+        return (
+            "fastgan's direct products of 4x4 patches, batch norm and activation fused in: with 4 image channels or fewer "
+            "the transforms of minimal filtering would cost more than they save"
+        )
+    height, width = (side if transposed else side // 2 for side in input.shape[2:])
+    # Only a convolution's input can have an odd side; its last output then meets no padding.
+    padded = [(True, transposed or side % 2 == 0) for side in input.shape[2:]]
+    products = [sum(_products(length, edge) for edge in edges) for length, edges in zip((height, width), padded)]
+    share = products[0] * products[1] / (16 * height * width)
+    return (
+        "fastgan's minimal filtering for kernel 4, stride 2, padding 1, batch norm and activation fused in: tiles of "
+        f"F(3, 2) and F(2, 2) a side take about {share:.0%} of direct convolution's multiplications for {height}x{width} pixels"
+    )
+
+
+def _products(length, padded):
+    """Multiplications of `length` outputs of two taps along an axis: Axis in csrc/cpu/conv4x4s2_tiles.h."""
+    triples, left = divmod(length, 3)
+    if left == 1 and not padded:
+        return 4 * (triples - 1) + 2 * 3
+    return 4 * triples + (0, 1, 3)[left]
 
 
 def _has_minimal_filtering(arguments):
