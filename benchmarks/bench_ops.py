@@ -5,14 +5,17 @@ CatGAN's loss, and what a perceptron's layer does after its matrix product.
     pytest benchmarks/bench_ops.py --benchmark-enable -k 'conv2d_bn_act and backward' --benchmark-json=results.json
 
 A group is one operator, layer, dtype and direction; in it fastgan is timed next to PyTorch (a convolution in both
-memory formats), after its result was compared with theirs. `backward` is forward and backward together. pytest-benchmark writes the
-machine and the date into its JSON.
+memory formats), after its result was compared with theirs. `backward` is forward and backward together. pytest-benchmark
+writes the machine and the date into its JSON, and with every convolution GFLOP/s (of direct convolution), its share of the
+machine's peak (the best float32 matrix product), the bytes that have to move and GB/s. `python benchmarks/suite.py` makes
+a table of it.
 """
 
 from dataclasses import dataclass
 
 import pytest
 import torch
+from roofline import measured_peak
 
 from fastgan import ops
 from fastgan.ops.batch_norm_act_noise import batch_norm_act_noise_reference
@@ -41,6 +44,22 @@ class Layer:
 
     def __str__(self):
         return f"{self.op.__name__}-{self.channels_in}x{self.size}x{self.size}-to-{self.channels_out}"
+
+    @property
+    def output_size(self):
+        size = self.size + 2 * self.padding - 4
+        return (self.size - 1) * self.stride - 2 * self.padding + 4 if "transpose" in self.op.__name__ else size // self.stride + 1
+
+    def flops(self, direction):
+        """As direct convolution counts; `backward` is the forward pass and both gradients."""
+        pixels = min(self.size, self.output_size) ** 2 if self.stride == 2 else 1  # what each of the 16 taps multiplies
+        return (1 if direction == "forward" else 3) * 2 * 16 * self.channels_in * self.channels_out * BATCH * pixels
+
+    def bytes(self, direction, itemsize):
+        """What cannot stay in cache: every tensor read or written once; `backward` adds the gradients and both reads."""
+        elements = BATCH * (self.channels_in * self.size**2 + self.channels_out * self.output_size**2)
+        elements += 16 * self.channels_in * self.channels_out
+        return (1 if direction == "forward" else 3) * elements * itemsize
 
     def tensors(self, dtype, memory_format):
         torch.manual_seed(0)
@@ -92,16 +111,31 @@ def make_call(layer, peer, dtype, direction):
     return call
 
 
+@pytest.fixture(scope="module")
+def peak(request):
+    """GFLOP/s of the machine; not measured where nothing is timed."""
+    return None if request.config.getoption("benchmark_disable") else measured_peak()
+
+
 @pytest.mark.parametrize("peer", ["fastgan", "pytorch", "pytorch_channels_last"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_layer(benchmark, layer, dtype, direction, peer):
+def test_layer(benchmark, peak, layer, dtype, direction, peer):
     benchmark.group = f"{layer} {dtype} {direction}"
     call = make_call(layer, peer, dtype, direction)
     for found, expected in zip(call(), make_call(layer, "pytorch", dtype, direction)()):
         assert (found - expected).norm() <= TOLERANCE[dtype] * expected.norm().clamp_min(1e-6), benchmark.group
     benchmark(call)
+    if benchmark.stats is not None:  # None under --benchmark-disable
+        speed = layer.flops(direction) / benchmark.stats.stats.median / 1e9
+        moved = layer.bytes(direction, dtype.itemsize)
+        benchmark.extra_info |= {
+            "GFLOP/s": round(speed, 1),
+            "share of peak": round(speed / peak, 3),
+            "bytes": moved,
+            "GB/s": round(moved / benchmark.stats.stats.median / 1e9, 2),
+        }
 
 
 def assert_close(found, expected, group):

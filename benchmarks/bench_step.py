@@ -5,8 +5,9 @@
 
 Before anything is timed, every peer makes two training steps from the same weights, images and noise, and its losses
 are compared with those of `eager`. Then each peer makes one step in turn, so that a change of the machine's load meets
-all of them. Printed are the median, the 20th and 80th percentile, and how many times as fast as the fastest PyTorch
-peer; the same with machine, versions and date goes to benchmarks/results/ as JSON and Markdown.
+all of them. Printed are the median, the 20th and 80th percentile, the speed in GFLOP/s (counted as direct convolution
+and without the gradients nobody needs) and its share of the machine's peak, measured as the best float32 matrix product,
+and how many times as fast as the fastest PyTorch peers, the plain ones and all of them; the same with machine, versions and date goes to benchmarks/results/ as JSON and Markdown.
 
 Peers, all with the networks of fastgan.models.dcgan and Adam:
     eager          the loop of PyTorch's DCGAN example, default layout
@@ -33,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from roofline import measured_peak
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,6 +57,7 @@ class Case:
     batch_size: int
     precision: str
     sampling: bool = False
+    base_channels: int = 64
 
     @property
     def name(self):
@@ -83,7 +85,7 @@ class Setting:
     def __init__(self, case):
         torch.manual_seed(0)
         self.case = case
-        self.networks = dcgan(case.image_size, case.channels, LATENT_DIM, 64)
+        self.networks = dcgan(case.image_size, case.channels, LATENT_DIM, case.base_channels)
         self.images = torch.rand(case.batch_size, case.channels, case.image_size, case.image_size) * 2 - 1
 
     def peer(self, name, folder):
@@ -144,7 +146,7 @@ class Setting:
         case = self.case
         config = DCGANConfig(
             image_size=case.image_size, channels=case.channels, batch_size=case.batch_size, precision=case.precision,
-            latent_dim=LATENT_DIM, base_channels=64, learning_rate=2e-4, ema=0, device="cpu", output=str(folder),
+            latent_dim=LATENT_DIM, base_channels=case.base_channels, learning_rate=2e-4, ema=0, device="cpu", output=str(folder),
         )  # fmt: skip
         placeholder = torch.zeros(self.images.shape, dtype=torch.uint8)
         trainer = Trainer(config, ImageDataset("digits", placeholder, None))
@@ -210,16 +212,22 @@ def summary(times):
     return {"median": statistics.median(times), "p20": cuts[0], "p80": cuts[3], "times": times}
 
 
-def table(case, peers, flops):
-    """Markdown: one row a peer."""
-    pytorch = [peers[name]["median"] for name in PYTORCH_PEERS if name in peers]
-    lines = [f"### {case}", "", "| peer | median, ms | 20–80%, ms | GFLOP/s | speed against the fastest PyTorch |",
-             "|---|---:|---:|---:|---:|"]  # fmt: skip
+def table(case, peers, flops, peak):
+    """Markdown: one row a peer; peak: what the machine multiplies at best, GFLOP/s in float32."""
+    header = (
+        "| peer | median, ms | 20–80%, ms | GFLOP/s | of the peak "
+        "| against the fastest of eager, channels_last, compile | against the fastest PyTorch, tuned too |"
+    )
+    lines = [f"### {case}", "", header, "|---|---:|---:|---:|---:|---:|---:|"]
     for name, result in peers.items():
-        ratio = f"{min(pytorch) / result['median']:.2f}" if pytorch else "–"
+        speed = flops / result["median"] / 1e6
+        ratios = []
+        for group in (PYTORCH_PEERS[:3], PYTORCH_PEERS):
+            times = [peers[peer]["median"] for peer in group if peer in peers]
+            ratios.append(f"{min(times) / result['median']:.2f}" if times else "–")
         lines.append(
             f"| {name} | {result['median']:.1f} | {result['p20']:.1f}–{result['p80']:.1f} "
-            f"| {flops / result['median'] / 1e6:.0f} | {ratio} |"
+            f"| {speed:.0f} | {speed / peak:.0%} | {' | '.join(ratios)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -264,7 +272,8 @@ def main():
         parser.error(f"--cases: none of {', '.join(names)} matches {' '.join(arguments.cases)}")
     torch.set_num_threads(arguments.threads)
 
-    machine = environment(arguments.threads)
+    peak = measured_peak()
+    machine = environment(arguments.threads) | {"peak": f"{peak:.0f} GFLOP/s, best float32 matrix product"}
     output = arguments.output or Path(__file__).parent / "results" / f"step_{machine['date']}"
     output.parent.mkdir(parents=True, exist_ok=True)
     header = "# A DCGAN training step\n\n" + "\n".join(f"- {name}: {value}" for name, value in machine.items()) + "\n"
@@ -276,7 +285,7 @@ def main():
             continue
         times, flops = run_case(case, peers, arguments.repeats)
         results[case.name] = {"flops": flops, "peers": times}
-        tables.append(table(case.name, times, flops))
+        tables.append(table(case.name, times, flops, peak))
         print(tables[-1], flush=True)
         # After every case: a run that is cut short keeps what it measured.
         output.with_suffix(".json").write_text(json.dumps({"environment": machine, "cases": results}, indent=1) + "\n")
