@@ -10,17 +10,19 @@
 #include "cpu/parallel.h"
 
 TORCH_LIBRARY(fastgan, m) {
-  // Public. Stems as in fastgan/ops, csrc/ops and tests.
+  // Public. Stems as in fastgan/ops, csrc/ops and tests. process_group: the name of a torch.distributed group of
+  // `processes` processes whose statistics batch norm takes together; '' for this process's own.
   m.def(
       "conv2d_bn_act(Tensor input, Tensor weight, Tensor? bias=None, Tensor? bn_weight=None, Tensor? bn_bias=None, "
       "Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, *, int[2] stride=1, int[2] padding=0, "
       "int[2] dilation=1, int groups=1, bool training=True, float momentum=0.1, float eps=1e-5, "
-      "str activation='leaky_relu', float negative_slope=0.2) -> Tensor");
+      "str activation='leaky_relu', float negative_slope=0.2, str process_group='', int processes=1) -> Tensor");
   m.def(
       "conv_transpose2d_bn_act(Tensor input, Tensor weight, Tensor? bias=None, Tensor? bn_weight=None, "
       "Tensor? bn_bias=None, Tensor(a!)? running_mean=None, Tensor(b!)? running_var=None, *, int[2] stride=1, "
       "int[2] padding=0, int[2] output_padding=0, int groups=1, int[2] dilation=1, bool training=True, "
-      "float momentum=0.1, float eps=1e-5, str activation='relu', float negative_slope=0.2) -> Tensor");
+      "float momentum=0.1, float eps=1e-5, str activation='relu', float negative_slope=0.2, "
+      "str process_group='', int processes=1) -> Tensor");
   m.def(
       "conv2d_act(Tensor input, Tensor weight, Tensor? bias=None, *, int[2] stride=1, int[2] padding=0, "
       "int[2] dilation=1, int groups=1, str activation='leaky_relu', float negative_slope=0.2) -> Tensor");
@@ -47,12 +49,13 @@ TORCH_LIBRARY(fastgan, m) {
       "conv_bn_act_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, int[2] stride, int[2] padding, int[2] dilation, "
       "bool transposed, int[2] output_padding, int groups, bool training, float momentum, float eps, str activation, "
-      "float negative_slope, bool save_for_backward) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float negative_slope, bool save_for_backward, str process_group='', int processes=1) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "conv_bn_act_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor conv_output, Tensor mean, "
       "Tensor invstd, Tensor? bn_weight, Tensor? bn_bias, int[2] stride, int[2] padding, int[2] dilation, "
       "bool transposed, int[2] output_padding, int groups, bool training, str activation, float negative_slope, "
-      "bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool[5] output_mask, str process_group='', int processes=1) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "conv_act_forward(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
       "bool transposed, int[2] output_padding, int groups, str activation, float negative_slope) -> Tensor");
@@ -77,13 +80,15 @@ TORCH_LIBRARY(fastgan, m) {
   // have them. forward: (output, raw outputs, statistics), the last two with shape [0] unless save_for_backward.
   // backward: gradients of input and parameters; shape [0] where output_mask says false.
   m.def(
-      "conv_stack(Tensor input, Tensor[] parameters, Tensor(a!)[] running, int[] layers, float[] numbers) -> Tensor");
+      "conv_stack(Tensor input, Tensor[] parameters, Tensor(a!)[] running, int[] layers, float[] numbers, "
+      "str process_group='', int processes=1) -> Tensor");
   m.def(
       "conv_stack_forward(Tensor input, Tensor[] parameters, Tensor(a!)[] running, int[] layers, float[] numbers, "
-      "bool save_for_backward) -> (Tensor, Tensor, Tensor)");
+      "bool save_for_backward, str process_group='', int processes=1) -> (Tensor, Tensor, Tensor)");
   m.def(
       "conv_stack_backward(Tensor grad_output, Tensor input, Tensor[] parameters, Tensor output, Tensor raw, "
-      "Tensor statistics, int[] layers, float[] numbers, int[] output_mask) -> Tensor[]");
+      "Tensor statistics, int[] layers, float[] numbers, int[] output_mask, str process_group='', int processes=1) "
+      "-> Tensor[]");
 
   // (conditional [], marginal [], cross_entropy [], mean_probabilities [K], log_normalizer [N]); without labels
   // cross_entropy is 0. An absent gradient counts as 0.

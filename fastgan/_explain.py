@@ -6,7 +6,7 @@ import os
 import torch
 
 from fastgan import _extension, ops
-from fastgan.ops._conv import pair
+from fastgan.ops._conv import NO_GROUP_ON_CUDA, pair
 from fastgan.ops.batch_norm_act_noise import NO_CUDA_KERNEL
 
 
@@ -58,6 +58,8 @@ def _path(name, input, arguments):
         return _SHAPES, "a meta tensor has no values to compute with"
     if name == "batch_norm_act_noise" and device == "cuda":
         return _PLAIN, f"{name}_reference, because {NO_CUDA_KERNEL}"
+    if device == "cuda" and arguments.get("process_group") is not None and arguments["training"]:
+        return _PLAIN, f"{name}_reference, because {NO_GROUP_ON_CUDA}"
     if device == "cuda" and input.dtype == torch.float64:
         return "PyTorch's operators", "float64 has no fused CUDA kernels"
     if not name.endswith("bn_act") and arguments.get("activation") == "leaky_relu" and arguments["negative_slope"] < 0:

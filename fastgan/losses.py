@@ -180,7 +180,9 @@ def catgan_generator_loss(
     return conditional - marginal
 
 
-def feature_matching_loss(real_features: Tensor, fake_features: Tensor) -> Tensor:
+def feature_matching_loss(
+    real_features: Tensor, fake_features: Tensor, *, process_group: "torch.distributed.ProcessGroup | None" = None
+) -> Tensor:
     """Loss of a generator that matches mean features (Salimans et al. 2016, arXiv 1606.03498, section 3.1).
 
     The mean absolute difference of the two batches' mean features, which their code minimises; the paper writes the
@@ -189,6 +191,8 @@ def feature_matching_loss(real_features: Tensor, fake_features: Tensor) -> Tenso
     Args:
         real_features: a hidden layer of the discriminator for real images, [N, F]; taken as constant.
         fake_features: the same layer for generated images, [M, F].
+        process_group: a group of ``torch.distributed`` whose processes hold equally many rows: the means are then those
+            of all of them. Gradients averaged over the processes are those of one process with the whole batch.
 
     Returns:
         Scalar, float32 for half-precision features.
@@ -203,7 +207,13 @@ def feature_matching_loss(real_features: Tensor, fake_features: Tensor) -> Tenso
             f"feature_matching_loss: real_features and fake_features must have shapes [N, F] and [M, F], "
             f"got {list(real.shape)} and {list(fake.shape)}"
         )
-    return (real.detach().mean(0) - fake.mean(0)).abs().mean()
+    difference = real.detach().mean(0) - fake.mean(0)
+    if process_group is not None:
+        whole = difference.detach().clone()
+        distributed.all_reduce(whole, group=process_group)
+        # The value of the whole batch with this process's gradient.
+        difference = difference + (whole / distributed.get_world_size(process_group) - difference.detach())
+    return difference.abs().mean()
 
 
 def _checked_categories(function: str, name: str, logits: Tensor) -> int:

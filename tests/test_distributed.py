@@ -1,5 +1,6 @@
 """Real processes: two of gloo, and runs started by torchrun."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -11,16 +12,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed
+import torch.nn.functional as F
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgan import fuse, ops
 from fastgan.data import Batches, ClassBatches, DataError, ImageDataset, load_dataset
-from fastgan.train import DCGANConfig, GANConfig, Trainer, TrainingError
+from fastgan.losses import feature_matching_loss
+from fastgan.nn import ConvBNAct2d, convert_sync_batch_norm
+from fastgan.nn.sync_batch_norm import own_statistics
+from fastgan.ops.conv2d_bn_act import conv2d_bn_act_reference
+from fastgan.train import CatGANConfig, DCGANConfig, GANConfig, Trainer, TrainingError
 from fastgan.train.checkpoint import load_checkpoint
 from fastgan.train.distributed import Ranks
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 COMMON = dict(dataset="digits", device="cpu", threads=1, latent_dim=8, log_every=1, ema=0.9, epochs=1)
 DCGAN = dict(COMMON, image_size=16, batch_size=16, base_channels=16)
+CATGAN = dict(COMMON, image_size=16, batch_size=16, base_channels=16, labels="all", augment=False, views=1,
+              input_noise=0.0, hidden_noise=0.0)
 GAN = dict(COMMON, image_size=12, batch_size=4, hidden_features=8)
 
 
@@ -131,7 +142,159 @@ def _figures_and_gradients(rank, folder):
     return parameter.grad, loss, stop, ranks.mean({"a": torch.tensor(rank + 1.0), "b": 2.0 * rank})
 
 
+def _dcgan_global(rank, folder):
+    return weights(trained(DCGANConfig(**DCGAN, sync_batch_norm=True, max_steps=4, output=str(folder)), images()))
+
+
+def _catgan_global(rank, folder):
+    return weights(trained(CatGANConfig(**CATGAN, sync_batch_norm=True, max_steps=2, output=str(folder)), images()))
+
+
+def _feature_matching(rank, folder):
+    generator = torch.Generator().manual_seed(7)
+    real, fake = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64)
+    share, group = slice(4 * rank, 4 * rank + 4), distributed.group.WORLD
+    whole = fake.clone().requires_grad_()
+    own = fake[share].clone().requires_grad_()
+    expected = feature_matching_loss(real, whole)
+    loss = feature_matching_loss(real[share], own, process_group=group)
+    expected.backward(), loss.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(own.grad / 2, whole.grad[share])
+    return loss.item()
+
+
+# A layer, and how many of the 8 images process 0 holds.
+LAYERS = {
+    "minimal filtering": (dict(channels=(16, 32), kernel=4, stride=2, padding=1), 3),
+    "minimal filtering, transposed": (dict(channels=(32, 16), kernel=4, stride=2, padding=1, transposed=True), 5),
+    "contiguous": (dict(channels=(3, 5), kernel=3, stride=1, padding=1), 3),
+    "float64": (dict(channels=(3, 5), kernel=3, stride=2, padding=0, dtype=torch.float64), 1),
+    "no images in process 0": (dict(channels=(3, 5), kernel=3, stride=1, padding=1), 0),
+    "reference": (dict(channels=(3, 5), kernel=3, stride=1, padding=1, reference=True), 6),
+    "reference, no images in process 0": (dict(channels=(3, 5), kernel=3, stride=1, padding=1, reference=True), 0),
+}
+
+
+def _layer(channels, kernel, stride, padding, transposed=False, dtype=torch.float32, reference=False):
+    """(operator, [input, weight, gamma, beta], its other arguments)"""
+    generator = torch.Generator().manual_seed(5)
+    random = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    c_in, c_out = channels
+    # A mean far from 0: E[x^2] - E[x]^2 would lose the variance.
+    input = random(8, c_in, 8, 8) + 20
+    if channels[0] >= 16:
+        input = input.contiguous(memory_format=torch.channels_last)
+    weight = random(*((c_in, c_out) if transposed else (c_out, c_in)), kernel, kernel) / kernel
+    operator = conv2d_bn_act_reference if reference else ops.conv_transpose2d_bn_act if transposed else ops.conv2d_bn_act
+    return operator, [input, weight, random(c_out), random(c_out)], dict(stride=stride, padding=padding)
+
+
+def _run_layer(operator, tensors, arguments, rows, **group):
+    """Output, running statistics and gradients of a layer over some rows of its input."""
+    input, *parameters = (tensor.clone().requires_grad_() for tensor in [tensors[0][rows], *tensors[1:]])
+    weight, gamma, beta = parameters
+    running = [torch.zeros_like(gamma.detach()), torch.ones_like(gamma.detach())]
+    output = operator(input, weight, None, gamma, beta, *running, activation="leaky_relu", **arguments, **group)
+    factors = torch.arange(8, dtype=output.dtype)[rows].view(-1, 1, 1, 1) - 2
+    (output.square() * factors).sum().backward()
+    return {"output": output.detach(), "running_mean": running[0], "running_var": running[1], "input": input.grad,
+            "weight": weight.grad, "gamma": gamma.grad, "beta": beta.grad}
+
+
+def _operators(rank, folder):
+    results = {}
+    for name, (description, first) in LAYERS.items():
+        layer, rows = _layer(**description), slice(0, first) if rank == 0 else slice(first, 8)
+        results[name] = _run_layer(*layer, rows, process_group=distributed.group.WORLD)
+    return results
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.names.append(function.__name__)
+        return function(*arguments, **(keywords or {}))
+
+
+def _network():
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(16, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32),
+        nn.LeakyReLU(0.2), nn.Conv2d(32, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.LeakyReLU(0.2),
+        nn.Conv2d(32, 4, 2, 1, 0), nn.Flatten(), nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.Linear(6, 1),
+    )  # fmt: skip
+
+
+def _two_batches():
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(8, 1, 16, 16, generator=generator), torch.randn(8, 1, 16, 16, generator=generator) + 1
+
+
+def _state(network):
+    gradients = {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+    return gradients | {name: buffer.clone() for name, buffer in network.named_buffers()}
+
+
+def _two_forwards(network, share=slice(None)):
+    real, fake = _two_batches()
+    (F.softplus(-network(real[share])).mean() + F.softplus(network(fake[share])).mean()).backward()
+
+
+def _fused_in_distributed_data_parallel(rank, folder):
+    network = fuse(convert_sync_batch_norm(_network()), inplace=True)
+    with Recorder() as recorder:
+        _two_forwards(DistributedDataParallel(network), slice(4 * rank, 4 * rank + 4))
+    return _state(network), recorder.names.count("conv_stack_forward.default")
+
+
+def _fused_by_pytorchs_conversion(rank, folder):
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(_network()[:9])
+    fuse(network, inplace=True)
+    network(_two_batches()[0][slice(0, 3) if rank == 0 else slice(3, 8)]).sum().backward()
+    return dict(network.named_buffers())
+
+
+def _statistics_of_its_own(rank, folder):
+    module = convert_sync_batch_norm(ConvBNAct2d(2, 3, 3))
+    x = torch.randn(4, 2, 5, 5, generator=torch.Generator().manual_seed(rank))
+    plain = copy.deepcopy(module)
+    plain.bn.__class__ = nn.BatchNorm2d
+    same_in_evaluation = torch.equal(module.eval()(x), plain.eval()(x))
+    module.train(), plain.train()
+    with own_statistics():
+        same_by_itself = torch.equal(module(x), plain(x))
+    return same_in_evaluation, same_by_itself, torch.allclose(module(x), plain(x))
+
+
+def _second_derivative(rank, folder):
+    messages = []
+    for kernel in (4, 3):  # by conv_stack, by the operator
+        network = fuse(convert_sync_batch_norm(nn.Sequential(nn.Conv2d(1, 16, kernel, 2, 1), nn.BatchNorm2d(16))))
+        x = torch.randn(2, 1, 8, 8, requires_grad=True)
+        with pytest.raises(NotImplementedError) as error:
+            torch.autograd.grad(network(x).sum(), x, create_graph=True)
+        messages.append(str(error.value))
+    return messages
+
+
+def _one_value(rank, folder):
+    bn = [torch.ones(3), torch.zeros(3), torch.zeros(3), torch.ones(3)]
+    rows = torch.randn(1 - rank, 2, 3, 3)
+    with pytest.raises(ValueError, match="got one in all processes"):
+        ops.conv2d_bn_act(rows, torch.ones(3, 2, 3, 3), None, *bn, process_group=distributed.group.WORLD)
+    assert torch.equal(bn[2], torch.zeros(3))
+    # One in each is enough.
+    one_each = torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(rank))
+    return ops.conv2d_bn_act(one_each, torch.ones(3, 2, 3, 3), None, *bn, process_group=distributed.group.WORLD)
+
+
 CASES = [
+    _operators, _fused_in_distributed_data_parallel, _fused_by_pytorchs_conversion, _statistics_of_its_own,
+    _feature_matching, _second_derivative, _one_value, _dcgan_global, _catgan_global,
     _gan, _dcgan, _resumed, _resumed_from_one_process, _nan_in_process_1, _signal_to_process_1, _settings_that_differ,
     _output_that_cannot_be_written, _own_random_numbers, _figures_and_gradients,
 ]
@@ -259,6 +422,84 @@ def test_gradients_figures_loss_and_stop_are_combined(both):
         assert torch.equal(gradient, torch.full((2, 3), 1.5))
         assert float(loss) == 5 and stop is True
         assert figures == {"a": 1.5, "b": 1.0}
+
+
+# --- batch norm over the processes
+
+
+# Adam's first steps turn the rounding of a gradient near 0 into a whole step, which the CatGAN amplifies: bounds for the
+# relative difference of all weights together, where each process's own statistics give 8e-3 and 2e-2.
+@pytest.mark.parametrize("family, bound", [("dcgan", 1e-5), ("catgan", 1e-3)])
+def test_two_halves_with_global_statistics_follow_the_trajectory_of_the_whole_batch(both, tmp_path, family, bound):
+    case, config = {"dcgan": (_dcgan_global, DCGANConfig(**DCGAN, max_steps=4, output=str(tmp_path))),
+                    "catgan": (_catgan_global, CatGANConfig(**CATGAN, max_steps=2, output=str(tmp_path)))}[family]
+    expected = weights(trained(config, images()))
+    for result in both(case):
+        learned = [name for name in expected if "running" not in name and "num_batches" not in name]
+        found, whole = (torch.cat([state[name].flatten() for name in learned]) for state in (result, expected))
+        assert (found - whole).norm() < bound * whole.norm()
+    names = {"dcgan": ("d_real", "d_fake"), "catgan": ("entropy_real", "entropy_marginal", "cross_entropy")}[family]
+    records = list(zip(metrics(both.folder / case.__name__), metrics(tmp_path), strict=True))
+    for together, by_itself in records:
+        for name in ("step", "loss_d", "loss_g", *names):
+            tolerance = 1e-5 if together is records[0][0] else 100 * bound
+            assert together[name] == pytest.approx(by_itself[name], rel=tolerance, abs=1e-5), name
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_operators_with_a_process_group_equal_the_whole_batch(both, name):
+    whole = _run_layer(*_layer(**LAYERS[name][0]), slice(None))
+    zero, one = (result[name] for result in both(_operators))
+    tolerance = dict(rtol=1e-9, atol=1e-9) if whole["output"].dtype == torch.float64 else dict(rtol=2e-4, atol=2e-3)
+    for key in ("output", "input"):
+        torch.testing.assert_close(torch.cat([zero[key], one[key]]), whole[key], **tolerance)
+    for key in ("running_mean", "running_var"):
+        assert torch.equal(zero[key], one[key])
+        torch.testing.assert_close(zero[key], whole[key], rtol=1e-5, atol=1e-6)
+    for key in ("weight", "gamma", "beta"):
+        torch.testing.assert_close(zero[key] + one[key], whole[key], rtol=tolerance["rtol"], atol=10 * tolerance["atol"])
+
+
+def test_two_forwards_before_backward_in_distributed_data_parallel(both):
+    alone = fuse(_network())
+    _two_forwards(alone)
+    for state, stacks in both(_fused_in_distributed_data_parallel):
+        assert_same(state, _state(alone), rtol=1e-4, atol=1e-6)
+        assert stacks == 2  # the fast way, once for each forward
+
+
+def test_fuse_takes_the_layers_that_pytorch_converts(both):
+    alone = fuse(_network()[:9])
+    alone(_two_batches()[0])
+    for buffers in both(_fused_by_pytorchs_conversion):
+        assert_same(buffers, dict(alone.named_buffers()), rtol=1e-5, atol=1e-6)
+
+
+def test_converted_layers_synchronise_in_training_only(both):
+    assert both(_statistics_of_its_own) == [(True, True, False)] * 2
+
+
+def test_converted_layers_are_plain_batch_norm_without_other_processes():
+    plain = _network()
+    for converted in (convert_sync_batch_norm(copy.deepcopy(plain)), fuse(convert_sync_batch_norm(copy.deepcopy(plain)))):
+        x = _two_batches()[0]
+        torch.testing.assert_close(converted(x), copy.deepcopy(plain)(x))
+        assert int(converted[11].num_batches_tracked) == 1
+
+
+def test_second_derivatives_over_processes_are_refused_by_name(both):
+    for messages in both(_second_derivative):
+        assert messages[0].startswith("conv_stack: no second derivatives") and "process_group" in messages[0]
+        assert messages[1].startswith("conv2d_bn_act: no second derivatives")
+
+
+def test_one_value_in_all_processes_is_refused_and_one_in_each_is_not(both):
+    zero, one = both(_one_value)
+    torch.testing.assert_close(zero.abs().max() + one.abs().max(), torch.tensor(1.2), rtol=1e-3, atol=0)
+
+
+def test_feature_matching_over_processes_is_that_of_the_whole_batch(both):
+    assert both(_feature_matching)[0] > 0  # compared in the processes
 
 
 # --- shares of a batch

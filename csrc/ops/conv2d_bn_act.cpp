@@ -16,10 +16,11 @@ Tensor conv2d_bn_act(const Tensor& input,              // [N, C_in, H, W] or [C_
                      const OptionalTensor& running_mean,  // [C_out], updated when training
                      const OptionalTensor& running_var,   // [C_out], updated when training
                      IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, bool training,
-                     double momentum, double eps, c10::string_view activation, double negative_slope) {
+                     double momentum, double eps, c10::string_view activation, double negative_slope,
+                     c10::string_view process_group, int64_t processes) {
   const ConvLayer layer{stride, padding, dilation, /*transposed=*/false, kNoOutputPadding, groups};
   return conv_bn_act("conv2d_bn_act", input, weight, bias, bn_weight, bn_bias, running_mean, running_var, layer,
-                     training, momentum, eps, activation, negative_slope);
+                     training, momentum, eps, activation, negative_slope, {std::string(process_group), processes});
 }
 
 Tensor conv2d_act(const Tensor& input,         // [N, C_in, H, W] or [C_in, H, W]

@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cpu(
     const OptionalTensor& bn_bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
     int64_t groups, bool training, double momentum, double eps, c10::string_view activation, double negative_slope,
-    bool save_for_backward) {
+    bool save_for_backward, c10::string_view process_group, int64_t processes) {
   const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
   const cpu::ActivationSpec act{parse_activation("conv_bn_act_forward", activation), negative_slope};
   const Tensor y = dense(convolution(input, weight, bias, layer));  // [N, C, H, W]
@@ -92,7 +92,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cpu(
   const int64_t C = y.size(1);
   const Tensor statistics = at::zeros({4, C}, options);  // mean, invstd, scale, shift
   const Tensor mean = statistics[0], invstd = statistics[1], scale = statistics[2], shift = statistics[3];
-  if (y.numel() > 0) {
+  const ProcessGroup group{std::string(process_group), processes};
+  const bool together = training && !group.alone();
+  const char* op = transposed ? "conv_transpose2d_bn_act" : "conv2d_bn_act";
+  if (y.numel() > 0 || together) {  // a process without values takes part in the collective
     const Tensor gamma = as_accumulate(bn_weight, options.dtype().toScalarType());
     const Tensor beta = as_accumulate(bn_bias, options.dtype().toScalarType());
     const Tensor new_mean = as_accumulate(running_mean, options.dtype().toScalarType());
@@ -104,12 +107,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cpu(
       const cpu::BnActShape shape = kernel_shape(y);
       Tensor var;
       if (training) {
-        var = at::empty({C}, options);
-        const Tensor workspace = at::empty({cpu::bn_act_workspace_size(shape)}, options);
-        kernels.batch_statistics(shape, data<T>(y), mutable_data<A>(mean), mutable_data<A>(var),
-                                 mutable_data<A>(workspace));
-        if (new_mean.defined())
-          cpu::update_running_statistics<A>(C, shape.outer * shape.inner, momentum, data<A>(mean), data<A>(var),
+        var = at::zeros({C}, options);
+        int64_t count = shape.outer * shape.inner;
+        if (count > 0) {
+          const Tensor workspace = at::empty({cpu::bn_act_workspace_size(shape)}, options);
+          kernels.batch_statistics(shape, data<T>(y), mutable_data<A>(mean), mutable_data<A>(var),
+                                   mutable_data<A>(workspace));
+        }
+        if (together) count = merge_statistics(op, group, mean, var, count);
+        if (new_mean.defined() && count > 0)
+          cpu::update_running_statistics<A>(C, count, momentum, data<A>(mean), data<A>(var),
                                             mutable_data<A>(new_mean), mutable_data<A>(new_var));
       } else {
         mean.copy_(new_mean);
@@ -117,7 +124,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cpu(
       }
       cpu::fold_statistics<A>(C, data<A>(mean), data<A>(var), data_or_null<A>(gamma), data_or_null<A>(beta), eps,
                               mutable_data<A>(invstd), mutable_data<A>(scale), mutable_data<A>(shift));
-      kernels.scale_shift_act(shape, data<T>(y), data<A>(scale), data<A>(shift), act, mutable_data<T>(output));
+      if (y.numel() > 0)
+        kernels.scale_shift_act(shape, data<T>(y), data<A>(scale), data<A>(shift), act, mutable_data<T>(output));
     });
     // In place already where as_accumulate had nothing to convert.
     if (training && defined(running_mean) && !new_mean.is_same(*running_mean)) running_mean->copy_(new_mean);
@@ -133,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cpu(
     const Tensor& mean, const Tensor& invstd, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
     int64_t groups, bool training, c10::string_view activation, double negative_slope,
-    std::array<bool, 5> output_mask) {
+    std::array<bool, 5> output_mask, c10::string_view process_group, int64_t processes) {
   const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
   const cpu::ActivationSpec act{parse_activation("conv_bn_act_backward", activation), negative_slope};
   const Tensor& y = conv_output;
@@ -142,7 +150,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cpu(
   const int64_t C = y.size(1);
   const Tensor sums = at::zeros({2, C}, mean.options());  // sum of dz, sum of dz * xhat
   const Tensor rows = at::zeros({5, C}, mean.options());  // scale, shift, and the coefficients of dy
-  if (y.numel() > 0) {
+  const ProcessGroup group{std::string(process_group), processes};
+  const bool together = training && !group.alone();
+  if (y.numel() > 0 || together) {
     const Tensor gamma = as_accumulate(bn_weight, mean.scalar_type());
     const Tensor beta = as_accumulate(bn_bias, mean.scalar_type());
     with_kernel_type(y.scalar_type(), [&](auto tag) {
@@ -155,12 +165,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cpu(
       A *sum_dz = mutable_data<A>(sums), *sum_dz_xhat = sum_dz + C;
       cpu::fold_scale_shift<A>(C, data<A>(mean), data<A>(invstd), data_or_null<A>(gamma), data_or_null<A>(beta), scale,
                                shift);
-      const Tensor workspace = at::empty({cpu::bn_act_workspace_size(shape)}, mean.options());
-      kernels.bn_act_backward_reduce(shape, data<T>(grad), data<T>(y), scale, shift, data<A>(mean), data<A>(invstd),
-                                     act, sum_dz, sum_dz_xhat, mutable_data<A>(workspace));
-      cpu::backward_coefficients<A>(C, shape.outer * shape.inner, training, scale, data<A>(mean), data<A>(invstd),
-                                    sum_dz, sum_dz_xhat, a, b, c0);
-      if (output_mask[0] || output_mask[1])
+      int64_t count = shape.outer * shape.inner;
+      if (count > 0) {
+        const Tensor workspace = at::empty({cpu::bn_act_workspace_size(shape)}, mean.options());
+        kernels.bn_act_backward_reduce(shape, data<T>(grad), data<T>(y), scale, shift, data<A>(mean), data<A>(invstd),
+                                       act, sum_dz, sum_dz_xhat, mutable_data<A>(workspace));
+      }
+      // The batch norm's own gradients stay this process's, like those of every other parameter.
+      const Tensor all = together ? sums.clone() : sums;
+      if (together) count = add_over_processes(group, all, count);
+      cpu::backward_coefficients<A>(C, count, training, scale, data<A>(mean), data<A>(invstd), data<A>(all),
+                                    data<A>(all) + C, a, b, c0);
+      if ((output_mask[0] || output_mask[1]) && y.numel() > 0)
         kernels.bn_act_backward_apply(shape, data<T>(grad), data<T>(y), scale, shift, a, b, c0, act,
                                       mutable_data<T>(dy));
     });
@@ -243,6 +259,11 @@ Tensor activate(const Tensor& z, Activation activation, double negative_slope) {
   TORCH_INTERNAL_ASSERT(false);
 }
 
+void refuse_second_derivative(const char* op, const ProcessGroup& group) {
+  TORCH_CHECK_NOT_IMPLEMENTED(group.alone(), op, ": no second derivatives (create_graph=True) with a process_group; "
+                              "use batch norm of each process, or none, where there is a gradient penalty");
+}
+
 Tensor differentiable_batch_norm(const Tensor& y, const Tensor& bn_weight, const Tensor& bn_bias, const Tensor& mean,
                                  const Tensor& invstd, bool training, double eps) {
   if (training)
@@ -311,7 +332,8 @@ class ConvBnAct : public torch::autograd::Function<ConvBnAct> {
                         const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
                         const OptionalTensor& running_mean,
                         const OptionalTensor& running_var, const ConvLayer& layer, bool training, double momentum,
-                        double eps, std::string_view activation, double negative_slope, bool save_for_backward) {
+                        double eps, std::string_view activation, double negative_slope, bool save_for_backward,
+                        const ProcessGroup& group) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static auto op = c10::Dispatcher::singleton()
                          .findSchemaOrThrow("fastgan::conv_bn_act_forward", "")
@@ -319,13 +341,15 @@ class ConvBnAct : public torch::autograd::Function<ConvBnAct> {
     auto [output, conv_output, mean, invstd] =
         op.call(input, weight, bias, bn_weight, bn_bias, running_mean, running_var,
                 layer.stride, layer.padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups,
-                training, momentum, eps, activation, negative_slope, save_for_backward);
+                training, momentum, eps, activation, negative_slope, save_for_backward, group.name, group.size);
     if (save_for_backward) {
       ctx->save_for_backward({input, weight, or_undefined(bias), or_undefined(bn_weight), or_undefined(bn_bias),
                               conv_output, mean, invstd});
       save_layer(ctx, layer, activation, negative_slope);
       ctx->saved_data["training"] = training;
       ctx->saved_data["eps"] = eps;
+      ctx->saved_data["process_group"] = group.name;
+      ctx->saved_data["processes"] = group.size;
     }
     return output;
   }
@@ -337,8 +361,10 @@ class ConvBnAct : public torch::autograd::Function<ConvBnAct> {
     const SavedLayer s(ctx);
     const bool training = ctx->saved_data["training"].toBool();
     const auto mask = needed_gradients<5>(ctx, saved);
-    variable_list gradients(14);  // one an argument of forward; undefined for all but the first five
+    const ProcessGroup group{ctx->saved_data["process_group"].toStringRef(), ctx->saved_data["processes"].toInt()};
+    variable_list gradients(15);  // one an argument of forward; undefined for all but the first five
     if (at::GradMode::is_enabled()) {
+      if (training) refuse_second_derivative(s.layer.transposed ? "conv_transpose2d_bn_act" : "conv2d_bn_act", group);
       const Tensor y = convolution(input, weight, optional(bias), s.layer);
       const Tensor z = differentiable_batch_norm(y, bn_weight, bn_bias, mean, invstd, training,
                                                  ctx->saved_data["eps"].toDouble());
@@ -354,7 +380,7 @@ class ConvBnAct : public torch::autograd::Function<ConvBnAct> {
     auto [grad_input, grad_weight, grad_bias, grad_bn_weight, grad_bn_bias] =
         op.call(grad_outputs[0], input, weight, conv_output, mean, invstd, optional(bn_weight), optional(bn_bias),
                 s.layer.stride, s.layer.padding, s.layer.dilation, s.layer.transposed, s.layer.output_padding,
-                s.layer.groups, training, s.activation, s.negative_slope, mask);
+                s.layer.groups, training, s.activation, s.negative_slope, mask, group.name, group.size);
     const Tensor all[5] = {grad_input, grad_weight, grad_bias, grad_bn_weight, grad_bn_bias};
     for (size_t i = 0; i < 5; ++i)
       if (mask[i]) gradients[i] = all[i];
@@ -477,20 +503,20 @@ std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor
 Tensor conv_bn_act(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
                    const OptionalTensor& running_var, const ConvLayer& layer, bool training, double momentum,
-                   double eps, std::string_view activation, double negative_slope) {
+                   double eps, std::string_view activation, double negative_slope, const ProcessGroup& group) {
   const Activation kind = parse_activation(op, activation);
   const AutocastTensors t(input, weight, bias);
   check_conv(op, t.input, t.weight, optional(t.bias), layer);
   check_batch_norm(op, t.input, t.weight, bn_weight, bn_bias, running_mean, running_var, layer, training, momentum,
-                   eps);
-  const BatchNormArguments bn{bn_weight, bn_bias, running_mean, running_var, training, momentum, eps};
+                   eps, group);
+  const BatchNormArguments bn{bn_weight, bn_bias, running_mean, running_var, training, momentum, eps, group};
   if (auto output = conv_stack_single(t.input, t.weight, optional(t.bias), &bn, layer, kind, negative_slope))
     return *output;
   const bool batched = t.input.dim() == 4;
   const bool save = any_requires_grad({t.input, t.weight, t.bias, or_undefined(bn_weight), or_undefined(bn_bias)});
   const Tensor output = ConvBnAct::apply(batched ? t.input : t.input.unsqueeze(0), t.weight, optional(t.bias),
                                          bn_weight, bn_bias, running_mean, running_var, layer, training, momentum, eps,
-                                         activation, negative_slope, save);
+                                         activation, negative_slope, save, group);
   return batched ? output : output.squeeze(0);
 }
 

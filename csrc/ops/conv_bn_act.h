@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../activation.h"
+#include "process_group.h"
 
 namespace fastgan {
 
@@ -35,7 +36,7 @@ void check_conv(const char* op, const Tensor& input, const Tensor& weight, const
 void check_batch_norm(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bn_weight,
                       const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
                       const OptionalTensor& running_var, const ConvLayer& layer, bool training, double momentum,
-                      double eps);
+                      double eps, const ProcessGroup& group);
 // The part of it that asks for no convolution: `channels` of what is normalised, with `values` in each.
 void check_batch_norm_arrays(const char* op, const Tensor& input, const c10::SymInt& channels, const char* channels_are,
                              const c10::SymInt& values, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
@@ -52,6 +53,8 @@ std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor
 // The same layers from differentiable ATen operators: what a backward differentiates when it must itself be
 // differentiable (gradient penalties). In evaluation mode mean and invstd are constants.
 Tensor activate(const Tensor& z, Activation activation, double negative_slope);
+// Not over several processes: their second derivatives would need collectives that are differentiable themselves.
+void refuse_second_derivative(const char* op, const ProcessGroup& group);
 Tensor differentiable_batch_norm(const Tensor& y, const Tensor& bn_weight, const Tensor& bn_bias, const Tensor& mean,
                                  const Tensor& invstd, bool training, double eps);
 // Gradients of output with respect to the needed ones of inputs, with a graph of their own.
@@ -62,7 +65,7 @@ std::vector<Tensor> differentiable_gradients(const Tensor& output, const std::ve
 Tensor conv_bn_act(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
                    const OptionalTensor& running_var, const ConvLayer& layer, bool training, double momentum,
-                   double eps, std::string_view activation, double negative_slope);
+                   double eps, std::string_view activation, double negative_slope, const ProcessGroup& group);
 Tensor conv_act(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                 const ConvLayer& layer, std::string_view activation, double negative_slope);
 

@@ -111,11 +111,14 @@ void check_conv(const char* op, const Tensor& input, const Tensor& weight, const
 void check_batch_norm(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bn_weight,
                       const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
                       const OptionalTensor& running_var, const ConvLayer& layer, bool training, double momentum,
-                      double eps) {
+                      double eps, const ProcessGroup& group) {
+  TORCH_CHECK_VALUE(group.size >= 1 && group.alone() == (group.size == 1), op, ": process_group and processes must be "
+                    "given together, got '", group.name, "' and ", group.size);
   const SymInt batch = input.dim() == 4 ? input.sym_size(0) : SymInt(1);
-  check_batch_norm_arrays(op, input, out_channels(weight, layer), out_channels_are(layer),
-                          batch * output_size(input, weight, layer, 0) * output_size(input, weight, layer, 1), bn_weight,
-                          bn_bias, running_mean, running_var, training, momentum, eps);
+  SymInt values = batch * output_size(input, weight, layer, 0) * output_size(input, weight, layer, 1);
+  if (!group.alone()) values = 0;  // what the other processes hold is not known yet
+  check_batch_norm_arrays(op, input, out_channels(weight, layer), out_channels_are(layer), values, bn_weight, bn_bias,
+                          running_mean, running_var, training, momentum, eps);
 }
 
 void check_batch_norm_arrays(const char* op, const Tensor& input, const SymInt& channels, const char* channels_are,

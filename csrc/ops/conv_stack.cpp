@@ -38,7 +38,7 @@ std::vector<StackLayer> parse_stack(at::IntArrayRef layers, at::ArrayRef<double>
     const int64_t* n = layers.data() + i * StackLayer::kIntegers;
     const double* f = numbers.data() + i * StackLayer::kNumbers;
     stack.push_back({n[0] != 0, {n[1], n[2]}, {n[3], n[4]}, n[5] != 0, n[6] != 0, n[7] != 0, n[8] != 0, n[9] != 0,
-                     n[10] != 0, static_cast<Activation>(n[11]), f[0], f[1], f[2]});
+                     n[10] != 0, n[10] == 2, static_cast<Activation>(n[11]), f[0], f[1], f[2]});
   }
   return stack;
 }
@@ -315,8 +315,10 @@ std::pair<Tensor, Tensor> plain_backward(const StackLayer& layer, const Geometry
 // (output, raw outputs, statistics); the last two have shape [0] unless save_for_backward.
 std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, at::TensorList parameters,
                                                           at::TensorList running, at::IntArrayRef layers,
-                                                          at::ArrayRef<double> numbers, bool save_for_backward) {
+                                                          at::ArrayRef<double> numbers, bool save_for_backward,
+                                                          c10::string_view process_group, int64_t processes) {
   const auto stack = parse_stack(layers, numbers);
+  const ProcessGroup group{std::string(process_group), processes};
   auto split = split_parameters(stack, parameters);
   const Plan plan = make_plan(stack, split, input);
   const auto options = float_options();
@@ -360,13 +362,15 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
         });
       }
     }
+    int64_t values = rows_of(y).outer;  // a channel
+    if (from_batch && layer.together) values = merge_statistics("conv_stack", group, mean, var, values);
     current = Lazy{y};
     if (!activated) current.activation = {layer.activation, layer.negative_slope};
     if (!layer.has_batch_norm) continue;
     if (layer.has_running) {
       const Tensor &running_mean = running[next_running++], &running_var = running[next_running++];
       if (layer.training) {
-        cpu::update_running_statistics<float>(C, rows_of(y).outer, layer.momentum, floats(mean), floats(var),
+        cpu::update_running_statistics<float>(C, values, layer.momentum, floats(mean), floats(var),
                                               floats(running_mean), floats(running_var));
       } else {
         mean.copy_(running_mean);
@@ -389,8 +393,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
 std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Tensor& input, at::TensorList parameters,
                                             const Tensor& output, const Tensor& raw, const Tensor& statistics,
                                             at::IntArrayRef layers, at::ArrayRef<double> numbers,
-                                            at::IntArrayRef output_mask) {
+                                            at::IntArrayRef output_mask, c10::string_view process_group,
+                                            int64_t processes) {
   const auto stack = parse_stack(layers, numbers);
+  const ProcessGroup group{std::string(process_group), processes};
   auto split = split_parameters(stack, parameters);
   const Plan plan = make_plan(stack, split, input);
   const auto options = float_options();
@@ -443,10 +449,13 @@ std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Ten
       results[k++] = layer.training ? at::zeros({sums.size(1)}, options) : at::mul(above.scale, sums[0]);
     if (layer.has_bn_weight) results[k++] = sums[1].clone();
     if (layer.has_bn_bias) results[k++] = sums[0].clone();
+    // The results above stay this process's, like the gradients of all parameters.
+    int64_t values = rows_of(above.raw).outer;
+    if (layer.training && layer.together) values = add_over_processes(group, sums, values);
     const Tensor coefficients = at::empty({3, sums.size(1)}, options);
     grad.a = coefficients[0], grad.b = coefficients[1], grad.c = coefficients[2];
     grad.y = above.raw;
-    cpu::backward_coefficients<float>(sums.size(1), rows_of(above.raw).outer, layer.training, floats(above.scale),
+    cpu::backward_coefficients<float>(sums.size(1), values, layer.training, floats(above.scale),
                                       floats(above.mean), floats(above.invstd), floats(sums[0]), floats(sums[1]),
                                       floats(grad.a), floats(grad.b), floats(grad.c));
     return grad;
@@ -541,18 +550,22 @@ std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Ten
 class ConvStack : public torch::autograd::Function<ConvStack> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, at::TensorList parameters, const variable_list& running,
-                        std::vector<int64_t> layers, std::vector<double> numbers, bool save_for_backward) {
+                        std::vector<int64_t> layers, std::vector<double> numbers, bool save_for_backward,
+                        const ProcessGroup& group) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static auto op = c10::Dispatcher::singleton()
                          .findSchemaOrThrow("fastgan::conv_stack_forward", "")
                          .typed<decltype(conv_stack_forward_cpu)>();
-    const auto [output, raw, statistics] = op.call(input, parameters, running, layers, numbers, save_for_backward);
+    const auto [output, raw, statistics] =
+        op.call(input, parameters, running, layers, numbers, save_for_backward, group.name, group.size);
     if (save_for_backward) {
       variable_list saved{input, output, raw, statistics};
       saved.insert(saved.end(), parameters.begin(), parameters.end());
       ctx->save_for_backward(saved);
       ctx->saved_data["layers"] = layers;
       ctx->saved_data["numbers"] = numbers;
+      ctx->saved_data["process_group"] = group.name;
+      ctx->saved_data["processes"] = group.size;
     }
     return output;
   }
@@ -565,8 +578,10 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
     const auto numbers = ctx->saved_data["numbers"].toDoubleVector();
     std::vector<int64_t> mask;
     for (size_t i = 0; i <= parameters.size(); ++i) mask.push_back(ctx->needs_input_grad(i));
-    variable_list gradients(parameters.size() + 5);  // input and parameters, then four arguments without one
+    const ProcessGroup group{ctx->saved_data["process_group"].toStringRef(), ctx->saved_data["processes"].toInt()};
+    variable_list gradients(parameters.size() + 6);  // input and parameters, then five arguments without one
     if (at::GradMode::is_enabled()) {
+      refuse_second_derivative("conv_stack", group);
       variable_list inputs{input};
       inputs.insert(inputs.end(), parameters.begin(), parameters.end());
       const auto found = differentiable_gradients(differentiable_stack(input, parameters, statistics, layers, numbers),
@@ -577,7 +592,8 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
     static auto op = c10::Dispatcher::singleton()
                          .findSchemaOrThrow("fastgan::conv_stack_backward", "")
                          .typed<decltype(conv_stack_backward_cpu)>();
-    const auto found = op.call(grad_outputs[0], input, parameters, output, raw, statistics, layers, numbers, mask);
+    const auto found = op.call(grad_outputs[0], input, parameters, output, raw, statistics, layers, numbers, mask,
+                               group.name, group.size);
     for (size_t i = 0; i < mask.size(); ++i)
       if (mask[i]) gradients[i] = found[i];
     return gradients;
@@ -607,11 +623,11 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
 };
 
 Tensor conv_stack(const Tensor& input, at::TensorList parameters, at::TensorList running, at::IntArrayRef layers,
-                  at::ArrayRef<double> numbers) {
+                  at::ArrayRef<double> numbers, c10::string_view process_group, int64_t processes) {
   bool save = input.requires_grad();
   for (const Tensor& parameter : parameters) save = save || parameter.requires_grad();
   return ConvStack::apply(input, parameters, running.vec(), layers.vec(), numbers.vec(),
-                          save && at::GradMode::is_enabled());
+                          save && at::GradMode::is_enabled(), ProcessGroup{std::string(process_group), processes});
 }
 
 bool is(at::IntArrayRef pair, int64_t value) { return pair[0] == value && pair[1] == value; }
@@ -629,7 +645,8 @@ OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, cons
       !is(layer.padding, 1) || input.is_contiguous() || !input.is_contiguous(at::MemoryFormat::ChannelsLast))
     return std::nullopt;
   StackLayer one{layer.transposed, {2, 2}, {1, 1}, given(bias), bn != nullptr, bn && given(bn->weight),
-                 bn && given(bn->bias), bn && given(bn->running_mean), bn && bn->training, activation,
+                 bn && given(bn->bias), bn && given(bn->running_mean), bn && bn->training,
+                 bn && bn->training && !bn->group.alone(), activation,
                  bn ? bn->momentum : 0.0, bn ? bn->eps : 0.0, negative_slope};
   if (geometry(one, input.size(0), input.size(1), input.size(2), input.size(3), weight, at::kFloat).path != Path::conv4x4s2)
     return std::nullopt;
@@ -642,10 +659,12 @@ OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, cons
     running = {*bn->running_mean, *bn->running_var};
   }
   const int64_t integers[StackLayer::kIntegers] = {one.transposed, 2, 2, 1, 1, one.has_bias, one.has_batch_norm,
-                                                   one.has_bn_weight, one.has_bn_bias, one.has_running, one.training,
+                                                   one.has_bn_weight, one.has_bn_bias, one.has_running,
+                                                   one.together ? 2 : one.training,
                                                    static_cast<int64_t>(activation)};
   const double numbers[StackLayer::kNumbers] = {one.momentum, one.eps, one.negative_slope};
-  return conv_stack(input, parameters, running, integers, numbers);
+  const ProcessGroup group = one.together ? bn->group : ProcessGroup{};
+  return conv_stack(input, parameters, running, integers, numbers, group.name, group.size);
 }
 
 TORCH_LIBRARY_IMPL(fastgan, CompositeImplicitAutograd, m) { m.impl("conv_stack", &conv_stack); }

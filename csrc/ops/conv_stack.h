@@ -13,7 +13,9 @@ namespace fastgan {
 struct StackLayer {
   bool transposed;
   int64_t stride[2], padding[2];
-  bool has_bias, has_batch_norm, has_bn_weight, has_bn_bias, has_running, training;
+  // together: batch norm's statistics are those of all processes of the call's group; then the integer of `training`
+  // is 2.
+  bool has_bias, has_batch_norm, has_bn_weight, has_bn_bias, has_running, training, together;
   Activation activation;
   double momentum, eps, negative_slope;
 
@@ -30,6 +32,7 @@ struct BatchNormArguments {
   OptionalTensor weight, bias, running_mean, running_var;
   bool training;
   double momentum, eps;
+  ProcessGroup group;
 };
 OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                  const BatchNormArguments* bn, const ConvLayer& layer, Activation activation,

@@ -15,10 +15,12 @@ Tensor conv_transpose2d_bn_act(const Tensor& input,              // [N, C_in, H,
                                const OptionalTensor& running_var,   // [C_out], updated when training
                                IntArrayRef stride, IntArrayRef padding, IntArrayRef output_padding, int64_t groups,
                                IntArrayRef dilation, bool training, double momentum, double eps,
-                               c10::string_view activation, double negative_slope) {
+                               c10::string_view activation, double negative_slope,
+                               c10::string_view process_group, int64_t processes) {
   const ConvLayer layer{stride, padding, dilation, /*transposed=*/true, output_padding, groups};
   return conv_bn_act("conv_transpose2d_bn_act", input, weight, bias, bn_weight, bn_bias, running_mean, running_var,
-                     layer, training, momentum, eps, activation, negative_slope);
+                     layer, training, momentum, eps, activation, negative_slope,
+                     {std::string(process_group), processes});
 }
 
 Tensor conv_transpose2d_act(const Tensor& input,         // [N, C_in, H, W] or [C_in, H, W]

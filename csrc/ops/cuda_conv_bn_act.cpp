@@ -214,12 +214,18 @@ Tensor with_bn_parameters(const Tensor& xhat, const OptionalTensor& bn_weight, c
 
 // ---- the operators -----------------------------------------------------------------------------------------------
 
+// fastgan/ops runs PyTorch's own operators there.
+void refuse_process_group(c10::string_view name) {
+  TORCH_CHECK_NOT_IMPLEMENTED(name.empty(), "conv_bn_act: the CUDA kernels take no process_group, got '", name, "'");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cuda(
     const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
     const OptionalTensor& bn_bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
     int64_t groups, bool training, double momentum, double eps, c10::string_view activation_name, double negative_slope,
-    bool save_for_backward) {
+    bool save_for_backward, c10::string_view process_group, int64_t processes) {
+  refuse_process_group(process_group);
   const at::cuda::CUDAGuard device_guard(input.device());
   const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
   const cuda::ActivationSpec activation{parse_activation("conv_bn_act_forward", activation_name),
@@ -300,7 +306,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cuda(
     const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& conv_output, const Tensor& mean,
     const Tensor& invstd, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, IntArrayRef stride,
     IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups,
-    bool training, c10::string_view activation_name, double negative_slope, std::array<bool, 5> output_mask) {
+    bool training, c10::string_view activation_name, double negative_slope, std::array<bool, 5> output_mask,
+    c10::string_view process_group, int64_t processes) {
+  refuse_process_group(process_group);
   const at::cuda::CUDAGuard device_guard(input.device());
   const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
   const cuda::ActivationSpec activation{parse_activation("conv_bn_act_backward", activation_name),

@@ -9,9 +9,11 @@ from torch.nn.modules import module as nn_module
 
 from fastgan import _extension, ops
 from fastgan.nn.modules import BatchNormCall, GaussianNoise, conv_arguments, run_batch_norm_layer
+from fastgan.nn.sync_batch_norm import SyncBatchNorm
 from fastgan.ops.conv_stack import StackCall
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -21,6 +23,7 @@ def fuse(module, inplace=False):
     ``nn.Sequential`` of `module`, at any depth, run on the fused operators; on the CPU also every run
     ``BatchNorm1d [+ ReLU | LeakyReLU | Tanh | Sigmoid] [+ fastgan.nn.GaussianNoise]``, as a perceptron has it after its
     ``Linear``. (Noise has the values that :func:`fastgan.ops.batch_norm_act_noise` draws, not ``randn``'s.)
+    ``SyncBatchNorm`` may stand for ``BatchNorm2d``; on the CPU, where PyTorch's own does not run, it does so then.
 
     Only the way the Sequentials compute changes. All layers stay where they were, with their names, parameters,
     buffers, hooks and modes: state_dict keys, initialisation by ``apply``, ``train()``/``eval()``, optimizers built
@@ -156,14 +159,16 @@ def _run_stack(layers, input):
     stack = StackCall(input)
     calls = []
     for layer in layers:
-        uses_batch, running, momentum = False, (), 0.0
+        uses_batch, running, momentum, group = False, (), 0.0, None
         if layer.bn is not None:
             call = BatchNormCall(layer.bn)
-            uses_batch, running, momentum = call.uses_batch, call.running, call.momentum
+            uses_batch, running, momentum, group = call.uses_batch, call.running, call.momentum, call.process_group
             if any(call.running and other.running and call.running[0] is other.running[0] for other in calls):
                 return None  # a shared batch norm, updated more than once
             calls.append(call)
-        if not stack.add(layer.conv, layer.bn, uses_batch, running, momentum, layer.activation, layer.negative_slope):
+        if not stack.add(
+            layer.conv, layer.bn, uses_batch, running, momentum, layer.activation, layer.negative_slope, group
+        ):
             return None
     if not stack.gains:
         return None
@@ -197,7 +202,7 @@ def _match(children, position):
         return None
     bn = activation = None
     position += 1
-    if position < len(children) and type(children[position]) is nn.BatchNorm2d and _plain(children[position]):
+    if position < len(children) and type(children[position]) in _BATCH_NORMS and _plain(children[position]):
         bn = children[position]
         position += 1
     if position < len(children) and type(children[position]) in _ACTIVATIONS and _plain(children[position]):

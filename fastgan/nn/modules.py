@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fastgan import ops
+from fastgan.nn.sync_batch_norm import synchronizing_group
 
 
 class GaussianNoise(nn.Module):
@@ -27,16 +28,18 @@ class GaussianNoise(nn.Module):
 
 
 class BatchNormCall:
-    """nn.BatchNorm2d's rules for one call of `bn`.
+    """The rules of nn.BatchNorm2d, or of nn.SyncBatchNorm, for one call of `bn`.
 
     Attributes:
         uses_batch: normalise by the statistics of the batch, not by the running ones.
         running: (running_mean, running_var) to use or update, or ().
         momentum: their weight for this batch.
+        process_group: over whose processes the statistics of the batch are taken, or None.
     """
 
     def __init__(self, bn):
         self._bn = bn
+        self.process_group = synchronizing_group(bn)
         self.uses_batch = bn.training or (bn.running_mean is None and bn.running_var is None)
         tracks = (not bn.training or bn.track_running_stats) and bn.running_mean is not None
         self.running = (bn.running_mean, bn.running_var) if tracks else ()
@@ -58,7 +61,7 @@ def run_batch_norm_layer(operator, input, conv, bn, arguments):
     running_mean, running_var = call.running or (None, None)
     output = operator(
         input, conv.weight, conv.bias, bn.weight, bn.bias, running_mean, running_var,
-        training=call.uses_batch, momentum=call.momentum, eps=bn.eps, **arguments,
+        training=call.uses_batch, momentum=call.momentum, eps=bn.eps, process_group=call.process_group, **arguments,
     )  # fmt: skip
     call.done()
     return output

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgan import _extension
+from fastgan.ops._sync_batch_norm import sync_batch_norm
 
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "identity")
 
@@ -23,10 +24,13 @@ def activate(op, z, activation, negative_slope):
     raise ValueError(f"{op}: activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
 
 
-def batch_norm(y, running_mean, running_var, weight, bias, training, momentum, eps):
-    """F.batch_norm, also for unbatched [C, H, W]."""
+def batch_norm(y, running_mean, running_var, weight, bias, training, momentum, eps, process_group=None):
+    """F.batch_norm, also for unbatched [C, H, W] and, when training, over the processes of a group."""
     batched = y if y.dim() == 4 else y.unsqueeze(0)
-    z = F.batch_norm(batched, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training and process_group is not None:
+        z = sync_batch_norm(batched, running_mean, running_var, weight, bias, momentum, eps, process_group)
+    else:
+        z = F.batch_norm(batched, running_mean, running_var, weight, bias, training, momentum, eps)
     return z if y.dim() == 4 else z.squeeze(0)
 
 
@@ -53,9 +57,22 @@ def pair(value):
     return values * 2 if len(values) == 1 else values
 
 
-def fast_path(op, input):
+def group_arguments(process_group):
+    """A group of torch.distributed as the compiled operators take it: by name and size."""
+    if process_group is None or process_group.size() == 1:
+        return {}
+    return {"process_group": process_group.group_name, "processes": process_group.size()}
+
+
+NO_GROUP_ON_CUDA = "the CUDA kernels take no process_group"
+
+
+def fast_path(op, input, process_group=None):
     """Whether the fused kernels run on `input`; where not, says so once."""
     device_type = input.device.type
+    if process_group is not None and device_type == "cuda":
+        _extension.leave_fast_path(op, NO_GROUP_ON_CUDA)
+        return False
     if _extension.has_kernels(device_type) or device_type == "meta":
         return _extension.has_kernels("cpu")
     _extension.leave_fast_path(op, _extension.why_no_kernels(device_type))
@@ -78,7 +95,7 @@ if _extension.has_kernels("cpu"):
     def _(
         input, weight, bias, bn_weight, bn_bias, running_mean, running_var,
         stride, padding, dilation, transposed, output_padding, groups,
-        training, momentum, eps, activation, negative_slope, save_for_backward,
+        training, momentum, eps, activation, negative_slope, save_for_backward, process_group="", processes=1,
     ):  # fmt: skip
         y = _fake_conv(input, weight, stride, padding, dilation, transposed, output_padding, groups)
         mean = y.new_empty([y.shape[1]], dtype=_statistics_dtype(y))
@@ -89,7 +106,7 @@ if _extension.has_kernels("cpu"):
     def _(
         grad_output, input, weight, conv_output, mean, invstd, bn_weight, bn_bias,
         stride, padding, dilation, transposed, output_padding, groups,
-        training, activation, negative_slope, output_mask,
+        training, activation, negative_slope, output_mask, process_group="", processes=1,
     ):  # fmt: skip
         def like(tensor, wanted):
             return torch.empty_like(tensor) if wanted and tensor is not None else conv_output.new_empty([0])

@@ -3,13 +3,13 @@
 import torch
 import torch.nn.functional as F
 
-from fastgan.ops._conv import activate, batch_norm, explicit_padding, fast_path, pair
+from fastgan.ops._conv import activate, batch_norm, explicit_padding, fast_path, group_arguments, pair
 
 
 def conv2d_bn_act(
     input, weight, bias=None, bn_weight=None, bn_bias=None, running_mean=None, running_var=None, *,
     stride=1, padding=0, dilation=1, groups=1, training=True, momentum=0.1, eps=1e-5,
-    activation="leaky_relu", negative_slope=0.2,
+    activation="leaky_relu", negative_slope=0.2, process_group=None,
 ):  # fmt: skip
     """``activation(batch_norm(conv2d(input)))`` as one operator.
 
@@ -32,6 +32,11 @@ def conv2d_bn_act(
         eps: added to the variance.
         activation: "relu", "leaky_relu", "tanh", "sigmoid" or "identity".
         negative_slope: of leaky_relu.
+        process_group: a group of torch.distributed whose processes each hold a part of the batch, of any size: the
+            statistics, also the running ones, are then those of the whole when training (one all-gather forward, one
+            all-reduce backward). Gradients of weights are those of this process's part, to be summed or averaged over
+            the processes as by DistributedDataParallel; only the first derivative exists then. On CUDA plain PyTorch
+            runs. None: this process's own statistics.
 
     Returns:
         ``[N, C_out, H_out, W_out]`` (no N for unbatched input) with the dtype of input and the memory format that
@@ -50,22 +55,26 @@ def conv2d_bn_act(
     op = "conv2d_bn_act"
     if isinstance(padding, str):
         input, padding = explicit_padding(op, input, weight, stride, padding, dilation)
-    run = torch.ops.fastgan.conv2d_bn_act if fast_path(op, input) else conv2d_bn_act_reference
+    group = process_group if training else None
+    run, group = (
+        (torch.ops.fastgan.conv2d_bn_act, group_arguments(group)) if fast_path(op, input, group)
+        else (conv2d_bn_act_reference, {"process_group": group})
+    )
     return run(
         input, weight, bias, bn_weight, bn_bias, running_mean, running_var,
         stride=pair(stride), padding=pair(padding), dilation=pair(dilation), groups=groups, training=training, momentum=momentum, eps=eps,
-        activation=activation, negative_slope=negative_slope,
+        activation=activation, negative_slope=negative_slope, **group,
     )  # fmt: skip
 
 
 def conv2d_bn_act_reference(
     input, weight, bias=None, bn_weight=None, bn_bias=None, running_mean=None, running_var=None, *,
     stride=1, padding=0, dilation=1, groups=1, training=True, momentum=0.1, eps=1e-5,
-    activation="leaky_relu", negative_slope=0.2,
+    activation="leaky_relu", negative_slope=0.2, process_group=None,
 ):  # fmt: skip
     """conv2d_bn_act in plain PyTorch: the fallback where there are no kernels, and the tests' oracle."""
     y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    z = batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    z = batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, process_group)
     return activate("conv2d_bn_act", z, activation, negative_slope)
 
 

@@ -8,7 +8,7 @@ import math
 import torch
 
 from fastgan import _extension
-from fastgan.ops._conv import ACTIVATIONS
+from fastgan.ops._conv import ACTIVATIONS, group_arguments
 
 # The enum Activation in csrc/activation.h.
 _ACTIVATION_CODES = {name: code for code, name in enumerate(("identity", "relu", "leaky_relu", "tanh", "sigmoid"))}
@@ -31,18 +31,22 @@ class StackCall:
         self.input = input
         self.shape = tuple(input.shape)
         self.gains = False
+        self.process_group = None
         self.parameters, self.running, self.layers, self.numbers = [], [], [], []
 
-    def add(self, conv, bn, uses_batch, running, momentum, activation, negative_slope):
+    def add(self, conv, bn, uses_batch, running, momentum, activation, negative_slope, process_group=None):
         """Adds a layer. False, and nothing is added, if the operator does not take it.
 
         Args:
             conv: nn.Conv2d or nn.ConvTranspose2d.
-            bn: nn.BatchNorm2d or None.
+            bn: nn.BatchNorm2d, nn.SyncBatchNorm or None.
             uses_batch: whether batch norm normalises by the statistics of the batch.
             running: (running_mean, running_var), or () where there are none to use or update.
             momentum: of the running statistics.
+            process_group: over whose processes the statistics of the batch are taken; the same for all layers.
         """
+        if process_group is not None and self.process_group not in (None, process_group):
+            return False
         weight, transposed = conv.weight, isinstance(conv, torch.nn.ConvTranspose2d)
         parameters = [weight, conv.bias, *((bn.weight, bn.bias) if bn is not None else (None, None))]
         if isinstance(conv.padding, str) or conv.groups != 1 or any(d != 1 for d in conv.dilation):
@@ -64,7 +68,9 @@ class StackCall:
         for side, kernel, stride, padding in zip(size, weight.shape[2:], conv.stride, conv.padding):
             room = side + 2 * padding - kernel
             new_size.append((side - 1) * stride - 2 * padding + kernel if transposed else room // stride + 1 if room >= 0 else 0)
-        if min(new_size) < 1 or batch < 1 or (uses_batch and batch * new_size[0] * new_size[1] == 1):
+        if min(new_size) < 1 or batch < 1 or (
+            uses_batch and process_group is None and batch * new_size[0] * new_size[1] == 1
+        ):
             return False
         minimal = tuple(weight.shape[2:]) == (4, 4) and conv.stride == (2, 2) and conv.padding == (1, 1)
         small, large = (channels, out_channels) if transposed else (out_channels, channels)
@@ -75,14 +81,18 @@ class StackCall:
         self.parameters += [p for p in parameters if p is not None]
         self.running += running
         present = [p is not None for p in parameters[1:]]
-        flags = [present[0], bn is not None, present[1], present[2], bool(running), uses_batch]
+        self.process_group = process_group or self.process_group
+        statistics = uses_batch if process_group is None else 2
+        flags = [present[0], bn is not None, present[1], present[2], bool(running), statistics]
         self.layers += [int(transposed), *conv.stride, *conv.padding, *map(int, flags), _ACTIVATION_CODES[activation]]
         self.numbers += [momentum, bn.eps if bn is not None else 0.0, negative_slope]
         return True
 
     def run(self):
         """``[N, C, H, W]``, dtype of input, in channels_last."""
-        return torch.ops.fastgan.conv_stack(self.input, self.parameters, self.running, self.layers, self.numbers)
+        return torch.ops.fastgan.conv_stack(
+            self.input, self.parameters, self.running, self.layers, self.numbers, **group_arguments(self.process_group)
+        )
 
 
 if _extension.has_kernels("cpu"):
@@ -108,7 +118,7 @@ if _extension.has_kernels("cpu"):
         return shape, raw_size, statistics_size
 
     @torch.library.register_fake("fastgan::conv_stack_forward")
-    def _(input, parameters, running, layers, numbers, save_for_backward):
+    def _(input, parameters, running, layers, numbers, save_for_backward, process_group="", processes=1):
         shape, raw_size, statistics_size = _plan(input, parameters, layers, numbers)
         output = input.new_empty(shape).contiguous(memory_format=torch.channels_last)
         if not save_for_backward:
@@ -116,5 +126,7 @@ if _extension.has_kernels("cpu"):
         return output, input.new_empty([raw_size]), input.new_empty([statistics_size], dtype=torch.float32)
 
     @torch.library.register_fake("fastgan::conv_stack_backward")
-    def _(grad_output, input, parameters, output, raw, statistics, layers, numbers, output_mask):
+    def _(
+        grad_output, input, parameters, output, raw, statistics, layers, numbers, output_mask, process_group="", processes=1
+    ):
         return [torch.empty_like(t) if wanted else t.new_empty([0]) for t, wanted in zip([input, *parameters], output_mask)]

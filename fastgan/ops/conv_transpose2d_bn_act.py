@@ -3,13 +3,13 @@
 import torch
 import torch.nn.functional as F
 
-from fastgan.ops._conv import activate, batch_norm, fast_path, pair
+from fastgan.ops._conv import activate, batch_norm, fast_path, group_arguments, pair
 
 
 def conv_transpose2d_bn_act(
     input, weight, bias=None, bn_weight=None, bn_bias=None, running_mean=None, running_var=None, *,
     stride=1, padding=0, output_padding=0, groups=1, dilation=1, training=True, momentum=0.1, eps=1e-5,
-    activation="relu", negative_slope=0.2,
+    activation="relu", negative_slope=0.2, process_group=None,
 ):  # fmt: skip
     """``activation(batch_norm(conv_transpose2d(input)))`` as one operator.
 
@@ -25,7 +25,7 @@ def conv_transpose2d_bn_act(
         padding: int or pair, at least 0.
         output_padding: int or pair, at least 0 and smaller than stride or dilation.
         groups: divides C_in and C_out.
-        training, momentum, eps, activation, negative_slope: as in :func:`fastgan.ops.conv2d_bn_act`.
+        training, momentum, eps, activation, negative_slope, process_group: as in :func:`fastgan.ops.conv2d_bn_act`.
 
     Returns:
         ``[N, C_out, H_out, W_out]`` (no N for unbatched input) with the dtype of input and the memory format that
@@ -40,22 +40,26 @@ def conv_transpose2d_bn_act(
     Batch normalisation: Ioffe and Szegedy 2015, algorithm 1. As generator layer: Radford et al. 2015, section 3.
     """
     op = "conv_transpose2d_bn_act"
-    run = torch.ops.fastgan.conv_transpose2d_bn_act if fast_path(op, input) else conv_transpose2d_bn_act_reference
+    group = process_group if training else None
+    run, group = (
+        (torch.ops.fastgan.conv_transpose2d_bn_act, group_arguments(group)) if fast_path(op, input, group)
+        else (conv_transpose2d_bn_act_reference, {"process_group": group})
+    )
     return run(
         input, weight, bias, bn_weight, bn_bias, running_mean, running_var,
         stride=pair(stride), padding=pair(padding), output_padding=pair(output_padding), groups=groups, dilation=pair(dilation),
-        training=training, momentum=momentum, eps=eps, activation=activation, negative_slope=negative_slope,
+        training=training, momentum=momentum, eps=eps, activation=activation, negative_slope=negative_slope, **group,
     )  # fmt: skip
 
 
 def conv_transpose2d_bn_act_reference(
     input, weight, bias=None, bn_weight=None, bn_bias=None, running_mean=None, running_var=None, *,
     stride=1, padding=0, output_padding=0, groups=1, dilation=1, training=True, momentum=0.1, eps=1e-5,
-    activation="relu", negative_slope=0.2,
+    activation="relu", negative_slope=0.2, process_group=None,
 ):  # fmt: skip
     """conv_transpose2d_bn_act in plain PyTorch: the fallback where there are no kernels, and the tests' oracle."""
     y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    z = batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    z = batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, process_group)
     return activate("conv_transpose2d_bn_act", z, activation, negative_slope)
 
 

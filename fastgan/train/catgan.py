@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgan.data import Batch, ImageDataset, load_dataset, normalize
-from fastgan.losses import catgan_discriminator_loss, catgan_generator_loss, feature_matching_loss
+from fastgan.losses import _entropies, catgan_discriminator_loss, catgan_generator_loss, feature_matching_loss
 from fastgan.metrics.clustering import (
     count_categories, evaluate, hungarian_map, majority_map, predict, recalibrate_batch_norm,
 )
@@ -19,6 +19,7 @@ from fastgan.models.catgan import ARCHITECTURES, catgan
 from fastgan.ops import softmax_entropy
 from fastgan.train.catgan_pictures import save_categories, save_confusion
 from fastgan.train.config import TrainConfig, option
+from fastgan.train.distributed import Ranks
 from fastgan.train.trainer import Objective, Trainer
 
 GENERATOR_LOSSES = ("catgan", "feature-matching")
@@ -98,10 +99,16 @@ class CatGANObjective(Objective):
     def __init__(self, config: CatGANConfig, dataset: ImageDataset, classes: int, categories: int):
         super().__init__(config.generator_loss)
         self.config, self.dataset, self.classes, self.categories = config, dataset, classes, categories
+        self.ranks = Ranks()
         count = len(dataset) if config.labels == "all" else int(config.labels)
         self.all_labeled = count > 0 and count == len(dataset)
         self.labeled = None
         if count and not self.all_labeled:
+            if config.labeled_batch % self.ranks.size:
+                raise ValueError(
+                    f"--labeled-batch must be divisible by the number of processes, {self.ranks.size}, "
+                    f"got {config.labeled_batch}"
+                )
             chosen = choose_labeled(dataset.labels, count, config.seed)
             device = config.torch_device
             self.labeled = Batch(dataset.images[chosen].to(device), dataset.labels[chosen].to(device))
@@ -112,7 +119,8 @@ class CatGANObjective(Objective):
         images = [self._noisy(batch.images) for _ in range(views)]
         labels = batch.labels.repeat(views) if self.all_labeled else None
         if self.labeled is not None:
-            chosen = torch.randint(len(self.labeled.images), (self.config.labeled_batch,), device=fake.device)
+            count = self.config.labeled_batch // self.ranks.size
+            chosen = torch.randint(len(self.labeled.images), (count,), device=fake.device)
             images.append(self._noisy(normalize(self.labeled.images[chosen])))
             labels = self.labeled.labels[chosen]
         logits = discriminator(torch.cat(images)).float()
@@ -124,9 +132,10 @@ class CatGANObjective(Objective):
         loss = catgan_discriminator_loss(
             mixed, fake_logits, labeled_logits, labels, supervised_weight=self.config.supervised_weight,
             marginal_weight=1 + (self.config.marginal_weight - 1) * max(0.0, 1 - 2 * self.progress),
+            process_group=self.ranks.group,
         )
         with torch.no_grad():
-            conditional, marginal = softmax_entropy(mixed.detach())
+            conditional, marginal = _entropies(mixed.detach(), self.ranks.group)
             figures = {
                 "entropy_real": conditional,
                 "entropy_marginal": marginal,
@@ -138,10 +147,10 @@ class CatGANObjective(Objective):
 
     def generator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
         if self.kind == "catgan":
-            return catgan_generator_loss(discriminator(fake)), {}
+            return catgan_generator_loss(discriminator(fake), process_group=self.ranks.group), {}
         with torch.no_grad():
             real = discriminator.features(self._noisy(batch.images))
-        return feature_matching_loss(real, discriminator.features(fake)), {}
+        return feature_matching_loss(real, discriminator.features(fake), process_group=self.ranks.group), {}
 
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
         """Errors in percent on the test set, or on the held-out images; pictures beside the metrics."""

@@ -68,6 +68,7 @@ class TrainConfig:
     device: str = option("auto", "where to train; auto takes the GPU where there is one",
                          choices=("auto", "cpu", "cuda"), may_change=True)
     precision: str = option("fp32", "arithmetic of the networks, by autocast", choices=tuple(PRECISIONS))
+    sync_batch_norm: bool = option(False, "batch norm over the images of all processes of a run, not of each alone")
     fuse: bool = option(True, "run the networks on fastgan's fused ops")
     threads: int | None = option(None, "CPU threads; by default PyTorch's choice", minimum=1, may_change=True)
     seed: int = option(0, "seed of weights, noise and the order of the images", minimum=0, below=2**32)

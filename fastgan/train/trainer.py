@@ -19,7 +19,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastgan.data import Batch, ImageDataset
 from fastgan.losses import discriminator_loss, generator_loss
-from fastgan.nn import fuse
+from fastgan.nn import convert_sync_batch_norm, fuse
+from fastgan.nn.sync_batch_norm import own_statistics
 from fastgan.train.checkpoint import TrainingError, save_checkpoint
 from fastgan.train.config import PRECISIONS, TrainConfig
 from fastgan.train.distributed import Ranks, resume_words, set_random_state
@@ -101,6 +102,8 @@ class Trainer:
         self.fingerprint = dataset.fingerprint()
         self.ranks.require_same({"data set": self.fingerprint} | config.shared_settings())
         generator, discriminator, self.objective = config.build(dataset)
+        if config.sync_batch_norm:
+            generator, discriminator = map(convert_sync_batch_norm, (generator, discriminator))
         if config.fuse:
             generator, discriminator = fuse(generator, inplace=True), fuse(discriminator, inplace=True)
         self.networks = {"generator": generator.to(self.device), "discriminator": discriminator.to(self.device)}
@@ -170,7 +173,8 @@ class Trainer:
                 if logged:
                     record = {"step": self.step, "epoch": epoch + 1}
                     record |= {name: float(figure) for name, figure in figures.items()}
-                    record |= self.objective.evaluate(self) if epoch_ends else {}
+                    with own_statistics():
+                        record |= self.objective.evaluate(self) if epoch_ends else {}
                     record["images_per_second"] = round(timed_images / seconds, 1)
                     timed_images, seconds = 0, 0.0
                     self.metrics.append(record)
@@ -259,7 +263,7 @@ class Trainer:
         """Says where the first value arose that is not finite, in the first process that has one."""
         culprit = None
         if not math.isfinite(loss):
-            with self.autocast():
+            with self.autocast(), own_statistics():
                 culprit = locate_nonfinite(*self.networks.values(), batch.images, z)
         found = [(rank, *cause) for rank, cause in enumerate(self.ranks.gather((loss, culprit))) if cause[1]]
         rank, loss, culprit = found[0]
