@@ -14,14 +14,20 @@ struct Act {
   A slope;
   A forward(A z) const {
     if constexpr (kind == Activation::relu) return z < A(0) ? A(0) : z;  // NaN stays NaN
-    if constexpr (kind == Activation::leaky_relu) return z > A(0) ? z : z * slope;
+    if constexpr (kind == Activation::leaky_relu) {
+      const A below = z * slope;  // computed either way: a product on one side only would keep the loop scalar
+      return z > A(0) ? z : below;
+    }
     if constexpr (kind == Activation::tanh) return tanh_value(z);
     if constexpr (kind == Activation::sigmoid) return sigmoid_value(z);
     return z;
   }
   A derivative(A grad, A z) const {
     if constexpr (kind == Activation::relu) return z <= A(0) ? A(0) : grad;
-    if constexpr (kind == Activation::leaky_relu) return z > A(0) ? grad : grad * slope;
+    if constexpr (kind == Activation::leaky_relu) {
+      const A below = grad * slope;
+      return z > A(0) ? grad : below;
+    }
     if constexpr (kind == Activation::tanh || kind == Activation::sigmoid) return derivative_from_output(grad, forward(z));
     return grad;
   }

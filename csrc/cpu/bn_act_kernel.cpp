@@ -11,21 +11,23 @@ namespace {
 
 constexpr int kLanes = 16;  // partial sums of an inner loop: fixed, so that every instruction set adds in one order
 
-// Elementwise work: f(offset, channel, length) over stretches of memory in which
-// channels_last: the channel runs from 0 with the offset; contiguous: the channel is fixed.
+// Elementwise work: rows(offset) for every pixel in channels_last, where the channel runs from 0 with the offset;
+// planes(offset, channel) in the contiguous layout. Both capture by value and are copied before their loops: what they
+// hold would otherwise be read again after every store, and the loops stay scalar.
 template <typename Rows, typename Planes>
 void for_each_stretch(const BnActShape& shape, const Rows& rows, const Planes& planes) {
   const ReductionBlocks blocks = reduction_blocks(shape);
   parallel_for(blocks.count, [&](int64_t block) {
     const int64_t begin = block * blocks.size;
     const int64_t end = begin + blocks.size < shape.outer ? begin + blocks.size : shape.outer;
-    for (int64_t n = begin; n < end; ++n) {
-      if (shape.inner == 1) {
-        rows(n * shape.channels);
-      } else {
-        for (int64_t c = 0; c < shape.channels; ++c) planes((n * shape.channels + c) * shape.inner, c);
-      }
+    if (shape.inner == 1) {
+      const Rows of_row = rows;
+      for (int64_t n = begin; n < end; ++n) of_row(n * shape.channels);
+      return;
     }
+    const Planes of_plane = planes;
+    for (int64_t n = begin; n < end; ++n)
+      for (int64_t c = 0; c < shape.channels; ++c) of_plane((n * shape.channels + c) * shape.inner, c);
   });
 }
 
@@ -36,19 +38,19 @@ void scale_shift_act(const BnActShape& shape, const T* input, const Accumulate<T
   with_activation<A>(activation, [&](auto act) {
     for_each_stretch(
         shape,
-        [&](int64_t offset) {
+        [=, channels = shape.channels](int64_t offset) {
           const T* x = input + offset;
           T* y = output + offset;
 #pragma GCC ivdep
-          for (int64_t c = 0; c < shape.channels; ++c)
+          for (int64_t c = 0; c < channels; ++c)
             y[c] = Load<T>::to(act.forward(scale[c] * Load<T>::from(x[c]) + shift[c]));
         },
-        [&](int64_t offset, int64_t c) {
+        [=, inner = shape.inner](int64_t offset, int64_t c) {
           const T* x = input + offset;
           T* y = output + offset;
           const A s = scale[c], t = shift[c];
 #pragma GCC ivdep
-          for (int64_t i = 0; i < shape.inner; ++i) y[i] = Load<T>::to(act.forward(s * Load<T>::from(x[i]) + t));
+          for (int64_t i = 0; i < inner; ++i) y[i] = Load<T>::to(act.forward(s * Load<T>::from(x[i]) + t));
         });
   });
 }
@@ -61,22 +63,22 @@ void bn_act_backward_apply(const BnActShape& shape, const T* grad_output, const 
   with_activation<A>(activation, [&](auto act) {
     for_each_stretch(
         shape,
-        [&](int64_t offset) {
+        [=, channels = shape.channels](int64_t offset) {
           const T *g = grad_output + offset, *x = input + offset;
           T* d = grad_input + offset;
 #pragma GCC ivdep
-          for (int64_t c = 0; c < shape.channels; ++c) {
+          for (int64_t c = 0; c < channels; ++c) {
             const A v = Load<T>::from(x[c]);
             const A dz = act.derivative(Load<T>::from(g[c]), scale[c] * v + shift[c]);
             d[c] = Load<T>::to(a[c] * dz + (b[c] * v + c0[c]));
           }
         },
-        [&](int64_t offset, int64_t c) {
+        [=, inner = shape.inner](int64_t offset, int64_t c) {
           const T *g = grad_output + offset, *x = input + offset;
           T* d = grad_input + offset;
           const A s = scale[c], t = shift[c], ac = a[c], bc = b[c], cc = c0[c];
 #pragma GCC ivdep
-          for (int64_t i = 0; i < shape.inner; ++i) {
+          for (int64_t i = 0; i < inner; ++i) {
             const A v = Load<T>::from(x[i]);
             const A dz = act.derivative(Load<T>::from(g[i]), s * v + t);
             d[i] = Load<T>::to(ac * dz + (bc * v + cc));
@@ -114,6 +116,7 @@ void reduce_two(const BnActShape& shape, const Term& term, Accumulate<T>* sum0, 
   const int64_t C = shape.channels;
   const ReductionBlocks blocks = reduction_blocks(shape);
   parallel_for(blocks.count, [&](int64_t block) {
+    const Term one_term = term;  // as in for_each_stretch
     A* p0 = workspace + 2 * block * C;
     A* p1 = p0 + C;
     const int64_t begin = block * blocks.size;
@@ -122,12 +125,12 @@ void reduce_two(const BnActShape& shape, const Term& term, Accumulate<T>* sum0, 
       for (int64_t c = 0; c < C; ++c) p0[c] = p1[c] = A(0);
       for (int64_t n = begin; n < end; ++n)
 #pragma GCC ivdep
-        for (int64_t c = 0; c < C; ++c) term(n * C + c, c, p0[c], p1[c]);
+        for (int64_t c = 0; c < C; ++c) one_term(n * C + c, c, p0[c], p1[c]);
       return;
     }
     for (int64_t c = 0; c < C; ++c) {
       A l0[kLanes] = {}, l1[kLanes] = {};
-      for_each_in_channel(shape, begin, end, c, [&](int64_t offset, int k) { term(offset, c, l0[k], l1[k]); });
+      for_each_in_channel(shape, begin, end, c, [&](int64_t offset, int k) { one_term(offset, c, l0[k], l1[k]); });
       p0[c] = add_lanes(l0);
       p1[c] = add_lanes(l1);
     }
