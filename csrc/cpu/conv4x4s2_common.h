@@ -30,11 +30,16 @@ void read_operand(const ConvOperand& operand, int64_t offset, int64_t c0, int64_
       for (int64_t c = 0; c < channels; c += kLanes) store(dst + c, load(data + c));
       return;
     case ConvOperand::Mode::activated:
-      for (int64_t c = 0; c < channels; c += kLanes) {
-        Vec z = load(data + c);
-        if (operand.scale != nullptr) z = load(operand.scale + c0 + c) * z + load(operand.shift + c0 + c);
-        store(dst + c, activate(z, operand.activation, operand.negative_slope));
-      }
+      with_activation(operand.activation, [&](auto tag) {
+        const float slope = operand.negative_slope;
+        if (operand.scale == nullptr)
+          for (int64_t c = 0; c < channels; c += kLanes) store(dst + c, activate(load(data + c), tag.value, slope));
+        else {
+          const float *scale = operand.scale + c0, *shift = operand.shift + c0;
+          for (int64_t c = 0; c < channels; c += kLanes)
+            store(dst + c, activate(load(scale + c) * load(data + c) + load(shift + c), tag.value, slope));
+        }
+      });
       return;
     case ConvOperand::Mode::batch_norm_backward: {
       const T* other = static_cast<const T*>(operand.other) + offset;
@@ -84,74 +89,84 @@ struct ResultStrides {
   int64_t image, pixel;
 };
 
-// kVectors vectors of channels from channel c of the box: results -> out, with the epilogue. T is the storage type.
-template <typename T, int kVectors>
-void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* results, ResultStrides strides, int64_t c,
-                     const Partial& partial) {
-  const int64_t ld = strides.pixel;
-  T* out = static_cast<T*>(e.out);
-  const int64_t pixels = box.rows * box.width, step = box.all_channels, ahead = kPrefetchPixels * step;
-  Vec bias[kVectors] = {};
-  if (e.bias != nullptr && e.mode != ConvEpilogue::Mode::gradient)
-    for (int v = 0; v < kVectors; ++v) bias[v] = load(e.bias + box.c0 + c + v * kLanes);
+// The three functions below take kVectors vectors of channels from channel c of the box: results -> out, with the
+// epilogue. T is the storage type.
 
-  if (e.mode == ConvEpilogue::Mode::store || e.mode == ConvEpilogue::Mode::activate) {
-    const Activation activation = e.mode == ConvEpilogue::Mode::store ? Activation::identity : e.activation;
+// out = activation(results + bias)
+template <typename T, int kVectors>
+void activate_channels(const ConvEpilogue& e, const OutputBox& box, const float* results, ResultStrides strides, int64_t c) {
+  const int64_t ld = strides.pixel, step = box.all_channels, ahead = kPrefetchPixels * step;
+  Vec bias[kVectors] = {};
+  if (e.bias != nullptr)
+    for (int v = 0; v < kVectors; ++v) bias[v] = load(e.bias + box.c0 + c + v * kLanes);
+  with_activation(e.mode == ConvEpilogue::Mode::store ? Activation::identity : e.activation, [&](auto tag) {
+    const float slope = e.negative_slope;
     for (int64_t n = 0; n < box.images; ++n) {
-      const float* src = results + n * strides.image;
+      const float* src = results + n * strides.image + c;
       for (int64_t i = 0; i < box.rows; ++i) {
-        T* q = out + box.offset(n, i) + c;
+        T* q = static_cast<T*>(e.out) + box.offset(n, i) + c;
         for (int64_t j = 0; j < box.width; ++j, src += ld, q += step)
           for (int v = 0; v < kVectors; ++v) {
             __builtin_prefetch(q + ahead + v * kLanes, 1, 2);
-            store(q + v * kLanes, activate(load(src + c + v * kLanes) + bias[v], activation, e.negative_slope));
+            store(q + v * kLanes, activate(load(src + v * kLanes) + bias[v], tag.value, slope));
           }
       }
     }
-    return;
-  }
+  });
+}
 
-  if (e.mode == ConvEpilogue::Mode::statistics) {
-    // Sums are taken image by image, then over images: rounding grows with the longer of the two counts only. The bias
-    // joins the mean in merge_partials: a large one would take digits from the differences between the tasks' means.
-    Vec mean[kVectors] = {};
-    for (int64_t n = 0; n < box.images; ++n) {
-      const float* p = results + n * strides.image;
-      Vec sum[kVectors] = {};
-      for (int64_t i = 0; i < box.rows; ++i) {
-        const T* q = out + box.offset(n, i) + c;
-        for (int64_t j = 0; j < box.width; ++j, p += ld, q += step)
-          for (int v = 0; v < kVectors; ++v) {
-            __builtin_prefetch(q + v * kLanes, 1, 2);
-            sum[v] += load(p + c + v * kLanes);
-          }
-      }
-      for (int v = 0; v < kVectors; ++v) mean[v] += sum[v];
-    }
-    for (int v = 0; v < kVectors; ++v) {
-      mean[v] = mean[v] / static_cast<float>(box.images * pixels);
-      store(partial.first + box.c0 + c + v * kLanes, mean[v]);
-    }
-    Vec m2[kVectors] = {};
-    for (int64_t n = 0; n < box.images; ++n) {
-      const float* src = results + n * strides.image;
-      Vec sum[kVectors] = {};
-      for (int64_t i = 0; i < box.rows; ++i) {
-        T* q = out + box.offset(n, i) + c;
-        for (int64_t j = 0; j < box.width; ++j, src += ld, q += step)
-          for (int v = 0; v < kVectors; ++v) {
-            const Vec x = load(src + c + v * kLanes), deviation = x - mean[v];
-            sum[v] += deviation * deviation;
-            store(q + v * kLanes, x + bias[v]);
-          }
+// out = results + bias, with mean and m2 of the results. Sums are taken image by image, then over images: rounding grows
+// with the longer of the two counts only. The bias joins the mean in merge_partials: a large one would take digits from
+// the differences between the tasks' means.
+template <typename T, int kVectors>
+void statistics_channels(const ConvEpilogue& e, const OutputBox& box, const float* results, ResultStrides strides, int64_t c,
+                         const Partial& partial) {
+  const int64_t ld = strides.pixel, step = box.all_channels;
+  T* out = static_cast<T*>(e.out);
+  Vec bias[kVectors] = {};
+  if (e.bias != nullptr)
+    for (int v = 0; v < kVectors; ++v) bias[v] = load(e.bias + box.c0 + c + v * kLanes);
+  Vec mean[kVectors] = {};
+  for (int64_t n = 0; n < box.images; ++n) {
+    const float* p = results + n * strides.image + c;
+    Vec sum[kVectors] = {};
+    for (int64_t i = 0; i < box.rows; ++i) {
+      const T* q = out + box.offset(n, i) + c;
+      for (int64_t j = 0; j < box.width; ++j, p += ld, q += step)
+        for (int v = 0; v < kVectors; ++v) {
+          __builtin_prefetch(q + v * kLanes, 1, 2);
+          sum[v] += load(p + v * kLanes);
         }
-      for (int v = 0; v < kVectors; ++v) m2[v] += sum[v];
     }
-    for (int v = 0; v < kVectors; ++v) store(partial.second + box.c0 + c + v * kLanes, m2[v]);
-    return;
+    for (int v = 0; v < kVectors; ++v) mean[v] += sum[v];
   }
+  for (int v = 0; v < kVectors; ++v) {
+    mean[v] = mean[v] / static_cast<float>(box.images * box.rows * box.width);
+    store(partial.first + box.c0 + c + v * kLanes, mean[v]);
+  }
+  Vec m2[kVectors] = {};
+  for (int64_t n = 0; n < box.images; ++n) {
+    const float* src = results + n * strides.image + c;
+    Vec sum[kVectors] = {};
+    for (int64_t i = 0; i < box.rows; ++i) {
+      T* q = out + box.offset(n, i) + c;
+      for (int64_t j = 0; j < box.width; ++j, src += ld, q += step)
+        for (int v = 0; v < kVectors; ++v) {
+          const Vec x = load(src + v * kLanes), deviation = x - mean[v];
+          sum[v] += deviation * deviation;
+          store(q + v * kLanes, x + bias[v]);
+        }
+    }
+    for (int v = 0; v < kVectors; ++v) m2[v] += sum[v];
+  }
+  for (int v = 0; v < kVectors; ++v) store(partial.second + box.c0 + c + v * kLanes, m2[v]);
+}
 
-  const T* y = static_cast<const T*>(e.y);
+// out = results * activation'(scale * y + shift), with both sums of it.
+template <typename T, int kVectors>
+void gradient_channels(const ConvEpilogue& e, const OutputBox& box, const float* results, ResultStrides strides, int64_t c,
+                       const Partial& partial) {
+  const int64_t ld = strides.pixel, step = box.all_channels, ahead = kPrefetchPixels * step;
   Vec scale[kVectors], shift[kVectors], y_mean[kVectors], y_invstd[kVectors];
   Vec total_dz[kVectors] = {}, total_dz_xhat[kVectors] = {};
   for (int v = 0; v < kVectors; ++v) {
@@ -161,30 +176,44 @@ void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* r
     y_mean[v] = e.y_mean != nullptr ? load(e.y_mean + at) : Vec{};
     y_invstd[v] = e.y_mean != nullptr ? load(e.y_invstd + at) : Vec{};
   }
-  for (int64_t n = 0; n < box.images; ++n) {
-    const float* src = results + n * strides.image;
-    Vec sum_dz[kVectors] = {}, sum_dz_xhat[kVectors] = {};
-    for (int64_t i = 0; i < box.rows; ++i) {
-      int64_t at = box.offset(n, i) + c;
-      for (int64_t j = 0; j < box.width; ++j, src += ld, at += step)
-        for (int v = 0; v < kVectors; ++v) {
-          __builtin_prefetch(out + at + ahead + v * kLanes, 1, 2);
-          __builtin_prefetch(y + at + ahead + v * kLanes, 0, 2);
-          const Vec raw = load(y + at + v * kLanes);
-          const Vec dz = activate_backward(load(src + c + v * kLanes), scale[v] * raw + shift[v], e.activation, e.negative_slope);
-          sum_dz[v] += dz;
-          sum_dz_xhat[v] += dz * (raw - y_mean[v]);
-          store(out + at + v * kLanes, dz);
-        }
+  with_activation(e.activation, [&](auto tag) {
+    const float slope = e.negative_slope;
+    for (int64_t n = 0; n < box.images; ++n) {
+      const float* src = results + n * strides.image + c;
+      Vec sum_dz[kVectors] = {}, sum_dz_xhat[kVectors] = {};
+      for (int64_t i = 0; i < box.rows; ++i) {
+        const T* y = static_cast<const T*>(e.y) + box.offset(n, i) + c;
+        T* out = static_cast<T*>(e.out) + box.offset(n, i) + c;
+        for (int64_t j = 0; j < box.width; ++j, src += ld, y += step, out += step)
+          for (int v = 0; v < kVectors; ++v) {
+            __builtin_prefetch(out + ahead + v * kLanes, 1, 2);
+            __builtin_prefetch(y + ahead + v * kLanes, 0, 2);
+            const Vec raw = load(y + v * kLanes);
+            const Vec dz = activate_backward(load(src + v * kLanes), scale[v] * raw + shift[v], tag.value, slope);
+            sum_dz[v] += dz;
+            sum_dz_xhat[v] += dz * (raw - y_mean[v]);
+            store(out + v * kLanes, dz);
+          }
       }
-    for (int v = 0; v < kVectors; ++v) {
-      total_dz[v] += sum_dz[v];
-      total_dz_xhat[v] += sum_dz_xhat[v];
+      for (int v = 0; v < kVectors; ++v) {
+        total_dz[v] += sum_dz[v];
+        total_dz_xhat[v] += sum_dz_xhat[v];
+      }
     }
-  }
+  });
   for (int v = 0; v < kVectors; ++v) {
     store(partial.first + box.c0 + c + v * kLanes, total_dz[v]);
     store(partial.second + box.c0 + c + v * kLanes, total_dz_xhat[v] * y_invstd[v]);
+  }
+}
+
+template <typename T, int kVectors>
+void finish_channels(const ConvEpilogue& e, const OutputBox& box, const float* results, ResultStrides strides, int64_t c,
+                     const Partial& partial) {
+  switch (e.mode) {
+    case ConvEpilogue::Mode::statistics: return statistics_channels<T, kVectors>(e, box, results, strides, c, partial);
+    case ConvEpilogue::Mode::gradient: return gradient_channels<T, kVectors>(e, box, results, strides, c, partial);
+    default: return activate_channels<T, kVectors>(e, box, results, strides, c);
   }
 }
 
