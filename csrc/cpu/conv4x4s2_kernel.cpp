@@ -196,23 +196,29 @@ void pack_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* wei
   const PackedWeights to(g);
   // weight[small][large][16]: strides of an input and of an output channel
   const int64_t input_stride = g.up ? shape.large_channels * 16 : 16, output_stride = g.up ? 16 : shape.large_channels * 16;
-  const int64_t vectors = to.output_channels / kLanes, chunks = ceil_div(g.input_channels, kChunk);
-  parallel_for(vectors * chunks, [&](int64_t task) {
-    const int64_t k = task / chunks * kLanes, c0 = task % chunks * kChunk;
+  const int64_t panels = to.output_channels / kPanel, chunks = ceil_div(g.input_channels, kChunk);
+  parallel_for(panels * chunks, [&](int64_t task) {
+    const int64_t k = task / chunks * kPanel, c0 = task % chunks * kChunk;
     const int64_t k0 = k / kOutputBlock * kOutputBlock, chunk = to.chunk_channels(c0);
-    const int64_t lanes = max64(0, min64(kLanes, g.output_channels - k));
-    for (int64_t c = 0; c < chunk; ++c) {
-      float taps[16][kLanes] = {};
-      const float* w = weight + (c0 + c) * input_stride + k * output_stride;
-      for (int64_t lane = 0; lane < lanes; ++lane)
-        for (int t = 0; t < 16; ++t) taps[t][lane] = w[lane * output_stride + t];
-      const int64_t in_block = ((k - k0) / kPanel * chunk + c) * 4 * kPanel + (k - k0) % kPanel;
+    const int64_t columns = min64(kPanel, g.output_channels - k);
+    // A few channels are gathered before their vectors are read: a vector load right behind the single stores it spans waits
+    // for them.
+    constexpr int64_t kGathered = 8;
+    float taps[kGathered][16][kPanel] = {};
+    for (int64_t first = 0; first < chunk; first += kGathered) {
+      const int64_t count = min64(kGathered, chunk - first);
+      for (int64_t i = 0; i < count; ++i) {
+        const float* w = weight + (c0 + first + i) * input_stride + k * output_stride;
+        for (int64_t column = 0; column < columns; ++column)
+          for (int t = 0; t < 16; ++t) taps[i][t][column] = w[column * output_stride + t];
+      }
       for (int a = 0; a < 2; ++a)
         for (int b = 0; b < 2; ++b) {
-          float* dst = packed + to.offset(a * 2 + b, k0, c0) + in_block;
           // the two taps of each axis, in the order of the inputs they meet
           const int r[2] = {g.up ? 3 - a : a, g.up ? 1 - a : a + 2}, s[2] = {g.up ? 3 - b : b, g.up ? 1 - b : b + 2};
-          for (int t = 0; t < 4; ++t) store(dst + t * kPanel, load(taps[r[t / 2] * 4 + s[t % 2]]));
+          float* dst = packed + to.offset(a * 2 + b, k0, c0) + ((k - k0) / kPanel * chunk + first) * 4 * kPanel;
+          for (int64_t i = 0; i < count; ++i)
+            for (int t = 0; t < 4; ++t, dst += kPanel) __builtin_memcpy(dst, taps[i][r[t / 2] * 4 + s[t % 2]], sizeof taps[0][0]);
         }
     }
   });
