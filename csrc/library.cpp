@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <atomic>
 #include <string>
 #include <vector>
 
@@ -104,9 +106,11 @@ namespace {
 
 using namespace fastgan::cpu;
 
+// Every thread takes the next task when it is done with one: a thread that other work holds up then holds up nobody.
 void run_on_torch_threads(int64_t tasks, void (*body)(void*, int64_t), void* context) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) body(context, task);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t task = next++; task < tasks; task = next++) body(context, task);
   });
 }
 
