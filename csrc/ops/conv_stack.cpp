@@ -5,6 +5,7 @@
 // the same way: the loop for the input gradient multiplies by the activation's derivative and sums what batch norm
 // needs, and the next loop applies batch norm's backward while loading. The kernel-4 stride-2 layers run on
 // csrc/cpu/conv4x4s2.h; layers from or to one pixel are matrix products; others call ATen's convolution.
+// torch.profiler sees the parts by the names given to RECORD_FUNCTION.
 //
 // Images (inputs, raw outputs, their gradients) are float32 or bfloat16; parameters, statistics and sums are float32
 // either way. bfloat16 images are what autocast asks for: weights are rounded where a loop reads them.
@@ -12,16 +13,20 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
 
 #include "../cpu/bn_act.h"
 #include "../cpu/conv4x4s2.h"
@@ -88,11 +93,27 @@ cpu::BnActShape rows_of(const Tensor& t) {  // [N, C, H, W] in channels_last
   return {t.size(0) * t.size(2) * t.size(3), t.size(1), 1};
 }
 
-Tensor empty_image(const Tensor& like, int64_t batch, int64_t channels, int64_t height, int64_t width) {
-  return at::empty({batch, channels, height, width}, like.options().memory_format(at::MemoryFormat::ChannelsLast));
+// Large tensors are fresh from the operating system at every call: in large pages that costs a fraction of the faults.
+Tensor in_large_pages(const Tensor& t) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = uintptr_t(1) << 21;
+  const auto data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t begin = (data + kPage - 1) / kPage * kPage, end = (data + t.nbytes()) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return t;
 }
 
-Tensor bytes(size_t count) { return at::empty({static_cast<int64_t>(count)}, at::TensorOptions().dtype(at::kByte)); }
+Tensor empty_image(const Tensor& like, int64_t batch, int64_t channels, int64_t height, int64_t width) {
+  return in_large_pages(
+      at::empty({batch, channels, height, width}, like.options().memory_format(at::MemoryFormat::ChannelsLast)));
+}
+
+Tensor empty_image_like(const Tensor& t) { return empty_image(t, t.size(0), t.size(1), t.size(2), t.size(3)); }
+
+Tensor bytes(size_t count) {
+  return in_large_pages(at::empty({static_cast<int64_t>(count)}, at::TensorOptions().dtype(at::kByte)));
+}
 
 // The tensor between two layers: activation(scale * raw + shift) without ever being stored.
 struct Lazy {
@@ -117,7 +138,8 @@ struct Lazy {
 
   Tensor store() const {
     if (plain()) return raw;
-    const Tensor out = at::empty_like(raw);
+    RECORD_FUNCTION("fastgan::scale_shift_act", {});
+    const Tensor out = empty_image_like(raw);
     const Tensor one = scale.defined() ? scale : at::ones({raw.size(1)}, float_options());
     const Tensor zero = shift.defined() ? shift : at::zeros({raw.size(1)}, float_options());
     on_images(raw, [&](const auto& kernels, const auto& data) {
@@ -149,6 +171,7 @@ struct LazyGrad {
   // In place: grad is always a tensor of this backward's own.
   Tensor store() const {
     if (!a.defined()) return grad;
+    RECORD_FUNCTION("fastgan::bn_act_backward", {});
     const Tensor one = at::ones({y.size(1)}, float_options()), zero = at::zeros({y.size(1)}, float_options());
     on_images(y, [&](const auto& kernels, const auto& data) {
       kernels.bn_act_backward_apply(rows_of(y), data(grad), data(y), floats(one), floats(zero), floats(a), floats(b),
@@ -246,8 +269,13 @@ void run_loop(const Geometry& g, cpu::Conv4x4s2Loop loop, const cpu::ConvOperand
   const int threads = at::get_num_threads();
   const Tensor packed = bytes(cpu::conv4x4s2_packed_bytes(g.shape, loop));
   const Tensor workspace = bytes(cpu::conv4x4s2_workspace_bytes(g.shape, loop, threads));
-  cpu::conv4x4s2_pack(g.shape, loop, floats(weight), packed.mutable_data_ptr());
-  const auto run = loop == cpu::Conv4x4s2Loop::down ? cpu::conv4x4s2_down : cpu::conv4x4s2_up;
+  {
+    RECORD_FUNCTION("fastgan::conv4x4s2_pack", {});
+    cpu::conv4x4s2_pack(g.shape, loop, floats(weight), packed.mutable_data_ptr());
+  }
+  const bool down = loop == cpu::Conv4x4s2Loop::down;
+  RECORD_FUNCTION(down ? "fastgan::conv4x4s2_down" : "fastgan::conv4x4s2_up", {});
+  const auto run = down ? cpu::conv4x4s2_down : cpu::conv4x4s2_up;
   run(g.shape, operand, packed.mutable_data_ptr(), epilogue, workspace.mutable_data_ptr(), threads);
 }
 
@@ -322,7 +350,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
   auto split = split_parameters(stack, parameters);
   const Plan plan = make_plan(stack, split, input);
   const auto options = float_options();
-  const Tensor raw = at::empty({save_for_backward ? plan.raw_size : 0}, options.dtype(input.scalar_type()));
+  const Tensor raw = in_large_pages(at::empty({save_for_backward ? plan.raw_size : 0}, options.dtype(input.scalar_type())));
   const Tensor statistics = at::empty({plan.statistics_size}, options);
   Lazy current{dense_channels_last(input)};
   size_t next_running = 0;
@@ -356,6 +384,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
     } else {
       plain_forward(layer, g, current.store(), p, y);
       if (from_batch) {
+        RECORD_FUNCTION("fastgan::batch_statistics", {});
         const Tensor workspace = at::empty({cpu::bn_act_workspace_size(rows_of(y))}, options);
         on_images(y, [&](const auto& kernels, const auto& data) {
           kernels.batch_statistics(rows_of(y), data(y), floats(mean), floats(var), floats(workspace));
@@ -462,9 +491,10 @@ std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Ten
   };
   // From the gradient of layer i's activation to that of its raw output, by passes of their own.
   const auto activation_backward = [&](int64_t i, const Tensor& grad) {
+    RECORD_FUNCTION("fastgan::bn_act_backward", {});
     const Lazy& above = inputs[i + 1];
     const int64_t C = grad.size(1);
-    const Tensor sums = at::zeros({2, C}, options), dz = at::empty_like(grad);
+    const Tensor sums = at::zeros({2, C}, options), dz = empty_image_like(grad);
     const Tensor workspace = at::empty({cpu::bn_act_workspace_size(rows_of(grad))}, options);
     if (!above.raw.defined()) {  // the last layer, which kept its output instead
       const Tensor kept = dense_channels_last(output);
@@ -512,13 +542,14 @@ std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Ten
       const int threads = at::get_num_threads();
       const Tensor workspace =
           bytes(cpu::conv4x4s2_workspace_bytes(g.shape, cpu::Conv4x4s2Loop::weight_gradient, threads));
+      RECORD_FUNCTION("fastgan::conv4x4s2_weight_gradient", {});
       const auto large = layer.transposed ? grad.operand() : below.operand();
       const auto small = layer.transposed ? below.operand() : grad.operand();
       cpu::conv4x4s2_weight_gradient(g.shape, large, small, floats(grad_weight), workspace.mutable_data_ptr(), threads);
       results[first_parameter[i]] = grad_weight;
     }
     if (!want_input) continue;
-    const Tensor grad_input = at::empty_like(below.raw);
+    const Tensor grad_input = empty_image_like(below.raw);
     const Tensor sums = at::zeros({2, below.raw.size(1)}, options);
     cpu::ConvEpilogue e;
     e.out = image_data(grad_input);
