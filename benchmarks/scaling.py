@@ -7,6 +7,7 @@ One of the three is changed at a time; peers take turns, a few repeats each, aft
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -62,19 +63,25 @@ def main():
     parser.add_argument("--peers", nargs="+", default=["eager", "channels_last", "trainer"], choices=PEERS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON, Markdown and PNG to write, without suffix")
+    parser.add_argument("--processor-time", action="store_true", help="as in bench_step.py; on one thread")
     arguments = parser.parse_args()
+    clock = time.perf_counter
+    if arguments.processor_time:
+        torch.set_num_threads(1)
+        clock = time.process_time
     if len(arguments.peers) < 2:
         parser.error("--peers: at least two are compared")
     results, tables = {}, []
     for series in arguments.series:
         results[series] = {}
         for case in SERIES[series]:
-            times, _ = run_case(case, arguments.peers, arguments.repeats)
+            times, _ = run_case(case, arguments.peers, arguments.repeats, clock)
             results[series][getattr(case, FIELDS[series])] = {peer: times[peer]["median"] for peer in arguments.peers}
         tables.append(table(series, results[series], arguments.peers))
         print(tables[-1], flush=True)
     if arguments.output:
         machine = environment(torch.get_num_threads())
+        machine["clock"] = "processor time" if arguments.processor_time else "elapsed time"
         document = {"environment": machine, "medians, ms": results}
         arguments.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
         header = "# Growth of a training step\n\n" + "\n".join(f"- {name}: {value}" for name, value in machine.items())
