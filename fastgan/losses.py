@@ -28,7 +28,9 @@ DISCRIMINATOR_LOSSES = tuple(_DISCRIMINATOR_LOSSES)
 GENERATOR_LOSSES = tuple(_GENERATOR_LOSSES)
 
 
-def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "minimax") -> Tensor:
+def discriminator_loss(
+    real_logits: Tensor, fake_logits: Tensor, kind: str = "minimax", *, label_smoothing: float = 0.0
+) -> Tensor:
     """Loss of the discriminator.
 
     Args:
@@ -37,16 +39,27 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "mi
         kind: ``"minimax"`` (Goodfellow et al. 2014, equation 1: ``-log D(x) - log(1 - D(G(z)))``),
             ``"least_squares"`` (Mao et al. 2017, equation 9), ``"hinge"`` (Lim and Ye 2017, equation
             10) or ``"wasserstein"`` (Arjovsky et al. 2017, equation 3, negated; it needs a Lipschitz
-            constraint from elsewhere).
+            constraint from elsewhere, such as :func:`gradient_penalty`).
+        label_smoothing: for ``"minimax"``: real samples get the label ``1 - label_smoothing``, generated ones
+            keep 0 (one-sided: Salimans et al. 2016, arXiv 1606.03498, section 3.4, where it is 0.1), so the
+            best discriminator does not grow ever surer. In [0, 1).
 
     Returns:
         Scalar, to be minimised; float32 for half-precision logits, else of the logits' dtype.
         Differentiable to any order.
 
     Raises:
-        ValueError: an unknown kind, logits that are empty, not floating point or of differing shapes.
+        ValueError: an unknown kind, logits that are empty, not floating point or of differing shapes,
+            label smoothing out of range or with a kind that has no labels to smooth.
     """
     loss = _lookup("discriminator_loss", _DISCRIMINATOR_LOSSES, kind)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"discriminator_loss: label_smoothing must be at least 0 and below 1, got {label_smoothing}")
+    if label_smoothing and kind != "minimax":
+        raise ValueError(
+            f"discriminator_loss: label_smoothing must be 0 with kind {kind!r}: only minimax has labels, "
+            f"got {label_smoothing}"
+        )
     real = _checked_logits("discriminator_loss", "real_logits", real_logits)
     fake = _checked_logits("discriminator_loss", "fake_logits", fake_logits)
     if real.shape[1:] != fake.shape[1:]:
@@ -54,6 +67,9 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str = "mi
             "discriminator_loss: fake_logits must have the shape of real_logits apart from the batch, "
             f"got {list(fake.shape)} beside {list(real.shape)}"
         )
+    if label_smoothing:
+        # (1 - s) softplus(-r) + s softplus(r) = softplus(-r) + s r
+        return loss(real, fake) + label_smoothing * real.mean()
     return loss(real, fake)
 
 
@@ -75,6 +91,80 @@ def generator_loss(fake_logits: Tensor, kind: str = "non_saturating") -> Tensor:
     """
     loss = _lookup("generator_loss", _GENERATOR_LOSSES, kind)
     return loss(_checked_logits("generator_loss", "fake_logits", fake_logits))
+
+
+def gradient_penalty(
+    discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, *, target: float = 1.0, weight: float = 10.0
+) -> Tensor:
+    """Penalty that keeps the discriminator's slope near ``target`` between real and generated samples: WGAN-GP
+    (Gulrajani et al. 2017, arXiv 1704.00028, equation 3 and algorithm 1).
+
+    ``weight * E (||grad D(x)|| - target)^2`` at ``x = e real + (1 - e) fake``, e from U(0, 1) for each pair. Add it to
+    :func:`discriminator_loss`, which with ``kind="wasserstein"`` needs it. The discriminator should judge each sample
+    by itself: with batch norm the gradient of a sample's logit also runs through the others, and the penalty no
+    longer bounds the slope (the paper's section 4); take layer norm or none, see
+    ``fastgan.models.dcgan(discriminator_normalization=...)``.
+
+    Args:
+        discriminator: maps samples to logits. Called once, without autocast: half precision loses the small
+            gradients the penalty is made of.
+        real: real samples, [N, ...], floating point; taken as constant.
+        fake: generated samples of that shape; taken as constant.
+        target: the slope wanted; 0 for the penalty of Thanh-Tung et al. 2019.
+        weight: the factor in front, lambda in the paper.
+
+    Returns:
+        Scalar, float32 for half-precision samples; its gradients reach the discriminator's parameters.
+
+    Raises:
+        ValueError: samples that are empty, not floating point or of differing shapes, a weight below 0.
+    """
+    function = "gradient_penalty"
+    _checked_logits(function, "real", real)
+    _checked_logits(function, "fake", fake)
+    if real.shape != fake.shape:
+        raise ValueError(f"{function}: fake must have the shape of real, {list(real.shape)}, got {list(fake.shape)}")
+    _check_weight(function, weight)
+    share = torch.rand([len(real)] + [1] * (real.dim() - 1), device=real.device, dtype=real.dtype)
+    between = fake.detach().to(real.dtype).lerp(real.detach(), share)
+    slopes = torch.linalg.vector_norm(_input_gradients(discriminator, between), dim=1)
+    return weight * (slopes - target).square().mean()
+
+
+def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, *, weight: float = 10.0) -> Tensor:
+    """Penalty on the discriminator's slope at real samples: R1 (Mescheder et al. 2018, arXiv 1801.04406, equation 9).
+
+    ``weight / 2 * E ||grad D(x)||^2``: the discriminator is to be flat where generator and data agree, without which
+    training need not converge. Add it to :func:`discriminator_loss`, of any kind.
+
+    Args:
+        discriminator: maps samples to logits. Called once, without autocast.
+        real: real samples, [N, ...], floating point; taken as constant.
+        weight: gamma in the paper.
+
+    Returns:
+        Scalar, float32 for half-precision samples; its gradients reach the discriminator's parameters.
+
+    Raises:
+        ValueError: samples that are empty or not floating point, a weight below 0.
+    """
+    _checked_logits("r1_penalty", "real", real)
+    _check_weight("r1_penalty", weight)
+    return 0.5 * weight * _input_gradients(discriminator, real.detach()).square().sum(1).mean()
+
+
+def _input_gradients(discriminator: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
+    """Gradients [N, features] of each sample's logits in the sample, themselves differentiable."""
+    samples = samples.requires_grad_()  # a tensor of our own: detached or just computed
+    with torch.enable_grad(), torch.autocast(samples.device.type, enabled=False):
+        (gradients,) = torch.autograd.grad(discriminator(samples).sum(), samples, create_graph=True)
+    gradients = gradients.flatten(1)
+    return gradients.float() if gradients.dtype in (torch.float16, torch.bfloat16) else gradients
+
+
+def _check_weight(function: str, weight: float) -> None:
+    if not weight >= 0:
+        raise ValueError(f"{function}: weight must be at least 0, got {weight}")
 
 
 def _lookup(function: str, table: dict[str, Callable[..., Tensor]], kind: str) -> Callable[..., Tensor]:

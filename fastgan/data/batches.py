@@ -16,12 +16,15 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor | None
 
+    def split(self, parts: int) -> "list[Batch]":
+        """The batch in ``parts`` equal ones."""
+        size = len(self.images) // parts
+        images = self.images.split(size)
+        return [Batch(*part) for part in zip(images, [None] * parts if self.labels is None else self.labels.split(size))]
+
 
 class Batches:
     """Deterministic epochs of equally large batches.
-
-    Attributes:
-        parts: equal parts that a batch consists of, one after the other.
 
     The order of an epoch depends on the seed and the epoch's number alone, so that a run can be taken
     up at any batch of any epoch. The images that do not fill the last batch are left out of that epoch
@@ -32,14 +35,14 @@ class Batches:
         batch_size: images in a batch.
         seed: seed of the order.
         device: where the batches are made.
+        parts: equal parts that a batch consists of, one after the other.
 
     Raises:
         DataError: fewer images than one batch.
     """
 
-    parts = 1
-
-    def __init__(self, dataset: ImageDataset, batch_size: int, seed: int, device: torch.device | str = "cpu"):
+    def __init__(self, dataset: ImageDataset, batch_size: int, seed: int, device: torch.device | str = "cpu", *,
+                 parts: int = 1):
         if not 1 <= batch_size <= len(dataset):
             raise DataError(
                 f"batch_size must be between 1 and the number of images, {len(dataset)} in {dataset.name!r}, "
@@ -49,6 +52,7 @@ class Batches:
         self.labels = None if dataset.labels is None else dataset.labels.to(device)
         self.batch_size = batch_size
         self.seed = seed
+        self.parts = parts
         self.share: Callable[[Tensor], Tensor] = lambda rows: rows
 
     def divide(self, processes: int, share: Callable[[Tensor], Tensor]) -> None:
@@ -115,8 +119,7 @@ class ClassBatches(Batches):
                     f"batch_size must be between 1 and the number of images of class {label}, {len(members)} in "
                     f"{dataset.name!r}, got {batch_size}"
                 )
-        super().__init__(dataset, batch_size, seed, device)
-        self.parts = len(self.members)
+        super().__init__(dataset, batch_size, seed, device, parts=len(self.members))
 
     def __len__(self) -> int:
         return min(map(len, self.members)) // self.batch_size

@@ -13,6 +13,13 @@ from torch import nn
 # at the paper's 64): beyond it the two innermost layers of a large image would hold nearly all weights.
 _WIDEST = 8
 
+# What follows a convolution inside the discriminator. Layer norm is over all channels and pixels of an image.
+DISCRIMINATOR_NORMALIZATIONS = {
+    "batch": nn.BatchNorm2d,
+    "layer": lambda channels: nn.GroupNorm(1, channels),
+    "none": None,
+}
+
 
 class DCGANGenerator(nn.Module):
     """Latent vectors to images in [-1, 1]; built by :func:`dcgan`.
@@ -49,16 +56,18 @@ class DCGANDiscriminator(nn.Module):
     logits: ``sigmoid(logit)`` is the probability that the image is real.
     """
 
-    def __init__(self, image_size: int, widths: list[int], end: int):
+    def __init__(self, image_size: int, widths: list[int], end: int, normalization: str = "batch"):
         super().__init__()
+        normalize = DISCRIMINATOR_NORMALIZATIONS[normalization]
+        bias = normalize is None  # without any, and leaky ReLUs, the logit would only scale with the image
         self.image_shape = (widths[0], image_size, image_size)
         layers: list[nn.Module] = []
         for i, (width, next_width) in enumerate(zip(widths, widths[1:])):
-            layers.append(nn.Conv2d(width, next_width, 4, 2, 1, bias=False))
-            if i > 0:
-                layers.append(nn.BatchNorm2d(next_width))
+            layers.append(nn.Conv2d(width, next_width, 4, 2, 1, bias=bias))
+            if i > 0 and normalize:
+                layers.append(normalize(next_width))
             layers.append(nn.LeakyReLU(0.2, inplace=True))
-        layers.append(nn.Conv2d(widths[-1], 1, end, 1, 0, bias=False))
+        layers.append(nn.Conv2d(widths[-1], 1, end, 1, 0, bias=bias))
         self.main = nn.Sequential(*layers)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -75,6 +84,8 @@ def dcgan(
     channels: int = 3,
     latent_dim: int = 100,
     base_channels: int = 64,
+    *,
+    discriminator_normalization: str = "batch",
 ) -> tuple[DCGANGenerator, DCGANDiscriminator]:
     """Build the two networks of a DCGAN, initialised as in the paper.
 
@@ -84,6 +95,8 @@ def dcgan(
         latent_dim: length of the generator's input, drawn from N(0, 1).
         base_channels: channels of the layer next to the image; they double with every halving of the
             image, up to 8 * base_channels.
+        discriminator_normalization: ``"batch"`` norm, the paper's; ``"layer"`` norm or ``"none"`` for a discriminator
+            that judges each image by itself, as gradient penalties need it.
 
     Returns:
         ``(generator, discriminator)``. The generator maps z [N, latent_dim] or [N, latent_dim, 1, 1]
@@ -91,18 +104,23 @@ def dcgan(
         to logits [N].
 
     Convolution weights are drawn from N(0, 0.02), batch-norm scales from N(1, 0.02); batch-norm
-    offsets start at 0.
+    offsets start at 0, and so do the convolutions' biases, which only a discriminator without normalization has.
 
     Raises:
-        ValueError: an image size that cannot be built, or a count below 1.
+        ValueError: an image size that cannot be built, a count below 1, or an unknown normalization.
     """
     for name, count in (("channels", channels), ("latent_dim", latent_dim), ("base_channels", base_channels)):
         if count < 1:
             raise ValueError(f"dcgan: {name} must be at least 1, got {count}")
+    if discriminator_normalization not in DISCRIMINATOR_NORMALIZATIONS:
+        raise ValueError(
+            f"dcgan: discriminator_normalization must be one of {', '.join(DISCRIMINATOR_NORMALIZATIONS)}, "
+            f"got {discriminator_normalization!r}"
+        )
     start, doublings = _start_and_doublings(image_size)
     widths = [channels] + [base_channels * min(2**i, _WIDEST) for i in range(doublings)]
     generator = DCGANGenerator(latent_dim, widths[::-1], start)
-    discriminator = DCGANDiscriminator(image_size, widths, start)
+    discriminator = DCGANDiscriminator(image_size, widths, start, discriminator_normalization)
     generator.apply(_initialise)
     discriminator.apply(_initialise)
     return generator, discriminator
@@ -128,6 +146,8 @@ def _start_and_doublings(image_size: int) -> tuple[int, int]:
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)

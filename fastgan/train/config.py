@@ -48,6 +48,8 @@ class TrainConfig:
     family: ClassVar[str]
     # Rows and columns of the grid of samples.
     grid: ClassVar[tuple[int, int]] = (8, 8)
+    # Updates of the discriminator in a step, each on a batch of its own.
+    discriminator_steps: ClassVar[int] = 1
 
     dataset: str = option("digits", "data set", choices=DATASETS)
     data_root: str | None = option(None, "folder of the data files, or of the images for 'folder'", may_change=True)
@@ -59,6 +61,9 @@ class TrainConfig:
     batch_size: int = option(32, "images in a batch", minimum=1)
     latent_dim: int = option(100, "length of the generator's input", minimum=1)
     learning_rate: float = option(5e-4, "Adam's step size, of both networks", minimum=0)
+    discriminator_learning_rate: float | None = option(
+        None, "Adam's step size of the discriminator, where it is to differ (two time scales, Heusel et al. 2017)",
+        minimum=0)
     beta1: float = option(0.5, "Adam's decay of the mean gradient", minimum=0, below=1)
     beta2: float = option(0.999, "Adam's decay of the mean squared gradient", minimum=0, below=1)
     generator_loss: str = option("non_saturating", "loss of the generator; the discriminator's goes with it",
@@ -124,13 +129,14 @@ class TrainConfig:
         """The training images."""
         return load_dataset(self.dataset, self.data_root, image_size=self.image_size, channels=self.channels)
 
-    def learning_rate_at(self, progress: float) -> float:
-        """Adam's step size when a part of the run is done: ``progress`` from 0 to 1."""
-        return self.learning_rate
+    def learning_rate_factor(self, progress: float) -> float:
+        """What the step sizes are multiplied by when a part of the run is done: ``progress`` from 0 to 1."""
+        return 1.0
 
     def batches(self, dataset: ImageDataset) -> Batches:
         """The training batches of the ``dataset``, on the device."""
-        return Batches(dataset, self.batch_size, self.seed, self.torch_device)
+        steps = self.discriminator_steps
+        return Batches(dataset, self.batch_size * steps, self.seed, self.torch_device, parts=steps)
 
     def shared_settings(self) -> dict[str, Any]:
         """The settings by their flags that all processes of a run must have alike."""
@@ -142,6 +148,36 @@ class TrainConfig:
     def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Any]:
         """The generator, the discriminator and the :class:`~fastgan.train.Objective` for a ``dataset``."""
         raise NotImplementedError
+
+
+@dataclasses.dataclass(kw_only=True)
+class AdversarialConfig(TrainConfig):
+    """What the families with a real-or-generated discriminator share: the terms beside its loss.
+
+    Raises:
+        ValueError: label smoothing with a loss that has no labels.
+    """
+
+    gradient_penalty: float = option(0.0, "weight of WGAN-GP's gradient penalty (the paper: 10, with wasserstein)",
+                                     minimum=0)
+    r1: float = option(0.0, "weight of R1, the penalty on the discriminator's slope at real images", minimum=0)
+    label_smoothing: float = option(0.0, "taken off the label of real images, for the log losses (usual: 0.1)",
+                                    minimum=0, below=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.label_smoothing and self.generator_loss not in ("non_saturating", "minimax"):
+            raise ValueError(
+                f"--label-smoothing must be 0 with --generator-loss {self.generator_loss}, which has no labels, "
+                f"got {self.label_smoothing}"
+            )
+
+    @property
+    def discriminator_terms(self) -> dict[str, float]:
+        """The terms by their names in :class:`~fastgan.train.trainer.Objective`."""
+        return {
+            "gradient_penalty": self.gradient_penalty, "r1": self.r1, "label_smoothing": self.label_smoothing,
+        }
 
 
 def parse_arguments(config_class: type[TrainConfig], arguments: list[str] | None = None) -> dict[str, Any]:

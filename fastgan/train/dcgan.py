@@ -4,21 +4,29 @@ import dataclasses
 from typing import ClassVar
 
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from fastgan.data import ImageDataset
-from fastgan.models.dcgan import dcgan
+from fastgan.models.dcgan import DISCRIMINATOR_NORMALIZATIONS, dcgan
 from fastgan.train.augment import augment
-from fastgan.train.config import TrainConfig, option
+from fastgan.train.config import AdversarialConfig, option
 from fastgan.train.trainer import Objective
 
 
 @dataclasses.dataclass(kw_only=True)
-class DCGANConfig(TrainConfig):
+class DCGANConfig(AdversarialConfig):
     """Train a DCGAN (Radford et al. 2015) on a data set of images."""
 
     family: ClassVar[str] = "dcgan"
 
     base_channels: int = option(32, "channels of the layers next to the image; they double inwards", minimum=1)
+    discriminator_normalization: str | None = option(
+        None, "inside the discriminator; by default batch norm, layer norm with --gradient-penalty, none with "
+        "--spectral-norm", choices=tuple(DISCRIMINATOR_NORMALIZATIONS))
+    spectral_norm: bool = option(False, "hold the largest singular value of the discriminator's weights at 1 "
+                                 "(Miyato et al. 2018)")
+    discriminator_steps: int = option(1, "updates of the discriminator for each of the generator's, every one on "
+                                      "images of its own (WGAN-GP: 5)", minimum=1)
     augment: bool = option(False, "change the images the discriminator sees, differentiably: for small sets")
     decay: float = option(0.0, "last part of the run in which the step size falls linearly to 0; 0 for none", minimum=0)
     output: str = option("runs/dcgan", "folder the results are written to", may_change=True)
@@ -27,11 +35,26 @@ class DCGANConfig(TrainConfig):
         super().__post_init__()
         if self.decay > 1:
             raise ValueError(f"--decay must be at most 1, got {self.decay}")
+        if self.gradient_penalty and self.discriminator_normalization == "batch":
+            raise ValueError(
+                "--discriminator-normalization must be layer or none with --gradient-penalty, which is about each "
+                "image by itself, got batch"
+            )
 
-    def learning_rate_at(self, progress: float) -> float:
-        return self.learning_rate * (min(1.0, (1 - progress) / self.decay) if self.decay else 1.0)
+    def learning_rate_factor(self, progress: float) -> float:
+        return min(1.0, (1 - progress) / self.decay) if self.decay else 1.0
 
     def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Objective]:
         channels, height, _ = dataset.image_shape
-        generator, discriminator = dcgan(height, channels, self.latent_dim, self.base_channels)
-        return generator, discriminator, Objective(self.generator_loss, augment if self.augment else None)
+        normalization = self.discriminator_normalization or (
+            "layer" if self.gradient_penalty else "none" if self.spectral_norm else "batch"
+        )
+        generator, discriminator = dcgan(
+            height, channels, self.latent_dim, self.base_channels, discriminator_normalization=normalization
+        )
+        if self.spectral_norm:
+            for layer in discriminator.main:
+                if isinstance(layer, nn.Conv2d):
+                    spectral_norm(layer)
+        objective = Objective(self.generator_loss, augment if self.augment else None, **self.discriminator_terms)
+        return generator, discriminator, objective

@@ -8,14 +8,14 @@ from torch import nn
 
 from fastgan.data import Batches, ClassBatches, ImageDataset
 from fastgan.models.gan import OUTPUT_ACTIVATIONS, mlp_gan
-from fastgan.train.config import TrainConfig, option
+from fastgan.train.config import AdversarialConfig, option
 from fastgan.train.trainer import Objective
 
 CLASSES = 10
 
 
 @dataclasses.dataclass(kw_only=True)
-class GANConfig(TrainConfig):
+class GANConfig(AdversarialConfig):
     """Train a GAN of multilayer perceptrons on one digit, or ten of them, one on each digit, side by side.
 
     The grid of samples has a row of 16 for each of the ten, or shows 4 x 4 of one digit.
@@ -61,4 +61,4 @@ class GANConfig(TrainConfig):
             generator_layers=self.generator_layers, discriminator_layers=self.discriminator_layers,
             output_activation=self.output_activation, copies=len(self.classes),
         )
-        return generator, discriminator, Objective(self.generator_loss)
+        return generator, discriminator, Objective(self.generator_loss, **self.discriminator_terms)

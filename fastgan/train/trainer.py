@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastgan.data import Batch, ImageDataset
-from fastgan.losses import discriminator_loss, generator_loss
+from fastgan.losses import discriminator_loss, generator_loss, gradient_penalty, r1_penalty
 from fastgan.nn import convert_sync_batch_norm, fuse
 from fastgan.nn.sync_batch_norm import own_statistics
 from fastgan.train.checkpoint import TrainingError, save_checkpoint
@@ -42,21 +42,34 @@ class Objective:
     Args:
         kind: of the generator's loss, as for :func:`fastgan.losses.generator_loss`; the discriminator's goes with it.
         augment: what real and generated images [N, C, H, W] go through before the discriminator; None for nothing.
+        gradient_penalty: weight of :func:`fastgan.losses.gradient_penalty`, 0 for none.
+        r1: weight of :func:`fastgan.losses.r1_penalty`, 0 for none.
+        label_smoothing: as for :func:`fastgan.losses.discriminator_loss`.
     """
 
-    def __init__(self, kind: str = "non_saturating", augment: Callable[[Tensor], Tensor] | None = None):
+    def __init__(self, kind: str = "non_saturating", augment: Callable[[Tensor], Tensor] | None = None, *,
+                 gradient_penalty: float = 0.0, r1: float = 0.0, label_smoothing: float = 0.0):
         self.kind = kind
         self.progress = 0.0  # the part of the run that is done, from 0 to 1; set by the trainer
         self.augment = augment or nn.Identity()
+        self.gradient_penalty, self.r1, self.label_smoothing = gradient_penalty, r1, label_smoothing
 
     def discriminator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
         """Loss of the ``discriminator`` over a real ``batch`` and as many ``fake`` images [N, C, H, W], which are detached
         from the generator."""
-        real_logits, fake_logits = discriminator(self.augment(batch.images)), discriminator(self.augment(fake))
+        real, fake = self.augment(batch.images), self.augment(fake)
+        real_logits, fake_logits = discriminator(real), discriminator(fake)
         kind = "minimax" if self.kind == "non_saturating" else self.kind
         probabilities = {"d_real": real_logits, "d_fake": fake_logits}
         figures = {name: logits.detach().float().sigmoid().mean() for name, logits in probabilities.items()}
-        return discriminator_loss(real_logits, fake_logits, kind), figures
+        loss = discriminator_loss(real_logits, fake_logits, kind, label_smoothing=self.label_smoothing)
+        if self.gradient_penalty:
+            penalty = gradient_penalty(discriminator, real, fake, weight=self.gradient_penalty)
+            loss, figures["gradient_penalty"] = loss + penalty, penalty.detach()
+        if self.r1:
+            penalty = r1_penalty(discriminator, real, weight=self.r1)
+            loss, figures["r1"] = loss + penalty, penalty.detach()
+        return loss, figures
 
     def generator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
         """Loss of the generator, whose images are ``fake`` [N, C, H, W]; the ``discriminator``'s weights take no gradients.
@@ -81,7 +94,7 @@ class Trainer:
 
     Attributes:
         ranks: the processes of the run.
-        step: updates done; each is one of the discriminator and one of the generator.
+        step: updates of the generator done, each after ``discriminator_steps`` of the discriminator.
         averaged: exponential averages of both networks by name, where ``config.ema`` is not 0.
 
     Raises:
@@ -209,26 +222,26 @@ class Trainer:
                 yield epoch, batch
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
-        """One update of each network (Goodfellow et al. 2014, algorithm 1, with k = 1).
+        """One update of the generator, and ``discriminator_steps`` of the discriminator before it (Goodfellow et al.
+        2014, algorithm 1, where their number is k).
 
         Args:
-            batch: images [N, C, H, W] in [-1, 1], labels [N] or None.
+            batch: images [N, C, H, W] in [-1, 1], labels [N] or None; cut into a part for each update.
 
         Returns:
             Figures for the log: ``loss_d``, ``loss_g`` and the objective's own.
         """
         generator, discriminator = self.networks.values()
         self.objective.progress = self.step / self.total_steps
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = self.config.learning_rate_at(self.step / self.total_steps)
-        z = self._latent(len(batch.images))
+        self._set_learning_rates()
 
         # Discriminator: real images against fakes that carry no gradient back to the generator.
-        with self.autocast():
-            fake = generator(z)
-            loss_d, figures_d = self.objective.discriminator_loss(discriminator, batch, fake.detach())
-        loss_d = self._descend("discriminator", loss_d, batch, z)
+        for batch in batch.split(self.config.discriminator_steps):
+            z = self._latent(len(batch.images))
+            with self.autocast():
+                fake = generator(z)
+                loss_d, figures_d = self.objective.discriminator_loss(discriminator, batch, fake.detach())
+            loss_d = self._descend("discriminator", loss_d, batch, z)
 
         # Generator: the same fakes, judged by the discriminator as it now is and as it stays.
         with frozen(discriminator):
@@ -240,10 +253,19 @@ class Trainer:
             averaged.update_parameters(self.networks[name])
         return {"loss_d": loss_d, "loss_g": loss_g} | figures_d | figures_g
 
+    def _set_learning_rates(self) -> None:
+        config = self.config
+        factor = config.learning_rate_factor(self.step / self.total_steps)
+        own = config.discriminator_learning_rate
+        rates = {"generator": config.learning_rate, "discriminator": config.learning_rate if own is None else own}
+        for name, rate in rates.items():
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = rate * factor
+
     def _latent(self, count: int) -> Tensor:
         """Inputs of the generator for ``count`` images: this process's share of those of a whole batch."""
         whole = self.ranks.draw(lambda: self.config.latent(count * self.ranks.size), self.device)
-        return self.ranks.share(whole, self.batches.parts)
+        return self.ranks.share(whole, self.batches.parts // self.config.discriminator_steps)
 
     def _descend(self, name: str, loss: Tensor, batch: Batch, z: Tensor) -> Tensor:
         """One optimizer step of a network, unless a loss is not finite: then the run ends here. Returns the mean loss
