@@ -1,45 +1,74 @@
-"""fuse(): makes the runs of layers inside somebody's nn.Sequential run on the fused operators."""
+"""fuse(): makes the convolutions of somebody's networks run on the fused operators.
+
+Two ways lead there. An nn.Sequential finds its runs of layers anew at every call. A module with a forward of its own is
+traced (fastgan/nn/_trace.py), and runs the trace in which runs of layers have become one call each.
+"""
 
 import copy
 import functools
+import inspect
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastgan import _extension, ops
+from fastgan.nn._trace import TENSOR, Trace, Untraceable, kind, trace
 from fastgan.nn.modules import BatchNormCall, GaussianNoise, conv_arguments, run_batch_norm_layer
+from fastgan.nn.report import Fusion, FusionReport
 from fastgan.nn.sync_batch_norm import SyncBatchNorm
+from fastgan.ops._conv import activate
 from fastgan.ops.conv_stack import StackCall
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
+# The same as functions and as methods of a tensor.
+_FUNCTIONS = {
+    F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu",
+    F.leaky_relu: "leaky_relu", F.leaky_relu_: "leaky_relu",
+    F.tanh: "tanh", torch.tanh: "tanh", torch.tanh_: "tanh",
+    F.sigmoid: "sigmoid", torch.sigmoid: "sigmoid", torch.sigmoid_: "sigmoid",
+}  # fmt: skip
+_METHODS = {name + end: name for name in ("relu", "tanh", "sigmoid") for end in ("", "_")}
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Traces of one module kept for different modes and arguments; a module that needs more runs its own forward.
+_TRACES = 8
 
 
-def fuse(module, inplace=False):
-    """Makes every run ``ConvTranspose2d | Conv2d [+ BatchNorm2d] [+ ReLU | LeakyReLU | Tanh | Sigmoid]`` inside any
-    ``nn.Sequential`` of `module`, at any depth, run on the fused operators; on the CPU also every run
-    ``BatchNorm1d [+ ReLU | LeakyReLU | Tanh | Sigmoid] [+ fastgan.nn.GaussianNoise]``, as a perceptron has it after its
-    ``Linear``. (Noise has the values that :func:`fastgan.ops.batch_norm_act_noise` draws, not ``randn``'s.)
-    ``SyncBatchNorm`` may stand for ``BatchNorm2d``; on the CPU, where PyTorch's own does not run, it does so then.
+def fuse(module, inplace=False, report=False):
+    """Makes every run ``ConvTranspose2d | Conv2d [+ BatchNorm2d] [+ ReLU | LeakyReLU | Tanh | Sigmoid]`` of `module`
+    run on the fused operators; on the CPU also every run ``BatchNorm1d [+ ReLU | LeakyReLU | Tanh | Sigmoid]
+    [+ fastgan.nn.GaussianNoise]`` of an ``nn.Sequential``, as a perceptron has it after its ``Linear``. (Noise has the
+    values that :func:`fastgan.ops.batch_norm_act_noise` draws, not ``randn``'s.) ``SyncBatchNorm`` may stand for
+    ``BatchNorm2d``; on the CPU, where PyTorch's own does not run, it does so then.
 
-    Only the way the Sequentials compute changes. All layers stay where they were, with their names, parameters,
-    buffers, hooks and modes: state_dict keys, initialisation by ``apply``, ``train()``/``eval()``, optimizers built
-    before or after, deep copies, pickles and ``torch.func.functional_call`` work as before, and outputs, gradients
-    and running statistics agree with the plain module's to rounding. What cannot be fused runs as it did: layers with
-    hooks, parametrizations (spectral or weight norm), subclasses of the layers named above, padding modes other than
-    zeros. That is decided at each call, so hooks added later are honoured.
+    Runs are found inside any ``nn.Sequential``, at any depth, and inside any module whose ``forward`` calls such layers
+    and functions (``F.relu(self.bn1(self.conv1(x)))``), by tracing it with torch.fx for the mode and the arguments it
+    is called with. What a trace would not hold for stays as it was: control flow that depends on tensors, random
+    choices, attributes set in ``forward``, ``with`` statements (docs/fuse.md lists all).
+
+    Only the way modules compute changes. All layers stay where they were, with their names, parameters, buffers, hooks
+    and modes: state_dict keys, initialisation by ``apply``, ``train()``/``eval()``, optimizers built before or after,
+    deep copies, pickles and ``torch.func.functional_call`` work as before, ``isinstance`` of their classes holds, and
+    outputs, gradients and running statistics agree with the plain module's to rounding. What cannot be fused runs as it
+    did: layers with hooks, parametrizations (spectral or weight norm), subclasses of the layers named above, padding
+    modes other than zeros. That is decided at each call, so hooks added later are honoured.
 
     Args:
         module: the ``nn.Module`` to fuse.
         inplace: change `module` itself and return it. Otherwise a new module is returned and `module` is left as it
             is; the two **share parameters and buffers**, so an optimizer built on `module` trains both. For an
             independent network pass ``copy.deepcopy(module)``.
+        report: return ``(module, report)``. ``print(report)`` shows, convolution by convolution, what it was fused
+            with or why it was not; its ``layers`` are the same as :class:`fastgan.nn.Fusion`.
 
     Returns:
-        The fused module. Fusing it again changes nothing.
+        The fused module, or ``(module, report)``. Fusing it again changes nothing.
 
     Raises:
         TypeError: `module` is not an ``nn.Module``.
@@ -49,46 +78,266 @@ def fuse(module, inplace=False):
     if not inplace:
         tensors = [*module.parameters(), *module.buffers()]
         module = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
-    for child in module.modules():
-        if isinstance(child, nn.Sequential) and type(child).forward is nn.Sequential.forward:
-            child.__class__ = _fused_class(type(child))
-    return module
+    found = {}
+    for name, child in module.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(child, nn.Sequential):
+            if type(child).forward in (nn.Sequential.forward, FusedSequential.forward):
+                if not isinstance(child, FusedSequential):
+                    child.__class__ = _fused_class(FusedSequential, type(child))
+                _report_sequential(child, prefix, found)
+        elif _may_be_traced(child):
+            _fuse_by_trace(child, prefix, found)
+    if not report:
+        return module
+    return module, FusionReport([_fusion(module, name, found) for name, child in module.named_modules()
+                                 if isinstance(child, _CONVOLUTIONS)])
 
 
 class FusedSequential:
     """What fuse() mixes into the class of an nn.Sequential."""
 
     def forward(self, input):
-        children = list(self)
-        position = 0
-        while position < len(children):
-            layers = []
-            if _fusable_input(input):
-                while (layer := _match(children, position)) is not None:
-                    layers.append(layer)
-                    position += layer.length
-            if layers:
-                input = _run(layers, input)
-            elif (norm := _match_norm(children, position, input)) is not None:
-                input = norm.run(input)
-                position += norm.length
-            else:
-                input = children[position](input)
-                position += 1
-        return input
+        return _run_children(list(self), input)
 
     def __reduce__(self):
-        return _rebuild, (type(self).__bases__[1],), self.__dict__
+        return _rebuild, (FusedSequential, type(self).__bases__[1]), self.__dict__
+
+
+class FusedModule:
+    """What fuse() mixes into the class of a module that it has traced."""
+
+    def forward(self, *args, **kwargs):
+        plan = self._fastgan_plan(args, kwargs)
+        if plan is None:
+            return super().forward(*args, **kwargs)
+        return plan.run(self, *[value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)])
+
+    def _fastgan_plan(self, args, kwargs):
+        """The trace for these arguments and the state the module is in, or None: then its own forward runs."""
+        arguments, keywords = [kind(value) for value in args], {name: kind(value) for name, value in kwargs.items()}
+        plans = self.__dict__["_fastgan_plans"]
+        for plan in plans:
+            if plan.arguments == arguments and plan.keywords == keywords and plan.trace.holds(self):
+                return plan if plan.run is not None else None
+        if len(plans) == _TRACES or torch.compiler.is_compiling() or Untraceable in (*arguments, *keywords.values()):
+            return None
+        plan = _Plan.of(self, type(self).__bases__[1], arguments, keywords)
+        plans.append(plan)
+        return plan if plan.run is not None else None
+
+    def _fastgan_run(self, input, *children):
+        """What the trace calls in place of a run of layers: names of children, and activations."""
+        return _run_children(
+            [self.get_submodule(child) if isinstance(child, str) else _Activation(*child) for child in children], input
+        )
+
+    def __reduce__(self):
+        state = {name: value for name, value in self.__dict__.items() if name != "_fastgan_plans"}
+        return _rebuild, (FusedModule, type(self).__bases__[1]), state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.__dict__["_fastgan_plans"] = _plans(self, type(self).__bases__[1])
 
 
 @functools.cache
-def _fused_class(base):
-    return type(f"Fused{base.__name__}", (FusedSequential, base), {"__module__": base.__module__})
+def _fused_class(mixin, base):
+    return type(f"Fused{base.__name__}", (mixin, base), {"__module__": base.__module__})
 
 
-def _rebuild(base):
-    cls = _fused_class(base)
+def _rebuild(mixin, base):
+    cls = _fused_class(mixin, base)
     return cls.__new__(cls)
+
+
+def _run_children(children, input):
+    """Calls `children` one after the other, those that can be fused as one."""
+    position = 0
+    while position < len(children):
+        layers = []
+        if _fusable_input(input):
+            while (layer := _match(children, position)) is not None:
+                layers.append(layer)
+                position += layer.length
+        if layers:
+            input = _run(layers, input)
+        elif (norm := _match_norm(children, position, input)) is not None:
+            input = norm.run(input)
+            position += norm.length
+        else:
+            input = children[position](input)
+            position += 1
+    return input
+
+
+class _Activation(NamedTuple):
+    """An activation that forward calls as a function."""
+
+    name: str
+    negative_slope: float = 0.2
+
+    def __call__(self, input):
+        return activate("fuse", input, self.name, self.negative_slope)
+
+
+class _Plan(NamedTuple):
+    """How a traced module runs for one kind of arguments.
+
+    Attributes:
+        arguments, keywords: what it is called with, TENSOR for tensors.
+        trace: what it holds for.
+        run: function of the module and the tensors; None where nothing can be fused.
+        chains: the children of each run of layers, as FusedModule._fastgan_run gets them.
+        reasons: convolution by name -> why it is not fused, or what ended its run.
+    """
+
+    arguments: list
+    keywords: dict
+    trace: Trace
+    run: object
+    chains: list
+    reasons: dict
+
+    @staticmethod
+    def of(module, base, arguments, keywords):
+        try:
+            traced = trace(module, base, arguments, keywords)
+        except Untraceable as error:
+            reason = f"forward of {base.__name__} cannot be traced: {error}"
+            return _Plan(arguments, keywords, Trace(None, error.reads), None, [], {"": reason})
+        chains, reasons = _fuse_graph(module, traced.graph)
+        run = None
+        if chains:
+            code = traced.graph.python_code("self")
+            scope = dict(code.globals)
+            exec(code.src, scope)
+            run = scope["forward"]
+        return _Plan(arguments, keywords, traced, run, chains, reasons)
+
+
+def _may_be_traced(module):
+    """Whether `module` is of somebody's own class and has convolutions that no other such module has."""
+    home = type(module).__module__
+    if home.startswith(("torch.", "fastgan.nn.")) or "forward" in module.__dict__:
+        return False
+    containers = [module]
+    while containers:
+        for child in containers.pop().children():
+            if isinstance(child, _CONVOLUTIONS):
+                return True
+            if type(child).__module__.startswith("torch.nn.") or isinstance(child, FusedSequential):
+                containers.append(child)
+    return False
+
+
+def _plans(module, base):
+    """The traces for a call with the required arguments, all tensors, in both modes."""
+    arguments = _required_arguments(base)
+    mode, plans = module.training, []
+    for training in (mode, not mode):
+        module.__dict__["training"] = training  # of this module alone: its layers are not called
+        try:
+            if not any(plan.trace.holds(module) for plan in plans):
+                plans.append(_Plan.of(module, base, arguments, {}))
+        finally:
+            module.__dict__["training"] = mode
+    return plans
+
+
+def _required_arguments(base):
+    parameters = list(inspect.signature(base.forward).parameters.values())[1:]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [TENSOR for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
+    return required or [TENSOR]
+
+
+def _fuse_by_trace(module, prefix, found):
+    base = type(module).__bases__[1] if isinstance(module, FusedModule) else type(module)
+    plans = _plans(module, base)
+    if any(plan.run is not None for plan in plans) and not isinstance(module, FusedModule):
+        module.__class__ = _fused_class(FusedModule, base)
+        module.__dict__["_fastgan_plans"] = plans
+    plan = next((plan for plan in plans if plan.trace.holds(module)), plans[0])
+    if "" in plan.reasons:
+        found[prefix] = plan.reasons[""]
+    reasons = {prefix + name: reason for name, reason in plan.reasons.items()}
+    for chain in plan.chains:
+        children = [module.get_submodule(c) if isinstance(c, str) else _Activation(*c) for c in chain]
+        names = [prefix + c if isinstance(c, str) else c[0] for c in chain]
+        _report_run(children, names, found, reasons)
+
+
+def _report_sequential(sequential, prefix, found):
+    children = list(sequential.named_children())
+    _report_run([child for _, child in children], [prefix + name for name, _ in children], found)
+
+
+def _report_run(children, names, found, reasons={}):
+    """Adds what _run_children would do with `children` now; `reasons` are why the run could not be longer."""
+    position = 0
+    while position < len(children):
+        layer = _match(children, position)
+        if layer is not None:
+            end = position + layer.length
+            parts = iter(names[position + 1 : end])
+            found[names[position]] = Fusion(
+                names[position], True, batch_norm=next(parts) if layer.bn is not None else None,
+                activation=layer.describe_activation(),
+                reason=_why_ended(children, names, end, layer) or reasons.get(names[position]),
+            )
+            position = end
+        else:
+            if isinstance(children[position], _CONVOLUTIONS):
+                found[names[position]] = Fusion(names[position], False, reason=_why_not(children[position]))
+            position += 1
+
+
+def _why_ended(children, names, end, layer):
+    """Why the layer found so far does not go on with what follows, where that might have been expected."""
+    if end < len(children) and layer.activation == "identity" and not isinstance(children[end], _CONVOLUTIONS):
+        child = children[end]
+        kinds = (nn.BatchNorm2d, *_ACTIVATIONS)
+        if isinstance(child, kinds) and not (layer.bn is not None and isinstance(child, nn.BatchNorm2d)):
+            return f"not with {names[end]}: {_why_not(child)}"
+    return None
+
+
+def _why_not(child):
+    """Why a convolution, batch norm or activation cannot be part of a fused layer; None if it can."""
+    if is_parametrized(child):
+        return "it has a parametrization"
+    for kind_ in (*_CONVOLUTIONS, nn.BatchNorm2d, *_ACTIVATIONS):
+        if isinstance(child, kind_) and type(child) is not kind_:
+            return f"{type(child).__name__} is a subclass of {kind_.__name__}"
+    if isinstance(child, _CONVOLUTIONS) and child.padding_mode != "zeros":
+        return f"its padding mode is {child.padding_mode!r}"
+    if any(getattr(child, hooks, None) for hooks in _HOOKS):
+        return "it has a hook"
+    if not _plain(child):
+        return "it has a forward of its own, or a hook is on all modules"
+    return None
+
+
+def _fusion(module, name, found):
+    """What is known of the convolution `name`, in the end from the module that it belongs to."""
+    if name in found:
+        return found[name]
+    conv = module.get_submodule(name)
+    if reason := _why_not(conv):
+        return Fusion(name, False, reason=reason)
+    owner = name
+    while owner:
+        owner = owner.rpartition(".")[0]
+        reason = found.get(f"{owner}." if owner else "")
+        if reason is not None:
+            return Fusion(name, False, reason=reason)
+        if not type(module.get_submodule(owner)).__module__.startswith("torch.nn."):
+            break
+    kind_ = type(module.get_submodule(owner)).__name__
+    if isinstance(module.get_submodule(owner), nn.Sequential):
+        return Fusion(name, False, reason=f"{kind_} is an nn.Sequential with a forward of its own")
+    return Fusion(name, False, reason=f"no call of it was seen in forward of {kind_}")
 
 
 class _Layer:
@@ -97,8 +346,16 @@ class _Layer:
     def __init__(self, conv, bn, activation):
         self.conv, self.bn = conv, bn
         self.length = 1 + (bn is not None) + (activation is not None)
-        self.activation = "identity" if activation is None else _ACTIVATIONS[type(activation)]
+        if activation is None:
+            self.activation = "identity"
+        else:
+            self.activation = activation.name if type(activation) is _Activation else _ACTIVATIONS[type(activation)]
         self.negative_slope = activation.negative_slope if self.activation == "leaky_relu" else 0.2
+
+    def describe_activation(self):
+        if self.activation == "identity":
+            return None
+        return f"leaky_relu({self.negative_slope:g})" if self.activation == "leaky_relu" else self.activation
 
     def run(self, input):
         transposed = type(self.conv) is nn.ConvTranspose2d
@@ -198,15 +455,17 @@ def _match(children, position):
     if position >= len(children):
         return None
     conv = children[position]
-    if type(conv) not in (nn.Conv2d, nn.ConvTranspose2d) or conv.padding_mode != "zeros" or not _plain(conv):
+    if type(conv) not in _CONVOLUTIONS or conv.padding_mode != "zeros" or not _plain(conv):
         return None
     bn = activation = None
     position += 1
     if position < len(children) and type(children[position]) in _BATCH_NORMS and _plain(children[position]):
         bn = children[position]
         position += 1
-    if position < len(children) and type(children[position]) in _ACTIVATIONS and _plain(children[position]):
-        activation = children[position]
+    if position < len(children):
+        child = children[position]
+        if type(child) is _Activation or type(child) in _ACTIVATIONS and _plain(child):
+            activation = child
     return _Layer(conv, bn, activation)
 
 
@@ -245,3 +504,82 @@ def _plain(child):
         or nn_module._global_backward_hooks
         or nn_module._global_backward_pre_hooks
     )
+
+
+def _fuse_graph(module, graph):
+    """Puts a call of _fastgan_run in the place of every run of layers in `graph`.
+
+    Returns:
+        (the children of every run, {convolution: why it is not fused or its run ends}).
+    """
+    modules = dict(module.named_modules())
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    uses = {}
+    for node in calls:
+        uses[id(modules[node.target])] = uses.get(id(modules[node.target]), 0) + 1
+    chains, reasons, done = [], {}, set()
+
+    def takes(node, cls):
+        return (
+            node.op == "call_module" and isinstance(modules[node.target], cls) and len(node.args) == 1 and not node.kwargs
+        )
+
+    def next_node(node):
+        """The only user of node, if all it does with it is to take it as its first argument."""
+        users = list(node.users)
+        return users[0] if len(users) == 1 and users[0].args[:1] == (node,) and len(users[0].all_input_nodes) == 1 else None
+
+    for node in calls:
+        if node in done or not takes(node, _CONVOLUTIONS):
+            continue
+        nodes, children = [], []
+        current, stage = node, 0  # what came last: 1 a convolution, 2 its batch norm, 3 its activation
+        while current is not None:
+            child = current.target
+            if takes(current, _CONVOLUTIONS):
+                last, stage = child, 1
+            elif stage == 1 and takes(current, nn.BatchNorm2d) and uses[id(modules[child])] == 1:
+                stage = 2
+            elif stage < 3 and takes(current, tuple(_ACTIVATIONS)):
+                stage = 3
+            elif stage < 3 and (activation := _functional_activation(current)):
+                child, stage = activation, 3
+            else:
+                if stage < 3 and current.op != "output":
+                    reasons[last] = f"followed by {_describe(current, modules, uses)}"
+                break
+            nodes.append(current)
+            children.append(child)
+            if stage < 3 and len(current.users) > 1:
+                reasons[last] = f"its output is used {len(current.users)} times"
+            current = next_node(current)
+        done.update(nodes)
+        chains.append(children)
+        with graph.inserting_before(node):
+            # Where the first layer ran: what happens in between cannot change its input then.
+            call = graph.create_node("call_module", "_fastgan_run", (node.args[0], *children))
+        nodes[-1].replace_all_uses_with(call)
+        for old in reversed(nodes):
+            graph.erase_node(old)
+    return chains, reasons
+
+
+def _functional_activation(node):
+    """(name, negative slope) of a node that applies an activation as a function or a method; None for others."""
+    if node.op == "call_function" and node.target in _FUNCTIONS:
+        name = _FUNCTIONS[node.target]
+    elif node.op == "call_method" and node.target in _METHODS:
+        name = _METHODS[node.target]
+    else:
+        return None
+    if name != "leaky_relu":
+        return (name,)
+    slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
+    return (name, float(slope))
+
+
+def _describe(node, modules, uses):
+    if node.op != "call_module":
+        return getattr(node.target, "__name__", str(node.target))
+    shared = ", shared" if uses[id(modules[node.target])] > 1 else ""
+    return f"{node.target} ({type(modules[node.target]).__name__}{shared})"

@@ -1,0 +1,214 @@
+"""Tracing of somebody's forward by torch.fx, for fuse(): what the trace took for granted is kept with it, and what a
+trace would lose is refused.
+
+torch.fx runs forward once, on stand-ins for the tensors, and notes what is done to them. Everything else that forward
+does happens then and never again. So this records the attributes that forward reads of its module (`self.training`,
+`self.alpha`), to be compared at every call, and refuses a forward that sets attributes, prints, draws numbers, makes
+tensors of its own or enters a context such as no_grad.
+"""
+
+import copy
+import functools
+import os
+import random
+import sys
+import types
+
+import torch
+from torch import fx, nn
+
+_TORCH = os.path.dirname(torch.__file__)
+_SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
+# Modules whose functions answer differently from call to call, and builtin functions that act on the world.
+_CHANGING = ("random", "numpy.random", "time", "datetime", "secrets")
+_ACTING = ("print", "input", "open", "setattr", "delattr", "exec")
+# What forward may ask PyTorch outside of any tensor, and would be told differently another time.
+_STATES = (
+    "is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled", "is_autocast_cpu_enabled", "manual_seed",
+)
+
+
+class Untraceable(Exception):
+    """A forward that must not be replaced by its trace; the message says why, as the end of a sentence.
+
+    Attributes:
+        reads: as in Trace, what forward had read until then.
+    """
+
+    reads = {}
+
+
+class Trace:
+    """One forward's graph, and what it holds for.
+
+    Attributes:
+        graph: torch.fx.Graph whose placeholders are the tensor arguments in their order.
+        reads: attribute of the module by path -> its value while tracing.
+    """
+
+    def __init__(self, graph, reads):
+        self.graph, self.reads = graph, reads
+
+    def holds(self, module):
+        """Whether `module` still is as it was when traced."""
+        for name, value in self.reads.items():
+            *path, name = name.split(".")
+            owner = module.get_submodule(".".join(path)) if path else module
+            now = getattr(owner, name, Untraceable)
+            if not (now is value or (type(now) is type(value) and not callable(value) and now == value)):
+                return False
+        return True
+
+
+def trace(module, base, arguments, keywords):
+    """Traces `base.forward` on `module`, an instance of it.
+
+    Args:
+        arguments: positional arguments, TENSOR where a tensor will come.
+        keywords: keyword arguments likewise.
+
+    Raises:
+        Untraceable
+    """
+    count = sum(value is TENSOR for value in (*arguments, *keywords.values()))
+    reads = {}
+
+    def forward(self, *tensors):
+        tensors = iter(tensors)
+        values = [next(tensors) if value is TENSOR else value for value in arguments]
+        named = {name: next(tensors) if value is TENSOR else value for name, value in keywords.items()}
+        with _watched():
+            return base.forward(self, *values, **named)
+
+    # torch.fx counts the arguments in the signature.
+    names = "".join(f", input_{i}" for i in range(count))
+    scope = {"forward": forward}
+    exec(f"def traced(self{names}): return forward(self{names})", scope)
+    classes = [(child, child.__class__) for child in module.modules()]
+    numbers = random.getstate()
+    try:
+        for name, child in module.named_modules():
+            child.__dict__["_fastgan_reads"] = (reads, f"{name}." if name else "")
+            child.__class__ = type(type(child).__name__, (_Recorder, type(child)), {})
+        module.__class__.forward = scope["traced"]
+        with torch.random.fork_rng(devices=[]):
+            graph = _Tracer().trace(module)
+    except Exception as error:  # whatever a forward raises when it gets stand-ins for tensors
+        refusal = error
+        if not isinstance(error, Untraceable):
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            refusal = Untraceable(f"{type(error).__name__}: {first}")
+        refusal.reads = reads
+        raise refusal from error
+    finally:
+        random.setstate(numbers)
+        for child, before in classes:
+            child.__class__ = before
+            child.__dict__.pop("_fastgan_reads", None)
+    return Trace(graph, reads)
+
+
+class _Tensor:
+    def __repr__(self):
+        return "TENSOR"
+
+
+TENSOR = _Tensor()
+
+
+def kind(value):
+    """What of an argument a trace depends on: TENSOR, the value itself, or Untraceable if it cannot be compared."""
+    if isinstance(value, torch.Tensor):
+        return TENSOR
+    return value if isinstance(value, _SIMPLE) else Untraceable
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, module, name):
+        return True
+
+    def create_arg(self, value):
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+            attributes = {id(tensor) for tensor in (*self.root.buffers(), *self.tensor_attrs)}
+            if id(value) not in attributes:
+                raise Untraceable("it makes a tensor of its own, which a trace would keep for ever")
+        return super().create_arg(value)
+
+
+class _Recorder:
+    """Mixed into a module's class while it is traced: notes the attributes its own code reads."""
+
+    def __getattribute__(self, name):
+        value = super().__getattribute__(name)
+        if name.startswith("__") or not _is_users(sys._getframe(1)):
+            return value
+        if isinstance(value, (nn.Module, torch.Tensor, fx.Proxy, types.MethodType)):
+            return value  # looked up anew at every call
+        reads, path = object.__getattribute__(self, "__dict__")["_fastgan_reads"]
+        if path + name not in reads:
+            if not (_comparable(value) or callable(value)):
+                raise Untraceable(f"it reads self.{path}{name} ({type(value).__name__}), whose contents may change")
+            reads[path + name] = value if callable(value) else copy.deepcopy(value)
+        return value
+
+    def __setattr__(self, name, value):
+        if _is_users(sys._getframe(1)):
+            path = object.__getattribute__(self, "__dict__")["_fastgan_reads"][1]
+            raise Untraceable(f"it sets self.{path}{name}")
+        super().__setattr__(name, value)
+
+
+def _comparable(value):
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_comparable, value))
+    if isinstance(value, dict):
+        return all(_comparable(part) for item in value.items() for part in item)
+    return isinstance(value, _SIMPLE)
+
+
+@functools.cache
+def _is_users_file(name):
+    return not name.startswith(_TORCH) and name != __file__
+
+
+def _is_users(frame):
+    return _is_users_file(frame.f_code.co_filename)
+
+
+class _watched:
+    """While forward runs: raises Untraceable where its own code does what a trace would lose."""
+
+    def __enter__(self):
+        self.before, self.found = sys.getprofile(), []
+        sys.setprofile(self.see)
+
+    def see(self, frame, event, function):
+        if event == "c_call":
+            if not _is_users(frame):
+                return
+            name, home = function.__name__, function.__module__ or type(getattr(function, "__self__", None)).__module__
+            if name in _ACTING and home == "builtins":
+                self.found.append(f"it calls {name}")
+            elif name in _STATES:
+                self.found.append(f"it calls {name}, whose answer may change")
+            elif home in ("_random", *_CHANGING):
+                self.found.append(f"it calls {home}.{name}, whose answer changes")
+        elif event == "call":
+            home, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+            if name == "__enter__" and home in ("torch.autograd.grad_mode", "torch.amp.autocast_mode"):
+                self.found.append(f"it enters a context ({home.rpartition('.')[2]}), which a trace loses")
+            elif frame.f_back is None or not _is_users(frame.f_back):
+                return
+            elif name == "__enter__":
+                self.found.append(f"it enters a context of {home}, which a trace loses")
+            elif name in _STATES:
+                self.found.append(f"it calls {name}, whose answer may change")
+            elif home in _CHANGING:
+                self.found.append(f"it calls {home}.{name}, whose answer changes")
+
+    def __exit__(self, kind, error, traceback):
+        sys.setprofile(self.before)
+        if self.found and not isinstance(error, Untraceable):
+            raise Untraceable(self.found[0]) from error

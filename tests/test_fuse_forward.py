@@ -1,0 +1,303 @@
+"""fuse() on modules with a forward of their own: same numbers in every mode, nothing frozen, an honest report."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from fuse_models import (
+    DataDependent, DropoutDiscriminator, FadeGenerator, FunctionalDiscriminator, FunctionalGenerator, ResidualDiscriminator,
+    UpsampleGenerator,
+)  # fmt: skip
+from test_fuse import assert_same, fused_calls, train
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+import fastgan
+
+IMAGES, LATENT = (4, 3, 32, 32), (4, 16)
+NETWORKS = {
+    "functional generator": (FunctionalGenerator, LATENT),
+    "functional discriminator": (FunctionalDiscriminator, IMAGES),
+    "residual": (ResidualDiscriminator, IMAGES),
+    "upsample": (UpsampleGenerator, LATENT),
+    "no dropout": (lambda: DropoutDiscriminator(0.0), IMAGES),
+    "fade": (FadeGenerator, (4, 16, 8, 8)),
+    "data dependent": (DataDependent, IMAGES),
+}
+
+
+def pair(name, dtype=torch.float32):
+    torch.manual_seed(0)
+    build, shape = NETWORKS[name]
+    plain = build().to(dtype)
+    return plain, fastgan.fuse(copy.deepcopy(plain)), torch.randn(shape, dtype=dtype)
+
+
+def reported(module):
+    """The report of fuse() by convolution, in words."""
+    _, report = fastgan.fuse(module, report=True)
+    return {layer.name: str(layer) for layer in report.layers}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_gradients_and_statistics_agree_in_both_modes(name):
+    plain, fused, x = pair(name, torch.float64)
+    if name == "no dropout":  # draws noise in training: both from the same numbers
+        plain, fused = Seeded(plain), Seeded(fused)
+    assert_same(plain, fused, x, rtol=1e-7, atol=1e-9)
+
+
+class Seeded(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        torch.manual_seed(3)
+        return self.network(x)
+
+
+@pytest.mark.parametrize("name", ["functional generator", "functional discriminator", "upsample", "residual"])
+def test_float32_agrees_too(name):
+    plain, fused, x = pair(name)
+    assert_same(plain, fused, x, rtol=1e-3, atol=1e-4)
+    assert type(plain(x)) is torch.Tensor and isinstance(fused, type(plain))
+
+
+def test_training_gives_the_same_losses_as_the_plain_networks():
+    torch.manual_seed(0)
+    plain = FunctionalGenerator(), FunctionalDiscriminator()
+    fused = [fastgan.fuse(copy.deepcopy(network)) for network in plain]
+    plain_losses, fused_losses = train(*plain, 20), train(*fused, 20)
+    assert fused_losses[:8] == pytest.approx(plain_losses[:8], rel=1e-4)
+    assert fused_losses == pytest.approx(plain_losses, rel=2e-2)
+    for a, b in zip(plain, fused):
+        assert list(a.state_dict()) == list(b.state_dict())
+        a.load_state_dict(b.state_dict())
+
+
+def test_consecutive_layers_run_as_one_operator_where_it_gains():
+    fused = fastgan.fuse(FunctionalDiscriminator(16))
+    x = torch.randn(IMAGES)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fused(x)
+    names = [event.name for event in profile.events()]
+    assert names.count("fastgan::conv_stack") == 1 and "fastgan::conv2d_act" not in names
+
+
+def test_dropout_and_training_branches_follow_the_mode():
+    plain, fused, x = pair("no dropout")
+    plain.drop.p = fused.drop.p = plain.p = fused.p = 0.5
+    for training in (True, False, True):
+        plain.train(training), fused.train(training)
+        torch.manual_seed(1)
+        expected = plain(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(fused(x), fused(x))  # drawn anew
+
+
+def test_attributes_and_arguments_that_change_are_followed():
+    plain, fused, x = pair("fade")
+    shift = torch.randn(1, 3, 1, 1)
+    for alpha in [0.0, 0.5, *(i / 20 for i in range(12)), 1.0, 2.0]:  # more values than traces are kept for
+        plain.alpha = fused.alpha = alpha
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+    for args, kwargs in [((x, shift), {}), ((x,), dict(shift=shift, scale=0.5)), ((x, None, 3.0), {})]:
+        torch.testing.assert_close(fused(*args, **kwargs), plain(*args, **kwargs), rtol=1e-4, atol=1e-5)
+
+
+def test_every_required_argument_is_taken_for_a_tensor_and_optional_ones_at_their_default():
+    fused = fastgan.fuse(FadeGenerator())
+    x, shift = torch.randn(4, 16, 8, 8), torch.randn(1, 3, 1, 1)
+    assert fused_calls(fused, x) == ["conv2d_act", "conv_transpose2d_act", "conv_transpose2d_act"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fused(x, shift)
+    assert "fastgan::conv2d_act" in [event.name for event in profile.events()]
+
+
+class Refused(nn.Module):
+    """One forward a name; each does something that a trace would lose."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.calls, self.history, self.how = 0, [], how
+
+    def forward(self, x):
+        h = F.relu(self.conv(x))
+        return getattr(self, self.how)(h)
+
+    def count(self, h):
+        self.calls += 1
+        return h
+
+    def keep(self, h):
+        self.history.append(h)
+        return h
+
+    def noise(self, h):
+        return h + torch.randn(1)
+
+    def no_grad(self, h):
+        with torch.no_grad():
+            return h * 2
+
+    def branch(self, h):
+        return h if h.sum() > 0 else -h
+
+    def shape_check(self, h):
+        if h.dim() != 4:
+            raise ValueError("four dimensions wanted")
+        return h
+
+    def grad_mode(self, h):
+        return h if torch.is_grad_enabled() else 2 * h
+
+    def prints(self, h):
+        print("called")
+        return h
+
+
+@pytest.mark.parametrize("how, reason", [
+    ("count", "it sets self.calls"), ("noise", "it makes a tensor of its own"), ("no_grad", "it enters a context"),
+    ("branch", "symbolically traced variables cannot be used"), ("shape_check", "symbolically traced variables"),
+    ("grad_mode", "it calls is_grad_enabled"), ("prints", "it calls print"),
+])  # fmt: skip
+def test_what_a_trace_would_lose_is_left_alone_with_the_reason(how, reason):
+    plain = Refused(how)
+    state = torch.get_rng_state()
+    fused, report = fastgan.fuse(plain, report=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(fused) is Refused and plain.calls == fused.calls == 0
+    assert report.fused == 0 and reason in report.layers[0].reason
+    assert "forward of Refused cannot be traced" in str(report)
+    x = torch.randn(2, 3, 5, 5)
+    torch.manual_seed(0)
+    expected = plain(x)
+    torch.manual_seed(0)
+    assert torch.equal(fused(x), expected)
+
+
+def test_a_list_that_forward_fills_is_refused_and_not_filled_with_stand_ins():
+    fused, report = fastgan.fuse(Refused("keep"), report=True)
+    assert fused.history == [] or all(isinstance(h, torch.Tensor) for h in fused.history)
+    fused(torch.randn(2, 3, 5, 5))
+    assert all(type(h) is torch.Tensor for h in fused.history) and fused.history
+
+
+def test_hooks_parametrizations_and_replaced_children_are_honoured_at_every_call():
+    plain, fused, x = pair("functional discriminator")
+    seen = []
+    handle = fused.bn2.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert seen == [(4, 16, 8, 8)] and fused_calls(fused, x).count("conv2d_bn_act") == 1
+    handle.remove()
+    assert fused_calls(fused, x).count("conv2d_bn_act") == 2
+    fused.act = plain.act = nn.ELU()
+    fused.conv2 = plain.conv2 = spectral_norm(nn.Conv2d(8, 16, 4, 2, 1))
+    plain.eval(), fused.eval()
+    fused.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+class Mixed(nn.Module):
+    """Layers that cannot be fused, or not with what follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.reflect = nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")
+        self.spectral = spectral_norm(nn.Conv2d(8, 8, 3, padding=1))
+        self.hooked = nn.Conv2d(8, 8, 3, padding=1)
+        self.hooked.register_forward_hook(lambda module, args, output: None)
+        self.twice = nn.Conv2d(8, 8, 3, padding=1)
+        self.one, self.other = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.elu = nn.Conv2d(8, 8, 1)
+        self.never = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = F.relu(self.spectral(F.relu(self.reflect(x))))
+        x = torch.tanh(self.twice(F.relu(self.hooked(x)))) if x is not None else x
+        h = self.twice(x)
+        x = torch.sigmoid(h) + h
+        x = self.norm(self.one(x)) + self.norm(self.other(x))
+        return F.elu(self.elu(x))
+
+
+def test_the_report_names_every_convolution_and_why():
+    torch.manual_seed(0)
+    plain = Mixed()
+    assert reported(plain) == {
+        "reflect": "as it was: its padding mode is 'reflect'",
+        "spectral": "as it was: it has a parametrization",
+        "hooked": "as it was: it has a hook",
+        "twice": "fused, alone (its output is used 2 times)",
+        "one": "fused, alone (followed by norm (BatchNorm2d, shared))",
+        "other": "fused, alone (followed by norm (BatchNorm2d, shared))",
+        "elu": "fused, alone (followed by elu)",
+        "never": "as it was: no call of it was seen in forward of Mixed",
+    }
+    fused = fastgan.fuse(copy.deepcopy(plain))
+    plain.eval(), fused.eval()  # spectral norm's iteration would go on between the two
+    assert_same(plain, fused, torch.randn(2, 3, 6, 6), modes=(False,))
+
+
+def test_the_report_counts_and_lists_sequentials_and_nested_modules():
+    assert reported(ResidualDiscriminator())["blocks.1.conv1"] == "fused with blocks.1.bn1 and relu"
+    assert reported(ResidualDiscriminator())["blocks.0.conv2"] == "fused with blocks.0.bn2"
+    _, report = fastgan.fuse(DataDependent(), report=True)
+    assert str(report).startswith("1 of 2 convolutions fused\n")
+    assert [layer.fused for layer in report.layers] == [False, True]
+    fused, again = fastgan.fuse(fastgan.fuse(UpsampleGenerator()), report=True)
+    assert again.fused == 4 and again.layers[0].batch_norm == "norms.0"
+    assert again.layers[0].activation == "leaky_relu(0.2)"
+
+
+def test_batch_norm_called_in_another_order_keeps_its_statistics():
+    plain = Mixed()
+    plain.spectral = nn.Conv2d(8, 8, 3, padding=1)
+    fused = fastgan.fuse(copy.deepcopy(plain))
+    assert_same(plain, fused, torch.randn(2, 3, 6, 6))
+
+
+def test_copies_pickles_and_functional_call():
+    plain, fused, x = pair("functional generator")
+    plain.eval(), fused.eval()
+    for clone in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), fastgan.fuse(fused)):
+        assert type(clone) is type(fused) and fused_calls(clone, x) == fused_calls(fused, x) != []
+        torch.testing.assert_close(clone(x), plain(x), rtol=1e-4, atol=1e-5)
+    other = {name: value + 0.1 for name, value in plain.named_parameters()}
+    torch.testing.assert_close(
+        torch.func.functional_call(fused, other, x), torch.func.functional_call(plain, other, x), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_not_in_place_leaves_the_module_as_it_was():
+    plain = FunctionalGenerator()
+    fused = fastgan.fuse(plain)
+    assert type(plain) is FunctionalGenerator and "_fastgan_plans" not in plain.__dict__
+    assert all(a is b for a, b in zip(plain.parameters(), fused.parameters(), strict=True))
+    assert fastgan.fuse(plain, inplace=True) is plain and isinstance(plain, FunctionalGenerator)
+
+
+def test_gradient_penalty_through_a_traced_discriminator():
+    plain, fused, x = pair("functional discriminator", torch.float64)
+    results = []
+    for network in (plain, fused):
+        torch.manual_seed(1)
+        penalty = fastgan.losses.gradient_penalty(network, x, x.flip(0))
+        results.append([penalty, *torch.autograd.grad(penalty, list(network.parameters()), allow_unused=True)])
+    for theirs, ours in zip(*results):
+        assert (theirs is None) == (ours is None)
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_compiles_without_graph_breaks():
+    torch._dynamo.reset()
+    plain, fused, x = pair("functional discriminator")
+    fused.compile(fullgraph=True, backend="aot_eager")
+    assert_same(plain, fused, x)
