@@ -1,7 +1,13 @@
 """fuse() on modules with a forward of their own: same numbers in every mode, nothing frozen, an honest report."""
 
+import contextlib
 import copy
+import io
 import pickle
+import random
+import re
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,17 +166,23 @@ class Refused(nn.Module):
         print("called")
         return h
 
+    def draws(self, h):
+        return h if random.random() < 2 else -h
+
+    def asks_the_time(self, h):
+        return h if time.time() > 0 else -h
+
 
 @pytest.mark.parametrize("how, reason", [
-    ("count", "it sets self.calls"), ("noise", "it makes a tensor of its own"), ("no_grad", "it enters a context"),
+    ("draws", "it draws random numbers"), ("asks_the_time", "it calls time.time"), ("count", "it sets self.calls"), ("noise", "it makes a tensor of its own"), ("no_grad", "it enters a context"),
     ("branch", "symbolically traced variables cannot be used"), ("shape_check", "symbolically traced variables"),
     ("grad_mode", "it calls is_grad_enabled"), ("prints", "it calls print"),
 ])  # fmt: skip
 def test_what_a_trace_would_lose_is_left_alone_with_the_reason(how, reason):
     plain = Refused(how)
-    state = torch.get_rng_state()
+    state = torch.get_rng_state(), random.getstate()
     fused, report = fastgan.fuse(plain, report=True)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state[0]) and random.getstate() == state[1]
     assert type(fused) is Refused and plain.calls == fused.calls == 0
     assert report.fused == 0 and reason in report.layers[0].reason
     assert "forward of Refused cannot be traced" in str(report)
@@ -301,3 +313,12 @@ def test_compiles_without_graph_breaks():
     plain, fused, x = pair("functional discriminator")
     fused.compile(fullgraph=True, backend="aot_eager")
     assert_same(plain, fused, x)
+
+
+def test_the_page_shows_the_report_that_its_program_prints():
+    page = (Path(__file__).parent.parent / "docs" / "fuse.md").read_text()
+    program, printed = re.search(r"```python\n(.*?)```\n\nprints\n\n```\n(.*?)```", page, re.DOTALL).groups()
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(program, {"__name__": "page"})
+    assert output.getvalue() == printed

@@ -10,6 +10,7 @@ tensors of its own or enters a context such as no_grad.
 import copy
 import functools
 import os
+import pickle
 import random
 import sys
 import types
@@ -20,7 +21,7 @@ from torch import fx, nn
 _TORCH = os.path.dirname(torch.__file__)
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 # Modules whose functions answer differently from call to call, and builtin functions that act on the world.
-_CHANGING = ("random", "numpy.random", "time", "datetime", "secrets")
+_CHANGING = ("time", "datetime", "secrets")
 _ACTING = ("print", "input", "open", "setattr", "delattr", "exec")
 # What forward may ask PyTorch outside of any tensor, and would be told differently another time.
 _STATES = (
@@ -32,29 +33,22 @@ class Untraceable(Exception):
     """A forward that must not be replaced by its trace; the message says why, as the end of a sentence.
 
     Attributes:
-        reads: as in Trace, what forward had read until then.
+        reads: what forward had read until then.
     """
 
-    reads = {}
+    def __init__(self, message, reads=None):
+        super().__init__(message)
+        self.reads = reads
 
 
-class Trace:
-    """One forward's graph, and what it holds for.
+class Reads(dict):
+    """What a trace took for granted: attribute of the module by path -> its value while tracing."""
 
-    Attributes:
-        graph: torch.fx.Graph whose placeholders are the tensor arguments in their order.
-        reads: attribute of the module by path -> its value while tracing.
-    """
-
-    def __init__(self, graph, reads):
-        self.graph, self.reads = graph, reads
-
-    def holds(self, module):
+    def hold(self, module):
         """Whether `module` still is as it was when traced."""
-        for name, value in self.reads.items():
-            *path, name = name.split(".")
-            owner = module.get_submodule(".".join(path)) if path else module
-            now = getattr(owner, name, Untraceable)
+        for path, value in self.items():
+            owner, _, name = path.rpartition(".")
+            now = getattr(module.get_submodule(owner), name, Untraceable)
             if not (now is value or (type(now) is type(value) and not callable(value) and now == value)):
                 return False
         return True
@@ -67,11 +61,14 @@ def trace(module, base, arguments, keywords):
         arguments: positional arguments, TENSOR where a tensor will come.
         keywords: keyword arguments likewise.
 
+    Returns:
+        (torch.fx.Graph whose placeholders are the tensor arguments in their order, Reads).
+
     Raises:
-        Untraceable
+        Untraceable: with its reads.
     """
     count = sum(value is TENSOR for value in (*arguments, *keywords.values()))
-    reads = {}
+    reads = Reads()
 
     def forward(self, *tensors):
         tensors = iter(tensors)
@@ -85,27 +82,38 @@ def trace(module, base, arguments, keywords):
     scope = {"forward": forward}
     exec(f"def traced(self{names}): return forward(self{names})", scope)
     classes = [(child, child.__class__) for child in module.modules()]
-    numbers = random.getstate()
+    numbers = _random_states()
     try:
         for name, child in module.named_modules():
             child.__dict__["_fastgan_reads"] = (reads, f"{name}." if name else "")
             child.__class__ = type(type(child).__name__, (_Recorder, type(child)), {})
         module.__class__.forward = scope["traced"]
-        with torch.random.fork_rng(devices=[]):
-            graph = _Tracer().trace(module)
+        graph = _Tracer().trace(module)
+        if pickle.dumps(_random_states()) != pickle.dumps(numbers):
+            raise Untraceable("it draws random numbers, which a trace would keep")
     except Exception as error:  # whatever a forward raises when it gets stand-ins for tensors
-        refusal = error
+        message = str(error).strip() or type(error).__name__
         if not isinstance(error, Untraceable):
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            refusal = Untraceable(f"{type(error).__name__}: {first}")
-        refusal.reads = reads
-        raise refusal from error
+            message = f"{type(error).__name__}: {message.splitlines()[0]}"
+        raise Untraceable(message, reads) from error
     finally:
-        random.setstate(numbers)
+        _restore_random_states(*numbers)
         for child, before in classes:
             child.__class__ = before
             child.__dict__.pop("_fastgan_reads", None)
-    return Trace(graph, reads)
+    return graph, reads
+
+
+def _random_states():
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), bytes(torch.get_rng_state()), numpy and numpy.random.get_state(legacy=False)
+
+
+def _restore_random_states(python, cpu, numpy):
+    random.setstate(python)
+    torch.set_rng_state(torch.frombuffer(bytearray(cpu), dtype=torch.uint8))
+    if numpy is not None:
+        sys.modules["numpy"].random.set_state(numpy)
 
 
 class _Tensor:
@@ -193,7 +201,7 @@ class _watched:
                 self.found.append(f"it calls {name}")
             elif name in _STATES:
                 self.found.append(f"it calls {name}, whose answer may change")
-            elif home in ("_random", *_CHANGING):
+            elif home in _CHANGING:
                 self.found.append(f"it calls {home}.{name}, whose answer changes")
         elif event == "call":
             home, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name

@@ -16,7 +16,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastgan import _extension, ops
-from fastgan.nn._trace import TENSOR, Trace, Untraceable, kind, trace
+from fastgan.nn._trace import TENSOR, Reads, Untraceable, kind, trace
 from fastgan.nn.modules import BatchNormCall, GaussianNoise, conv_arguments, run_batch_norm_layer
 from fastgan.nn.report import Fusion, FusionReport
 from fastgan.nn.sync_batch_norm import SyncBatchNorm
@@ -118,7 +118,7 @@ class FusedModule:
         arguments, keywords = [kind(value) for value in args], {name: kind(value) for name, value in kwargs.items()}
         plans = self.__dict__["_fastgan_plans"]
         for plan in plans:
-            if plan.arguments == arguments and plan.keywords == keywords and plan.trace.holds(self):
+            if plan.arguments == arguments and plan.keywords == keywords and plan.reads.hold(self):
                 return plan if plan.run is not None else None
         if len(plans) == _TRACES or torch.compiler.is_compiling() or Untraceable in (*arguments, *keywords.values()):
             return None
@@ -186,7 +186,7 @@ class _Plan(NamedTuple):
 
     Attributes:
         arguments, keywords: what it is called with, TENSOR for tensors.
-        trace: what it holds for.
+        reads: what it holds for.
         run: function of the module and the tensors; None where nothing can be fused.
         chains: the children of each run of layers, as FusedModule._fastgan_run gets them.
         reasons: convolution by name -> why it is not fused, or what ended its run.
@@ -194,7 +194,7 @@ class _Plan(NamedTuple):
 
     arguments: list
     keywords: dict
-    trace: Trace
+    reads: Reads
     run: object
     chains: list
     reasons: dict
@@ -202,18 +202,18 @@ class _Plan(NamedTuple):
     @staticmethod
     def of(module, base, arguments, keywords):
         try:
-            traced = trace(module, base, arguments, keywords)
+            graph, reads = trace(module, base, arguments, keywords)
         except Untraceable as error:
             reason = f"forward of {base.__name__} cannot be traced: {error}"
-            return _Plan(arguments, keywords, Trace(None, error.reads), None, [], {"": reason})
-        chains, reasons = _fuse_graph(module, traced.graph)
+            return _Plan(arguments, keywords, error.reads, None, [], {"": reason})
+        chains, reasons = _fuse_graph(module, graph)
         run = None
         if chains:
-            code = traced.graph.python_code("self")
+            code = graph.python_code("self")
             scope = dict(code.globals)
             exec(code.src, scope)
             run = scope["forward"]
-        return _Plan(arguments, keywords, traced, run, chains, reasons)
+        return _Plan(arguments, keywords, reads, run, chains, reasons)
 
 
 def _may_be_traced(module):
@@ -238,7 +238,7 @@ def _plans(module, base):
     for training in (mode, not mode):
         module.__dict__["training"] = training  # of this module alone: its layers are not called
         try:
-            if not any(plan.trace.holds(module) for plan in plans):
+            if not any(plan.reads.hold(module) for plan in plans):
                 plans.append(_Plan.of(module, base, arguments, {}))
         finally:
             module.__dict__["training"] = mode
@@ -258,10 +258,11 @@ def _fuse_by_trace(module, prefix, found):
     if any(plan.run is not None for plan in plans) and not isinstance(module, FusedModule):
         module.__class__ = _fused_class(FusedModule, base)
         module.__dict__["_fastgan_plans"] = plans
-    plan = next((plan for plan in plans if plan.trace.holds(module)), plans[0])
+    plan = next((plan for plan in plans if plan.reads.hold(module)), plans[0])
     if "" in plan.reasons:
         found[prefix] = plan.reasons[""]
     reasons = {prefix + name: reason for name, reason in plan.reasons.items()}
+    found.update({name: Fusion(name, False, reason=reason) for name, reason in reasons.items() if name != prefix})
     for chain in plan.chains:
         children = [module.get_submodule(c) if isinstance(c, str) else _Activation(*c) for c in chain]
         names = [prefix + c if isinstance(c, str) else c[0] for c in chain]
@@ -270,10 +271,10 @@ def _fuse_by_trace(module, prefix, found):
 
 def _report_sequential(sequential, prefix, found):
     children = list(sequential.named_children())
-    _report_run([child for _, child in children], [prefix + name for name, _ in children], found)
+    _report_run([child for _, child in children], [prefix + name for name, _ in children], found, {})
 
 
-def _report_run(children, names, found, reasons={}):
+def _report_run(children, names, found, reasons):
     """Adds what _run_children would do with `children` now; `reasons` are why the run could not be longer."""
     position = 0
     while position < len(children):
@@ -307,9 +308,9 @@ def _why_not(child):
     """Why a convolution, batch norm or activation cannot be part of a fused layer; None if it can."""
     if is_parametrized(child):
         return "it has a parametrization"
-    for kind_ in (*_CONVOLUTIONS, nn.BatchNorm2d, *_ACTIVATIONS):
-        if isinstance(child, kind_) and type(child) is not kind_:
-            return f"{type(child).__name__} is a subclass of {kind_.__name__}"
+    for cls in (*_CONVOLUTIONS, nn.BatchNorm2d, *_ACTIVATIONS):
+        if isinstance(child, cls) and type(child) is not cls:
+            return f"{type(child).__name__} is a subclass of {cls.__name__}"
     if isinstance(child, _CONVOLUTIONS) and child.padding_mode != "zeros":
         return f"its padding mode is {child.padding_mode!r}"
     if any(getattr(child, hooks, None) for hooks in _HOOKS):
@@ -334,10 +335,14 @@ def _fusion(module, name, found):
             return Fusion(name, False, reason=reason)
         if not type(module.get_submodule(owner)).__module__.startswith("torch.nn."):
             break
-    kind_ = type(module.get_submodule(owner)).__name__
-    if isinstance(module.get_submodule(owner), nn.Sequential):
-        return Fusion(name, False, reason=f"{kind_} is an nn.Sequential with a forward of its own")
-    return Fusion(name, False, reason=f"no call of it was seen in forward of {kind_}")
+    owner = module.get_submodule(owner)
+    own = "is an nn.Sequential with a forward of its own" if isinstance(owner, nn.Sequential) else None
+    reason = f"{type(owner).__name__} {own}" if own else f"no call of it was seen in forward of {_class_name(owner)}"
+    return Fusion(name, False, reason=reason)
+
+
+def _class_name(module):
+    return type(module).__bases__[1].__name__ if isinstance(module, FusedModule) else type(module).__name__
 
 
 class _Layer:
@@ -530,7 +535,10 @@ def _fuse_graph(module, graph):
         return users[0] if len(users) == 1 and users[0].args[:1] == (node,) and len(users[0].all_input_nodes) == 1 else None
 
     for node in calls:
-        if node in done or not takes(node, _CONVOLUTIONS):
+        if node in done or not isinstance(modules[node.target], _CONVOLUTIONS):
+            continue
+        if not takes(node, _CONVOLUTIONS):
+            reasons[node.target] = "it is called with more than its input"
             continue
         nodes, children = [], []
         current, stage = node, 0  # what came last: 1 a convolution, 2 its batch norm, 3 its activation
