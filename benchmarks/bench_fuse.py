@@ -44,7 +44,8 @@ class UpsampleGenerator(nn.Module):
         super().__init__()
         self.project = nn.Linear(100, 4 * width * 64)
         self.width = width
-        self.convs = nn.ModuleList([nn.Conv2d(a * width, b * width, 3, padding=1, bias=False) for a, b in ((4, 2), (2, 1))])
+        sizes = ((4, 2), (2, 1))
+        self.convs = nn.ModuleList([nn.Conv2d(a * width, b * width, 3, padding=1, bias=False) for a, b in sizes])
         self.norms = nn.ModuleList([nn.BatchNorm2d(b * width) for b in (2, 1)])
         self.last = nn.Conv2d(width, 3, 3, padding=1)
 
@@ -55,15 +56,17 @@ class UpsampleGenerator(nn.Module):
         return torch.tanh(self.last(x))
 
 
-CASES = {
-    "functional DCGAN, 64 px": FunctionalDCGAN,
-    "upsample, 32 px": UpsampleGenerator,
-    "Sequential DCGAN, 64 px": lambda: dcgan(64, 3)[0],
+LATENT, IMAGE = (100, 1, 1), (3, 64, 64)
+CASES = {  # name -> network, shape of an input
+    "functional generator, 64 px": (FunctionalDCGAN, LATENT),
+    "upsample generator, 32 px": (UpsampleGenerator, LATENT),
+    "Sequential generator, 64 px": (lambda: dcgan(64, 3)[0], LATENT),
+    "Sequential discriminator, 64 px": (lambda: dcgan(64, 3)[1], IMAGE),
 }
 
 
-def step(network, z):
-    network(z).square().mean().backward()
+def step(network, x):
+    network(x).square().mean().backward()
 
 
 def main():
@@ -76,24 +79,25 @@ def main():
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {fastgan.build_info()['cpu_isa']}")
     for case in arguments.cases:
         torch.manual_seed(0)
-        plain = CASES[case]()
+        build, shape = CASES[case]
+        plain = build()
         peers = {"plain": plain, "fused": fastgan.fuse(copy.deepcopy(plain))}
         if arguments.compile:
             peers["compiled"] = torch.compile(fastgan.fuse(copy.deepcopy(plain)), fullgraph=True)
-        z = torch.randn(arguments.batch_size, 100, 1, 1)
-        expected = plain(z)
+        x = torch.randn(arguments.batch_size, *shape)
+        expected = plain(x)
         for name, network in peers.items():
-            torch.testing.assert_close(network(z), expected, rtol=1e-3, atol=1e-4, msg=name)
-            step(network, z)
+            torch.testing.assert_close(network(x), expected, rtol=1e-3, atol=1e-4, msg=name)
+            step(network, x)
         times = {name: [] for name in peers}
         for _ in range(arguments.repeats):
             for name, network in peers.items():
                 started = time.perf_counter()
-                step(network, z)
+                step(network, x)
                 times[name].append(1e3 * (time.perf_counter() - started))
         medians = {name: statistics.median(values) for name, values in times.items()}
         for name, median in medians.items():
-            print(f"{case:26} {name:9} {median:8.1f} ms   plain / this: {medians['plain'] / median:.2f}", flush=True)
+            print(f"{case:31} {name:9} {median:8.1f} ms   plain / this: {medians['plain'] / median:.2f}", flush=True)
 
 
 if __name__ == "__main__":

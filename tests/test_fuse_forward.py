@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from fuse_models import (
-    DataDependent, DropoutDiscriminator, FadeGenerator, FunctionalDiscriminator, FunctionalGenerator, ResidualDiscriminator,
-    UpsampleGenerator,
+    DataDependent, DropoutDiscriminator, FadeGenerator, FunctionalDiscriminator, FunctionalGenerator,
+    ResidualDiscriminator, UpsampleGenerator,
 )  # fmt: skip
 from test_fuse import assert_same, fused_calls, train
 from torch import nn
@@ -174,7 +174,8 @@ class Refused(nn.Module):
 
 
 @pytest.mark.parametrize("how, reason", [
-    ("draws", "it draws random numbers"), ("asks_the_time", "it calls time.time"), ("count", "it sets self.calls"), ("noise", "it makes a tensor of its own"), ("no_grad", "it enters a context"),
+    ("draws", "it draws random numbers"), ("asks_the_time", "it calls time.time"), ("count", "it sets self.calls"),
+    ("noise", "it makes a tensor of its own"), ("no_grad", "it enters a context"),
     ("branch", "symbolically traced variables cannot be used"), ("shape_check", "symbolically traced variables"),
     ("grad_mode", "it calls is_grad_enabled"), ("prints", "it calls print"),
 ])  # fmt: skip

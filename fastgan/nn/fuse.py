@@ -525,14 +525,14 @@ def _fuse_graph(module, graph):
     chains, reasons, done = [], {}, set()
 
     def takes(node, cls):
-        return (
-            node.op == "call_module" and isinstance(modules[node.target], cls) and len(node.args) == 1 and not node.kwargs
-        )
+        alone = len(node.args) == 1 and not node.kwargs
+        return node.op == "call_module" and isinstance(modules[node.target], cls) and alone
 
     def next_node(node):
         """The only user of node, if all it does with it is to take it as its first argument."""
-        users = list(node.users)
-        return users[0] if len(users) == 1 and users[0].args[:1] == (node,) and len(users[0].all_input_nodes) == 1 else None
+        user = next(iter(node.users), None)
+        single = len(node.users) == 1 and user.args[:1] == (node,) and len(user.all_input_nodes) == 1
+        return user if single else None
 
     for node in calls:
         if node in done or not isinstance(modules[node.target], _CONVOLUTIONS):
