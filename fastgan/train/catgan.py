@@ -72,8 +72,8 @@ class CatGANConfig(TrainConfig):
         dataset = super().load_data()
         return _split(dataset, self.validation)[0] if self.validation else dataset
 
-    def learning_rate_factor(self, progress: float) -> float:
-        return min(1.0, (1 - progress) / self.decay) if self.decay else 1.0
+    def learning_rate_at(self, progress: float) -> float:
+        return self.learning_rate * (min(1.0, (1 - progress) / self.decay) if self.decay else 1.0)
 
     def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Objective]:
         labels = dataset.labels

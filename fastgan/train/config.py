@@ -97,6 +97,8 @@ class TrainConfig:
                 raise ValueError(f"{flag} must be at least {limits['minimum']}, got {value}")
             if limits["below"] is not None and not value < limits["below"]:
                 raise ValueError(f"{flag} must be below {limits['below']}, got {value}")
+        if self.discriminator_learning_rate is not None and self.learning_rate == 0:
+            raise ValueError("--learning-rate must be above 0 with --discriminator-learning-rate, got 0")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: this PyTorch sees no GPU; use --device cpu")
         if self.precision == "fp16" and self.torch_device.type == "cpu":
@@ -129,9 +131,10 @@ class TrainConfig:
         """The training images."""
         return load_dataset(self.dataset, self.data_root, image_size=self.image_size, channels=self.channels)
 
-    def learning_rate_factor(self, progress: float) -> float:
-        """What the step sizes are multiplied by when a part of the run is done: ``progress`` from 0 to 1."""
-        return 1.0
+    def learning_rate_at(self, progress: float) -> float:
+        """Adam's step size when a part of the run is done: ``progress`` from 0 to 1. Another one of the discriminator's
+        falls in proportion."""
+        return self.learning_rate
 
     def batches(self, dataset: ImageDataset) -> Batches:
         """The training batches of the ``dataset``, on the device."""

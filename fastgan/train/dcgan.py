@@ -41,8 +41,8 @@ class DCGANConfig(AdversarialConfig):
                 "image by itself, got batch"
             )
 
-    def learning_rate_factor(self, progress: float) -> float:
-        return min(1.0, (1 - progress) / self.decay) if self.decay else 1.0
+    def learning_rate_at(self, progress: float) -> float:
+        return self.learning_rate * (min(1.0, (1 - progress) / self.decay) if self.decay else 1.0)
 
     def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Objective]:
         channels, height, _ = dataset.image_shape

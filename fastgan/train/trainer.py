@@ -254,11 +254,10 @@ class Trainer:
         return {"loss_d": loss_d, "loss_g": loss_g} | figures_d | figures_g
 
     def _set_learning_rates(self) -> None:
-        config = self.config
-        factor = config.learning_rate_factor(self.step / self.total_steps)
-        own = config.discriminator_learning_rate
-        rates = {"generator": config.learning_rate, "discriminator": config.learning_rate if own is None else own}
-        for name, rate in rates.items():
+        rate = self.config.learning_rate_at(self.step / self.total_steps)
+        own = self.config.discriminator_learning_rate
+        ratio = own / self.config.learning_rate if own is not None else 1.0
+        for name, factor in (("generator", 1.0), ("discriminator", ratio)):
             for group in self.optimizers[name].param_groups:
                 group["lr"] = rate * factor
 
