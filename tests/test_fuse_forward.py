@@ -69,7 +69,7 @@ class Seeded(nn.Module):
 def test_float32_agrees_too(name):
     plain, fused, x = pair(name)
     assert_same(plain, fused, x, rtol=1e-3, atol=1e-4)
-    assert type(plain(x)) is torch.Tensor and isinstance(fused, type(plain))
+    assert isinstance(fused, type(plain))
 
 
 def test_training_gives_the_same_losses_as_the_plain_networks():
@@ -196,13 +196,13 @@ def test_what_a_trace_would_lose_is_left_alone_with_the_reason(how, reason):
 
 def test_a_list_that_forward_fills_is_refused_and_not_filled_with_stand_ins():
     fused, report = fastgan.fuse(Refused("keep"), report=True)
-    assert fused.history == [] or all(isinstance(h, torch.Tensor) for h in fused.history)
+    assert fused.history == [] and "it changes the contents of self.history" in str(report)
     fused(torch.randn(2, 3, 5, 5))
-    assert all(type(h) is torch.Tensor for h in fused.history) and fused.history
+    assert [type(h) for h in fused.history] == [torch.Tensor]
 
 
 def test_hooks_parametrizations_and_replaced_children_are_honoured_at_every_call():
-    plain, fused, x = pair("functional discriminator")
+    plain, fused, x = pair("functional discriminator", torch.float64)  # of which each layer is an operator
     seen = []
     handle = fused.bn2.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
@@ -210,9 +210,8 @@ def test_hooks_parametrizations_and_replaced_children_are_honoured_at_every_call
     handle.remove()
     assert fused_calls(fused, x).count("conv2d_bn_act") == 2
     fused.act = plain.act = nn.ELU()
-    fused.conv2 = plain.conv2 = spectral_norm(nn.Conv2d(8, 16, 4, 2, 1))
+    fused.conv2 = plain.conv2 = spectral_norm(nn.Conv2d(8, 16, 4, 2, 1)).double()
     plain.eval(), fused.eval()
-    fused.load_state_dict(plain.state_dict())
     torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
@@ -277,7 +276,7 @@ def test_batch_norm_called_in_another_order_keeps_its_statistics():
 
 
 def test_copies_pickles_and_functional_call():
-    plain, fused, x = pair("functional generator")
+    plain, fused, x = pair("functional generator", torch.float64)
     plain.eval(), fused.eval()
     for clone in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), fastgan.fuse(fused)):
         assert type(clone) is type(fused) and fused_calls(clone, x) == fused_calls(fused, x) != []

@@ -42,16 +42,31 @@ class Untraceable(Exception):
 
 
 class Reads(dict):
-    """What a trace took for granted: attribute of the module by path -> its value while tracing."""
+    """What a trace took for granted: attribute of the module by path -> its value (a copy) while tracing."""
 
     def hold(self, module):
         """Whether `module` still is as it was when traced."""
         for path, value in self.items():
-            owner, _, name = path.rpartition(".")
-            now = getattr(module.get_submodule(owner), name, Untraceable)
+            now = self._now(module, path)
             if not (now is value or (type(now) is type(value) and not callable(value) and now == value)):
                 return False
         return True
+
+    def changed_contents(self, module):
+        """The lists, dicts and sets that forward itself changed."""
+        collections = [path for path, value in self.items() if isinstance(value, (list, dict, set))]
+        return [path for path in collections if not _comparable(now := self._now(module, path)) or now != self[path]]
+
+    def restore_contents(self, module):
+        for path in self.changed_contents(module):
+            now, before = self._now(module, path), self[path]
+            now.clear()
+            now.extend(before) if isinstance(now, list) else now.update(before)
+
+    @staticmethod
+    def _now(module, path):
+        owner, _, name = path.rpartition(".")
+        return getattr(module.get_submodule(owner), name, Untraceable)
 
 
 def trace(module, base, arguments, keywords):
@@ -89,6 +104,8 @@ def trace(module, base, arguments, keywords):
             child.__class__ = type(type(child).__name__, (_Recorder, type(child)), {})
         module.__class__.forward = scope["traced"]
         graph = _Tracer().trace(module)
+        if changed := reads.changed_contents(module):
+            raise Untraceable(f"it changes the contents of self.{changed[0]}")
         if pickle.dumps(_random_states()) != pickle.dumps(numbers):
             raise Untraceable("it draws random numbers, which a trace would keep")
     except Exception as error:  # whatever a forward raises when it gets stand-ins for tensors
@@ -101,6 +118,7 @@ def trace(module, base, arguments, keywords):
         for child, before in classes:
             child.__class__ = before
             child.__dict__.pop("_fastgan_reads", None)
+        reads.restore_contents(module)
     return graph, reads
 
 
