@@ -129,4 +129,9 @@ if _extension.has_kernels("cpu"):
     def _(
         grad_output, input, parameters, output, raw, statistics, layers, numbers, output_mask, process_group="", processes=1
     ):
-        return [torch.empty_like(t) if wanted else t.new_empty([0]) for t, wanted in zip([input, *parameters], output_mask)]
+        # The gradient of the images is in channels_last, as they are between the layers.
+        formats = [torch.channels_last, *[torch.preserve_format] * len(parameters)]
+        return [
+            torch.empty_like(t, memory_format=memory_format) if wanted else t.new_empty([0])
+            for t, wanted, memory_format in zip([input, *parameters], output_mask, formats)
+        ]
