@@ -1,7 +1,8 @@
-"""`python -m fastgan` prints what this installation is made of."""
+"""`python -m fastgan` prints what this installation is made of; with arguments it is the command `fastgan`."""
 
-from fastgan import build_info
+import sys
+
+from fastgan.cli import main
 
 if __name__ == "__main__":
-    for key, value in build_info().items():
-        print(f"{key:20} {', '.join(value) or 'none' if isinstance(value, (list, tuple)) else value}")
+    sys.exit(main(sys.argv[1:] or ["info"]))

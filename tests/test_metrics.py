@@ -7,8 +7,8 @@ from PIL import Image
 from scipy import linalg
 from torch import nn
 
+from fastgan.cli import main
 from fastgan.data import ImageDataset, load_dataset
-from fastgan.metrics.__main__ import main
 from fastgan.metrics.distances import (
     appearance, frechet_distance, kernel_distance, nearest_images, nearest_neighbour_test, precision_recall,
 )
@@ -106,8 +106,7 @@ def test_command_scores_a_checkpoint_beside_held_out_images(tmp_path, monkeypatc
     trainer.train()
     capsys.readouterr()
     checkpoint = str(tmp_path / "run" / "checkpoint.pt")
-    monkeypatch.setattr("sys.argv", ["metrics", checkpoint, "--family", "gan", "--samples", "1000"])
-    assert main() == 0
+    assert main(["evaluate", checkpoint, "--samples", "1000"]) == 0
     extractor, held_out, scored = map(json.loads, capsys.readouterr().out.splitlines())
     assert extractor == {"extractor": "untrained", "test_accuracy": 0.5}
     assert held_out["of"] == "held-out images" and scored["of"] == checkpoint
@@ -212,10 +211,9 @@ def test_command_scores_checkpoints_and_folders_against_a_folder(tmp_path, monke
                          device="cpu", output=str(tmp_path / "run"))
     Trainer(config, config.load_data()).train()
     capsys.readouterr()
-    monkeypatch.setattr("sys.argv", ["metrics", root, str(tmp_path / "other"), str(tmp_path / "run" / "checkpoint.pt"),
-                                     "--dataset", "folder", "--data-root", root, "--image-size", "8", "--samples", "50",
-                                     "--features", "random", "--nearest"])
-    assert main() == 0
+    assert main(["evaluate", root, str(tmp_path / "other"), str(tmp_path / "run" / "checkpoint.pt"),
+                 "--dataset", "folder", "--data-root", root, "--image-size", "8", "--samples", "50",
+                 "--features", "random", "--nearest"]) == 0
     extractor, same, other, scored = map(json.loads, capsys.readouterr().out.splitlines())
     assert extractor["test_accuracy"] is None and "confident" not in scored
     assert same["kernel_distance"] < other["kernel_distance"] < scored["kernel_distance"]

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,23 +32,35 @@ FOREIGN = {
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Train as the command line says, and write figures and figures' numbers into the output folder.
+    """Train as the command line of a script says.
 
     Args:
         arguments: the command line without the program's name; None takes the process's.
 
     Returns:
-        Exit status: 0, 1 for an error (one line on standard error), or 130 after an interrupt. Wrong flags exit with 2.
+        As :func:`experiment`. Wrong flags exit with 2.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     for argument in arguments:
         if (flag := argument.partition("=")[0]) in FOREIGN:
             print(f"error: {flag} means nothing for one-dimensional data: {FOREIGN[flag]}", file=sys.stderr)
             return 2
+    return experiment(parse_arguments(LaboratoryConfig, arguments), [sys.argv[0]])
+
+
+def experiment(given: dict[str, Any], program: list[str]) -> int:
+    """Train, and write figures and figures' numbers into the output folder.
+
+    Args:
+        given: the settings that are not to be the default ones, or the resumed run's.
+        program: what Python is to run with --resume to go on with the run: a script, or ``-m`` and a module.
+
+    Returns:
+        Exit status: 0, 1 for an error (one line on standard error), or 130 after an interrupt.
+    """
     try:
-        given = parse_arguments(LaboratoryConfig, arguments)
         if given.get("resume"):
-            resumed = load_checkpoint(Path(given["resume"]) / "checkpoint.pt", "gaussian")
+            resumed = load_checkpoint(Path(given["resume"]) / "checkpoint.pt", LaboratoryConfig.family)
             config = resumed_config(LaboratoryConfig, given, resumed["config"], resumed["step"])
         else:
             resumed, config = None, LaboratoryConfig(**given)
@@ -55,7 +69,8 @@ def run(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted; to go on from the last whole epoch:\n  python {sys.argv[0]} --resume {config.output}")
+        command = shlex.join(["python", *program, "--resume", config.output])
+        print(f"interrupted; to go on from the last whole epoch:\n  {command}")
         return 130
     return 0
 
@@ -65,10 +80,10 @@ def _experiment(config: LaboratoryConfig, resumed: dict | None) -> None:
     if not resumed or Path(config.resume).resolve() != output.resolve():
         prepare_folder(output)
     (output / "samples").mkdir(parents=True, exist_ok=True)
-    write_json(output / "config.json", {"family": "gaussian"} | dataclasses.asdict(config))
+    write_json(output / "config.json", {"family": config.family} | dataclasses.asdict(config))
 
     def save(state: dict) -> None:
-        save_checkpoint(output / "checkpoint.pt", {"family": "gaussian", "config": dataclasses.asdict(config)} | state)
+        save_checkpoint(output / "checkpoint.pt", {"family": config.family, "config": dataclasses.asdict(config)} | state)
 
     torch.set_num_threads(config.threads)
     started = time.perf_counter()

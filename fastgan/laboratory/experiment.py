@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class LaboratoryConfig:
     Raises:
         ValueError: a setting outside its limits.
     """
+
+    family: ClassVar[str] = "gaussian"
 
     means: str = option("3", "mean of the data; several with commas between make a mixture")
     stds: str = option("0.5", "standard deviation of the data; as many as means")
@@ -290,6 +292,20 @@ def _standardisation(config: LaboratoryConfig) -> tuple[float, float]:
         return 0.0, 1.0
     sample = config.data.sample((10_000,), torch.Generator().manual_seed(config.seed))
     return float(sample.mean()), float(sample.std())
+
+
+def load_generator(state: dict[str, Any]) -> tuple[LaboratoryConfig, StackedMLP]:
+    """The settings and the trained generators, by their averaged weights, of a laboratory's checkpoint."""
+    config = LaboratoryConfig(**state["config"])
+    generator, _ = _networks(config, torch.Generator().manual_seed(config.seed))
+    generator.parameters.copy_(state["weights"]["averaged"])
+    return config, generator
+
+
+def generate(config: LaboratoryConfig, generator: StackedMLP, z: Tensor) -> Tensor:
+    """Samples [seeds, N] in the data's own units from inputs z [seeds, N] within the noise range."""
+    shift, scale = _standardisation(config)
+    return generator.forward(z[..., None])[..., 0] * scale + shift
 
 
 def _generate(generator: StackedMLP, weights: Tensor, noise_range: float) -> Tensor:

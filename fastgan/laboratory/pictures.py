@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastgan.laboratory.experiment import STEPS_PER_EPOCH, Run
-from fastgan.laboratory.mixture import distances
+from fastgan.laboratory.mixture import Mixture, distances
 from fastgan.train.checkpoint import write_atomically
 
 # The report's colours: data green, generated red, discriminator blue.
@@ -61,6 +61,26 @@ def save_curves(path: Path, run: Run) -> None:
     axes[-1].set_xlabel("step")
     axes[-2].set_xlabel("step")
     write_atomically(path, _png(figure))
+
+
+def save_samples(path: Path, data: Mixture, samples: Tensor, columns: int) -> None:
+    """A panel for each network: histogram of its samples [networks, N] over the density of the data."""
+    low, high = data.limits(5)
+    grid = torch.linspace(low, high, 401)
+    panels = _panels(len(samples), columns)
+    for axis, values in zip(panels.axes, samples):
+        axis.plot(grid, data.density(grid), color=DATA)
+        axis.hist(values.clamp(low, high).tolist(), bins=60, range=(low, high), density=True, color=GENERATED, alpha=0.6)
+    write_atomically(path, _png(panels))
+
+
+def save_walk(path: Path, data: Mixture, z: Tensor, samples: Tensor, columns: int) -> None:
+    """A panel for each network: what it makes, [networks, N], of the inputs z [N]; two deviations of the data in green."""
+    panels = _panels(len(samples), columns)
+    for axis, values in zip(panels.axes, samples):
+        axis.axhspan(*data.limits(2), color=DATA, alpha=SPREAD)
+        axis.plot(z, values, color=GENERATED)
+    write_atomically(path, _png(panels))
 
 
 def save_optimal(path: Path, x: Tensor, found: Tensor, optimal: Tensor, error: float) -> None:
@@ -117,6 +137,13 @@ def _density_figure(run: Run, frame: int) -> Figure:
     left.set(xlabel="x", ylabel="density", ylim=(0, 2 * float(real.max())), xlim=(low, high), title=f"step {run.steps[frame]}")
     right.set(ylabel="D(x)", ylim=(0, 1))
     left.legend(fontsize=7, loc="upper left")
+    return figure
+
+
+def _panels(count: int, columns: int) -> Figure:
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(2.2 * columns, 1.6 * rows), layout="constrained")
+    figure.subplots(rows, columns, sharex=True, sharey=True)
     return figure
 
 

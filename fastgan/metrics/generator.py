@@ -1,17 +1,16 @@
 """Scores of generated images, and the real images nearest to them."""
 
-import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgan.data import ImageDataset, normalize
 from fastgan.metrics.distances import (
     frechet_distance, kernel_distance, nearest_images, nearest_neighbour_test, precision_recall,
 )
 from fastgan.metrics.features import Extractor, cache_folder
-from fastgan.train.checkpoint import load_checkpoint, save_checkpoint
+from fastgan.train.checkpoint import save_checkpoint
 from fastgan.train.config import TrainConfig
 from fastgan.train.outputs import save_grid
 
@@ -24,12 +23,12 @@ CHUNK = 1000
 
 
 @torch.no_grad()
-def generate(config_class: type[TrainConfig], path: str | os.PathLike, count: int, *, seed: int = 0) -> Tensor:
-    """Draw images from the generator of a checkpoint, by its averaged weights where it has them.
+def generate(config: TrainConfig, generator: nn.Module, count: int, *, seed: int = 0) -> Tensor:
+    """Draw images from a trained generator.
 
     Args:
-        config_class: settings of its model family.
-        path: the checkpoint.
+        config: settings of its run; with the generator as of :func:`fastgan.sample.load_generator`.
+        generator: the network.
         count: images. The vector GAN of ten digits gives a hundred of each in order in every thousand.
         seed: of the noise.
 
@@ -37,19 +36,10 @@ def generate(config_class: type[TrainConfig], path: str | os.PathLike, count: in
         float32 [count, C, H, W] in [-1, 1], on the CPU.
 
     Raises:
-        TrainingError: no checkpoint, or one of another family.
+        ValueError: a count that does not divide into equal parts for networks side by side.
     """
-    state = load_checkpoint(Path(path), config_class.family)
-    config = config_class(**state["config"] | {"device": "cpu"})
-    generator, _, _ = config.build(config.load_data())
-    if "generator" in state["averaged"]:
-        # AveragedModel keeps the network under "module", beside a count.
-        averaged = state["averaged"]["generator"]
-        weights = {name.removeprefix("module."): value for name, value in averaged.items() if name != "n_averaged"}
-    else:
-        weights = state["networks"]["generator"]
-    generator.load_state_dict(weights)
-    generator.eval()
+    if count < 1 or count % config.side_by_side:
+        raise ValueError(f"generate: count must be a multiple of {config.side_by_side} from 1 up, got {count}")
     random = torch.Generator().manual_seed(seed)
     return torch.cat([generator(config.latent(min(CHUNK, count - done), random)) for done in range(0, count, CHUNK)])
 

@@ -298,8 +298,8 @@ def _why_ended(children, names, end, layer):
     """Why the layer found so far does not go on with what follows, where that might have been expected."""
     if end < len(children) and layer.activation == "identity" and not isinstance(children[end], _CONVOLUTIONS):
         child = children[end]
-        kinds = (nn.BatchNorm2d, *_ACTIVATIONS)
-        if isinstance(child, kinds) and not (layer.bn is not None and isinstance(child, nn.BatchNorm2d)):
+        kinds = (*_BATCH_NORMS, *_ACTIVATIONS)
+        if isinstance(child, kinds) and not (layer.bn is not None and isinstance(child, _BATCH_NORMS)):
             return f"not with {names[end]}: {_why_not(child)}"
     return None
 
@@ -308,8 +308,9 @@ def _why_not(child):
     """Why a convolution, batch norm or activation cannot be part of a fused layer; None if it can."""
     if is_parametrized(child):
         return "it has a parametrization"
-    for cls in (*_CONVOLUTIONS, nn.BatchNorm2d, *_ACTIVATIONS):
-        if isinstance(child, cls) and type(child) is not cls:
+    kinds = (*_CONVOLUTIONS, *_BATCH_NORMS, *_ACTIVATIONS)
+    for cls in kinds:
+        if isinstance(child, cls) and type(child) not in kinds:
             return f"{type(child).__name__} is a subclass of {cls.__name__}"
     if isinstance(child, _CONVOLUTIONS) and child.padding_mode != "zeros":
         return f"its padding mode is {child.padding_mode!r}"
@@ -546,7 +547,7 @@ def _fuse_graph(module, graph):
             child = current.target
             if takes(current, _CONVOLUTIONS):
                 last, stage = child, 1
-            elif stage == 1 and takes(current, nn.BatchNorm2d) and uses[id(modules[child])] == 1:
+            elif stage == 1 and takes(current, _BATCH_NORMS) and uses[id(modules[child])] == 1:
                 stage = 2
             elif stage < 3 and takes(current, tuple(_ACTIVATIONS)):
                 stage = 3

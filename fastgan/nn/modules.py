@@ -74,6 +74,14 @@ class _ConvBNAct2d(nn.Module):
         slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
         return f"activation={self.activation!r}{slope}"
 
+    def plain(self):
+        """The same as an nn.Sequential of torch's own layers, which shares its parameters with this module."""
+        activation = {
+            "relu": nn.ReLU, "leaky_relu": lambda: nn.LeakyReLU(self.negative_slope), "tanh": nn.Tanh,
+            "sigmoid": nn.Sigmoid, "identity": nn.Identity,
+        }[self.activation]()  # fmt: skip
+        return nn.Sequential(self.conv, self.bn, activation).train(self.training)
+
     def _build(self, conv, eps, momentum, affine, track_running_stats, device, dtype, activation, negative_slope):
         if activation not in ops.ACTIVATIONS:
             raise ValueError(

@@ -92,6 +92,10 @@ class CatGANConfig(TrainConfig):
         )  # fmt: skip
         return generator, classifier, CatGANObjective(self, dataset, classes, categories)
 
+    def build_generator(self) -> nn.Module:
+        channels, size, _ = self.image_shape
+        return catgan(size, channels, 1, self.latent_dim, self.architecture, base_channels=self.base_channels)[0]
+
 
 class CatGANObjective(Objective):
     """The CatGAN's losses over real, labeled and generated images, and its evaluation."""

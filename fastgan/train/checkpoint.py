@@ -45,14 +45,14 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, buffer.getbuffer())
 
 
-def load_checkpoint(path: Path, family: str) -> dict[str, Any]:
-    """Read a checkpoint of a model family onto the CPU.
+def load_checkpoint(path: Path, family: str | None = None) -> dict[str, Any]:
+    """Read a checkpoint, of a model family where one is given, onto the CPU.
 
     Raises:
         TrainingError: there is none, it is damaged, or it is of another family.
     """
     if not path.is_file():
-        raise TrainingError(f"{path}: no checkpoint to resume from; start the run without --resume")
+        raise TrainingError(f"{path}: no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     # torch.load raises RuntimeError, UnpicklingError, EOFError, OSError and more on damaged files.
@@ -61,6 +61,6 @@ def load_checkpoint(path: Path, family: str) -> dict[str, Any]:
         raise TrainingError(f"{path}: damaged, or not a checkpoint ({reason})") from error
     if not isinstance(state, dict) or "family" not in state:
         raise TrainingError(f"{path}: not a checkpoint of a fastgan run")
-    if state["family"] != family:
+    if family is not None and state["family"] != family:
         raise TrainingError(f"{path}: a checkpoint of family {state['family']!r}, expected {family!r}")
     return state

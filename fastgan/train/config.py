@@ -13,6 +13,7 @@ from fastgan.data import DATASETS, Batches, ImageDataset, load_dataset
 from fastgan.losses import GENERATOR_LOSSES
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_FOLDERS = ("data_root", "output", "resume")
 
 
 def option(default: Any, help: str, *, choices: tuple | None = None, minimum: float | None = None,
@@ -50,6 +51,10 @@ class TrainConfig:
     grid: ClassVar[tuple[int, int]] = (8, 8)
     # Updates of the discriminator in a step, each on a batch of its own.
     discriminator_steps: ClassVar[int] = 1
+    # Of the generator's inputs: "normal", N(0, 1), or "uniform", U(-1, 1).
+    latent_distribution: ClassVar[str] = "normal"
+    # Independent networks held in one, each for an equal part of a batch.
+    side_by_side: ClassVar[int] = 1
 
     dataset: str = option("digits", "data set", choices=DATASETS)
     data_root: str | None = option(None, "folder of the data files, or of the images for 'folder'", may_change=True)
@@ -82,6 +87,8 @@ class TrainConfig:
                                           minimum=1, may_change=True)
     keep_checkpoints: str | None = option(None, "epochs whose checkpoint is kept in checkpoints/, with commas between, "
                                           "or 'all'", may_change=True)
+    tensorboard: bool = option(False, "also write TensorBoard files, into the folder tensorboard of --output",
+                               may_change=True)
     output: str = option("runs/train", "folder the results are written to", may_change=True)
     resume: str | None = option(None, "folder of a run to continue, with that run's settings", may_change=True)
 
@@ -119,6 +126,11 @@ class TrainConfig:
         kept = self.keep_checkpoints
         return kept == "all" or kept is not None and epoch in map(int, kept.split(","))
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images."""
+        return self.channels or (3 if self.dataset == "folder" else 1), self.image_size, self.image_size
+
     def latent(self, count: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """``count`` inputs of the generator network, [count, latent_dim] from N(0, 1).
 
@@ -150,6 +162,10 @@ class TrainConfig:
 
     def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Any]:
         """The generator, the discriminator and the :class:`~fastgan.train.Objective` for a ``dataset``."""
+        raise NotImplementedError
+
+    def build_generator(self) -> nn.Module:
+        """The generator alone, for which the images need not be there."""
         raise NotImplementedError
 
 
@@ -185,11 +201,22 @@ class AdversarialConfig(TrainConfig):
 
 def parse_arguments(config_class: type[TrainConfig], arguments: list[str] | None = None) -> dict[str, Any]:
     """The settings given on the command line, and only those."""
-    parser = argparse.ArgumentParser(
-        description=config_class.__doc__.splitlines()[0], argument_default=argparse.SUPPRESS
-    )
+    parser = argparse.ArgumentParser(description=config_class.__doc__.splitlines()[0])
+    add_options(parser, config_class)
+    return vars(parser.parse_args(arguments))
+
+
+def add_options(parser: argparse.ArgumentParser, config_class: type[TrainConfig]) -> None:
+    """Make a flag of every setting: first those of the family, then those that all share. What is not given on the
+    command line is not in the namespace.
+    """
+    shared = {field.name for field in dataclasses.fields(TrainConfig)}
+    groups = {
+        False: parser.add_argument_group(f"settings of this model family ({config_class.family})"),
+        True: parser.add_argument_group("settings of every model family"),
+    }
     kinds = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
+    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name in shared):
         flag, help = f"--{field.name.replace('_', '-')}", field.metadata["help"]
         if field.default is not None:
             help += f" (default: {field.default})"
@@ -197,11 +224,12 @@ def parse_arguments(config_class: type[TrainConfig], arguments: list[str] | None
         if isinstance(kind, types.UnionType):
             kind = next(part for part in kind.__args__ if part is not type(None))
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+            details = {"action": argparse.BooleanOptionalAction}
         else:
-            metavar = None if field.metadata["choices"] else "DIR" if kind is str else kind.__name__.upper()
-            parser.add_argument(flag, type=kind, choices=field.metadata["choices"], help=help, metavar=metavar)
-    return vars(parser.parse_args(arguments))
+            metavar = field.name.upper() if kind is str else kind.__name__.upper()
+            details = {"type": kind, "choices": field.metadata["choices"],
+                       "metavar": None if field.metadata["choices"] else "DIR" if field.name in _FOLDERS else metavar}
+        groups[field.name in shared].add_argument(flag, help=help, default=argparse.SUPPRESS, **details)
 
 
 def resumed_config(

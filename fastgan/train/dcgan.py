@@ -58,3 +58,7 @@ class DCGANConfig(AdversarialConfig):
                     spectral_norm(layer)
         objective = Objective(self.generator_loss, augment if self.augment else None, **self.discriminator_terms)
         return generator, discriminator, objective
+
+    def build_generator(self) -> nn.Module:
+        channels, height, _ = self.image_shape
+        return dcgan(height, channels, self.latent_dim, self.base_channels)[0]

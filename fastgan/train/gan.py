@@ -22,6 +22,7 @@ class GANConfig(AdversarialConfig):
     """
 
     family: ClassVar[str] = "gan"
+    latent_distribution: ClassVar[str] = "uniform"
 
     image_size: int = option(28, "height and width of the images in pixels", minimum=1)
     digit: int | None = option(None, "class to learn; by default every class, by a GAN of its own",
@@ -43,6 +44,10 @@ class GANConfig(AdversarialConfig):
         return tuple(range(CLASSES)) if self.digit is None else (self.digit,)
 
     @property
+    def side_by_side(self) -> int:
+        return len(self.classes)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the grid of samples."""
         return (CLASSES, 16) if self.digit is None else (4, 4)
@@ -59,6 +64,12 @@ class GANConfig(AdversarialConfig):
         generator, discriminator = mlp_gan(
             dataset.image_shape, self.latent_dim, self.hidden_features,
             generator_layers=self.generator_layers, discriminator_layers=self.discriminator_layers,
-            output_activation=self.output_activation, copies=len(self.classes),
+            output_activation=self.output_activation, copies=self.side_by_side,
         )
         return generator, discriminator, Objective(self.generator_loss, **self.discriminator_terms)
+
+    def build_generator(self) -> nn.Module:
+        return mlp_gan(
+            self.image_shape, self.latent_dim, self.hidden_features, generator_layers=self.generator_layers,
+            output_activation=self.output_activation, copies=self.side_by_side,
+        )[0]

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from fastgan.train.checkpoint import TrainingError, write_atomically
 
 # Everything a run writes; an earlier run's files are moved aside by these names.
-FILES = ("config.json", "metrics.jsonl", "losses.png", "samples", "samples.gif", "checkpoint.pt", "checkpoints")
+FILES = ("config.json", "metrics.jsonl", "losses.png", "samples", "samples.gif", "checkpoint.pt", "checkpoints", "alarms.jsonl",
+         "tensorboard")
 
 
 def prepare_folder(folder: Path) -> None:
@@ -42,10 +43,14 @@ def prepare_folder(folder: Path) -> None:
 
 
 def copy_history(source: Path, folder: Path) -> None:
-    """Copy the metrics and sample grids of a run that goes on in another folder. Raises TrainingError."""
+    """Copy the figures and sample grids of a run that goes on in another folder. Raises TrainingError."""
     try:
         shutil.copytree(source / "samples", folder / "samples")
         shutil.copy(source / "metrics.jsonl", folder)
+        if (source / "alarms.jsonl").exists():
+            shutil.copy(source / "alarms.jsonl", folder)
+        if (source / "tensorboard").exists():
+            shutil.copytree(source / "tensorboard", folder / "tensorboard")
     except OSError as error:
         raise TrainingError(f"{source} cannot be copied to {folder}: {error.strerror or error}") from error
 
@@ -55,7 +60,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 class Metrics:
-    """metrics.jsonl: one line a logged step.
+    """metrics.jsonl, one line a logged step, or another such file.
 
     Args:
         path: the file; lines beyond ``step`` (written after the checkpoint that a run resumes from, the

@@ -9,18 +9,21 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 from fastgan.data import Batch, ImageDataset
 from fastgan.losses import discriminator_loss, generator_loss, gradient_penalty, r1_penalty
 from fastgan.nn import convert_sync_batch_norm, fuse
 from fastgan.nn.sync_batch_norm import own_statistics
+from fastgan.train.alarms import Alarms
+from fastgan.train.board import Board, require_tensorboard
 from fastgan.train.checkpoint import TrainingError, save_checkpoint
 from fastgan.train.config import PRECISIONS, TrainConfig
 from fastgan.train.distributed import Ranks, resume_words, set_random_state
@@ -96,6 +99,7 @@ class Trainer:
         ranks: the processes of the run.
         step: updates of the generator done, each after ``discriminator_steps`` of the discriminator.
         averaged: exponential averages of both networks by name, where ``config.ema`` is not 0.
+        program: what Python is to run with --resume to go on with the run: a script, or ``-m`` and a module.
 
     Raises:
         TrainingError: an output folder that cannot be written to, a checkpoint that does not fit.
@@ -105,6 +109,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, dataset: ImageDataset, checkpoint: dict[str, Any] | None = None):
         self.config = config
         self.ranks = Ranks()
+        self.program = [sys.argv[0]]
         self.device = config.torch_device
         self.ranks.require_devices(self.device)
         if config.threads:
@@ -134,6 +139,7 @@ class Trainer:
             for name, network in self.networks.items()
             if config.ema
         }
+        self.alarms = Alarms(config.generator_loss, config.side_by_side)
         self.step = 0
         self._signals: list[int] = []  # that ask this process to stop
         self._stopping = False  # whether any process was asked to
@@ -192,9 +198,17 @@ class Trainer:
                     timed_images, seconds = 0, 0.0
                     self.metrics.append(record)
                     progress.show(record, always=run_ends or epoch_ends)
+                    scale = self.scalers["generator"].get_scale()
+                    self._raise(self.alarms.logged(self.step, record, self.networks["generator"], scale))
+                    if self.board:
+                        self.board.log(record)
                 if run_ends or epoch_ends:
                     path = self.output / "samples" / f"epoch_{epoch + 1:04d}.png"
-                    save_grid(path, self.samples(self.grid_noise), self.config.grid[1])
+                    samples = self.samples(self.grid_noise)
+                    save_grid(path, samples, self.config.grid[1])
+                    self._raise(self.alarms.drawn(self.step, samples, batch.images))
+                    if self.board:
+                        self.board.draw(path, self.step)
                 if run_ends or epoch_ends and time.monotonic() - drawn > DRAWING_INTERVAL:
                     self._draw()
                     drawn = time.monotonic()
@@ -322,6 +336,7 @@ class Trainer:
             "step": self.step,
             "data": {"epoch": epoch, "position": position, "fingerprint": self.fingerprint},
             "random": self.ranks.random_state(self.device),
+            "alarms": self.alarms.state_dict(),
         }
         save_checkpoint(path, state | {
             part: {name: item.state_dict() for name, item in getattr(self, part).items()} for part in _STATEFUL
@@ -336,10 +351,14 @@ class Trainer:
                     item.load_state_dict(state[part][name])
         except (KeyError, RuntimeError, ValueError) as error:
             raise TrainingError(f"the checkpoint does not fit these networks: {error}") from error
+        if "alarms" in state:
+            self.alarms.load_state_dict(state["alarms"])
         set_random_state(state["random"], self.device)
         self.step = state["step"]
 
     def _prepare_output(self, anew: bool) -> None:
+        if self.config.tensorboard:
+            require_tensorboard()
         if anew:
             prepare_folder(self.output)
         elif Path(self.config.resume).resolve() != self.output.resolve():
@@ -350,16 +369,23 @@ class Trainer:
         if self.config.keep_checkpoints:
             (self.output / "checkpoints").mkdir(exist_ok=True)
         self.metrics = Metrics(self.output / "metrics.jsonl", self.step)
+        self.alarm_log = Metrics(self.output / "alarms.jsonl", self.step)
+        self.board = Board(self.output, self.step) if self.config.tensorboard else None
         # So that a run killed before its first checkpoint can be resumed too, and a folder that is too
         # small for a checkpoint is found out before an hour of training.
         self.save()
+
+    def _raise(self, alarms: Iterable[dict]) -> None:
+        for alarm in alarms:
+            self.alarm_log.append(alarm)
+            tqdm.write(f"alarm at step {alarm['step']}: {alarm['message']}")
 
     def _draw(self) -> None:
         save_curves(self.output / "losses.png", self.metrics.read())
         save_animation(self.output / "samples.gif", sorted((self.output / "samples").glob("epoch_*.png")))
 
     def _resume_command(self) -> str:
-        return shlex.join([*resume_words(), sys.argv[0], "--resume", str(self.output)])
+        return shlex.join([*resume_words(), *self.program, "--resume", str(self.output)])
 
 
 _STATEFUL = ("networks", "optimizers", "scalers", "averaged")
