@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from fastgan.ops.softmax_entropy import softmax_entropy, softmax_entropy_cross_entropy
 
 # With D = sigmoid(logit): -log D = softplus(-logit), -log(1 - D) = softplus(logit).
-_DISCRIMINATOR_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "minimax": lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean(),
-    "least_squares": lambda real, fake: 0.5 * ((real - 1).square().mean() + fake.square().mean()),
-    "hinge": lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
-    "wasserstein": lambda real, fake: fake.mean() - real.mean(),
+# The discriminator's: the mean over real samples and that over generated ones, of which the loss is the sum.
+_DISCRIMINATOR_LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "minimax": (lambda real: F.softplus(-real).mean(), lambda fake: F.softplus(fake).mean()),
+    "least_squares": (lambda real: 0.5 * (real - 1).square().mean(), lambda fake: 0.5 * fake.square().mean()),
+    "hinge": (lambda real: F.relu(1 - real).mean(), lambda fake: F.relu(1 + fake).mean()),
+    "wasserstein": (lambda real: -real.mean(), lambda fake: fake.mean()),
 }
 _GENERATOR_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "non_saturating": lambda fake: F.softplus(-fake).mean(),
@@ -52,25 +53,65 @@ def discriminator_loss(
         ValueError: an unknown kind, logits that are empty, not floating point or of differing shapes,
             label smoothing out of range or with a kind that has no labels to smooth.
     """
-    loss = _lookup("discriminator_loss", _DISCRIMINATOR_LOSSES, kind)
+    function = "discriminator_loss"
+    loss = _real_loss(function, real_logits, kind, label_smoothing) + _fake_loss(function, fake_logits, kind)
+    if real_logits.shape[1:] != fake_logits.shape[1:]:
+        raise ValueError(
+            f"{function}: fake_logits must have the shape of real_logits apart from the batch, "
+            f"got {list(fake_logits.shape)} beside {list(real_logits.shape)}"
+        )
+    return loss
+
+
+def real_loss(real_logits: Tensor, kind: str = "minimax", *, label_smoothing: float = 0.0) -> Tensor:
+    """The part of :func:`discriminator_loss` over real samples.
+
+    ``real_loss(...).backward()`` before the discriminator sees generated samples, then :func:`fake_loss`, gives the
+    gradients of the sum, and holds one pass of the discriminator in memory instead of two.
+
+    Args:
+        real_logits, kind, label_smoothing: as for :func:`discriminator_loss`.
+
+    Returns:
+        Scalar, as of :func:`discriminator_loss`.
+
+    Raises:
+        ValueError: as :func:`discriminator_loss`.
+    """
+    return _real_loss("real_loss", real_logits, kind, label_smoothing)
+
+
+def fake_loss(fake_logits: Tensor, kind: str = "minimax") -> Tensor:
+    """The part of :func:`discriminator_loss` over generated samples; see :func:`real_loss`.
+
+    Args:
+        fake_logits, kind: as for :func:`discriminator_loss`.
+
+    Returns:
+        Scalar, as of :func:`discriminator_loss`.
+
+    Raises:
+        ValueError: as :func:`discriminator_loss`.
+    """
+    return _fake_loss("fake_loss", fake_logits, kind)
+
+
+def _real_loss(function: str, real_logits: Tensor, kind: str, label_smoothing: float) -> Tensor:
+    loss, _ = _lookup(function, _DISCRIMINATOR_LOSSES, kind)
     if not 0 <= label_smoothing < 1:
-        raise ValueError(f"discriminator_loss: label_smoothing must be at least 0 and below 1, got {label_smoothing}")
+        raise ValueError(f"{function}: label_smoothing must be at least 0 and below 1, got {label_smoothing}")
     if label_smoothing and kind != "minimax":
         raise ValueError(
-            f"discriminator_loss: label_smoothing must be 0 with kind {kind!r}: only minimax has labels, "
-            f"got {label_smoothing}"
+            f"{function}: label_smoothing must be 0 with kind {kind!r}: only minimax has labels, got {label_smoothing}"
         )
-    real = _checked_logits("discriminator_loss", "real_logits", real_logits)
-    fake = _checked_logits("discriminator_loss", "fake_logits", fake_logits)
-    if real.shape[1:] != fake.shape[1:]:
-        raise ValueError(
-            "discriminator_loss: fake_logits must have the shape of real_logits apart from the batch, "
-            f"got {list(fake.shape)} beside {list(real.shape)}"
-        )
-    if label_smoothing:
-        # (1 - s) softplus(-r) + s softplus(r) = softplus(-r) + s r
-        return loss(real, fake) + label_smoothing * real.mean()
-    return loss(real, fake)
+    real = _checked_logits(function, "real_logits", real_logits)
+    # (1 - s) softplus(-r) + s softplus(r) = softplus(-r) + s r
+    return loss(real) + label_smoothing * real.mean() if label_smoothing else loss(real)
+
+
+def _fake_loss(function: str, fake_logits: Tensor, kind: str) -> Tensor:
+    _, loss = _lookup(function, _DISCRIMINATOR_LOSSES, kind)
+    return loss(_checked_logits(function, "fake_logits", fake_logits))
 
 
 def generator_loss(fake_logits: Tensor, kind: str = "non_saturating") -> Tensor:
@@ -167,7 +208,7 @@ def _check_weight(function: str, weight: float) -> None:
         raise ValueError(f"{function}: weight must be at least 0, got {weight}")
 
 
-def _lookup(function: str, table: dict[str, Callable[..., Tensor]], kind: str) -> Callable[..., Tensor]:
+def _lookup(function: str, table: dict[str, Any], kind: str) -> Any:
     if kind not in table:
         raise ValueError(f"{function}: kind must be one of {', '.join(table)}, got {kind!r}")
     return table[kind]

@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
-from fastgan.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, discriminator_loss, generator_loss
+from fastgan.losses import (
+    DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, discriminator_loss, fake_loss, generator_loss, real_loss,
+)
 
 
 def test_minimax_losses_equal_the_formulas_of_goodfellow_2014():
@@ -81,3 +83,22 @@ def test_wrong_logits_are_refused_by_name():
         generator_loss(torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"got \[3\] beside \[3, 1\]"):
         discriminator_loss(torch.zeros(3, 1), torch.zeros(3))
+
+
+@pytest.mark.parametrize("kind", DISCRIMINATOR_LOSSES)
+def test_the_two_parts_one_after_the_other_give_the_gradients_of_the_whole(kind):
+    real, fake = (torch.randn(7, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in (0, 1))
+    loss = discriminator_loss(real, fake, kind)
+    expected = torch.autograd.grad(loss, (real, fake))
+    parts = real_loss(real, kind), fake_loss(fake, kind)
+    for part in parts:
+        part.backward()
+    assert sum(parts) == loss
+    assert torch.equal(real.grad, expected[0]) and torch.equal(fake.grad, expected[1])
+
+
+def test_the_parts_name_themselves_in_errors():
+    with pytest.raises(ValueError, match="real_loss: kind must be one of"):
+        real_loss(torch.zeros(3), "no such")
+    with pytest.raises(ValueError, match=r"fake_loss: fake_logits must have shape \[N\]"):
+        fake_loss(torch.zeros(0))

@@ -176,8 +176,8 @@ def test_steps_of_the_discriminator_take_images_of_their_own(tmp_path):
     run = trainer(tmp_path, discriminator_steps=2)
     assert run.total_steps == 4 and len(run.batches) == 80 // 16
     seen = []
-    loss = run.objective.discriminator_loss
-    run.objective.discriminator_loss = lambda d, batch, fake: seen.append(batch.images) or loss(d, batch, fake)
+    losses = run.objective.discriminator_losses
+    run.objective.discriminator_losses = lambda d, batch, fake: seen.append(batch.images) or losses(d, batch, fake)
     (batch,) = list(run.batches.epoch(0, len(run.batches) - 1))
     run.train_step(batch)
     assert [len(images) for images in seen] == [8, 8] and torch.equal(torch.cat(seen), batch.images)

@@ -118,7 +118,9 @@ class CatGANObjective(Objective):
             self.labeled = Batch(dataset.images[chosen].to(device), dataset.labels[chosen].to(device))
         self.judged = None if dataset.labels is None else self._load_judged()
 
-    def discriminator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
+    def discriminator_losses(
+        self, discriminator: nn.Module, batch: Batch, fake: Tensor
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         views = self.config.views
         images = [self._noisy(batch.images) for _ in range(views)]
         labels = batch.labels.repeat(views) if self.all_labeled else None
@@ -147,7 +149,7 @@ class CatGANObjective(Objective):
             }
             if labels is not None:
                 figures["cross_entropy"] = F.cross_entropy(labeled_logits, labels)
-        return loss, figures
+        yield loss, figures
 
     def generator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
         if self.kind == "catgan":

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from fastgan.data import Batch, ImageDataset
-from fastgan.losses import discriminator_loss, generator_loss, gradient_penalty, r1_penalty
+from fastgan.losses import fake_loss, generator_loss, gradient_penalty, r1_penalty, real_loss
 from fastgan.nn import convert_sync_batch_norm, fuse
 from fastgan.nn.sync_batch_norm import own_statistics
 from fastgan.train.alarms import Alarms
@@ -39,8 +39,8 @@ DRAWING_INTERVAL = 30.0
 class Objective:
     """What the two networks of a family minimise: the adversarial losses, unless a family says otherwise.
 
-    Each method returns a scalar loss and figures for the log, detached scalars by name. ``d_real`` and
-    ``d_fake`` are the mean probabilities D(x) and D(G(z)).
+    Losses are scalars and come with figures for the log, detached scalars by name. ``d_real`` and ``d_fake`` are the mean
+    probabilities D(x) and D(G(z)).
 
     Args:
         kind: of the generator's loss, as for :func:`fastgan.losses.generator_loss`; the discriminator's goes with it.
@@ -57,22 +57,27 @@ class Objective:
         self.augment = augment or nn.Identity()
         self.gradient_penalty, self.r1, self.label_smoothing = gradient_penalty, r1, label_smoothing
 
-    def discriminator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
-        """Loss of the ``discriminator`` over a real ``batch`` and as many ``fake`` images [N, C, H, W], which are detached
-        from the generator."""
-        real, fake = self.augment(batch.images), self.augment(fake)
-        real_logits, fake_logits = discriminator(real), discriminator(fake)
+    def discriminator_losses(
+        self, discriminator: nn.Module, batch: Batch, fake: Tensor
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Terms of the loss of the ``discriminator`` over a real ``batch`` and as many ``fake`` images [N, C, H, W], which
+        are detached from the generator.
+
+        Each term is differentiated before the next is asked for: only one pass of the discriminator is held at a time.
+        """
         kind = "minimax" if self.kind == "non_saturating" else self.kind
-        probabilities = {"d_real": real_logits, "d_fake": fake_logits}
-        figures = {name: logits.detach().float().sigmoid().mean() for name, logits in probabilities.items()}
-        loss = discriminator_loss(real_logits, fake_logits, kind, label_smoothing=self.label_smoothing)
+        real = self.augment(batch.images)
+        logits = discriminator(real)
+        yield real_loss(logits, kind, label_smoothing=self.label_smoothing), {"d_real": _mean_probability(logits)}
+        fake = self.augment(fake)
+        logits = discriminator(fake)
+        yield fake_loss(logits, kind), {"d_fake": _mean_probability(logits)}
         if self.gradient_penalty:
             penalty = gradient_penalty(discriminator, real, fake, weight=self.gradient_penalty)
-            loss, figures["gradient_penalty"] = loss + penalty, penalty.detach()
+            yield penalty, {"gradient_penalty": penalty.detach()}
         if self.r1:
             penalty = r1_penalty(discriminator, real, weight=self.r1)
-            loss, figures["r1"] = loss + penalty, penalty.detach()
-        return loss, figures
+            yield penalty, {"r1": penalty.detach()}
 
     def generator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
         """Loss of the generator, whose images are ``fake`` [N, C, H, W]; the ``discriminator``'s weights take no gradients.
@@ -254,14 +259,14 @@ class Trainer:
             z = self._latent(len(batch.images))
             with self.autocast():
                 fake = generator(z)
-                loss_d, figures_d = self.objective.discriminator_loss(discriminator, batch, fake.detach())
-            loss_d = self._descend("discriminator", loss_d, batch, z)
+            losses = self.objective.discriminator_losses(discriminator, batch, fake.detach())
+            loss_d, figures_d = self._descend("discriminator", losses, batch, z)
 
         # Generator: the same fakes, judged by the discriminator as it now is and as it stays.
         with frozen(discriminator):
             with self.autocast():
-                loss_g, figures_g = self.objective.generator_loss(discriminator, batch, fake)
-            loss_g = self._descend("generator", loss_g, batch, z)
+                loss = self.objective.generator_loss(discriminator, batch, fake)
+            loss_g, figures_g = self._descend("generator", iter([loss]), batch, z)
 
         for name, averaged in self.averaged.items():
             averaged.update_parameters(self.networks[name])
@@ -280,19 +285,30 @@ class Trainer:
         whole = self.ranks.draw(lambda: self.config.latent(count * self.ranks.size), self.device)
         return self.ranks.share(whole, self.batches.parts // self.config.discriminator_steps)
 
-    def _descend(self, name: str, loss: Tensor, batch: Batch, z: Tensor) -> Tensor:
-        """One optimizer step of a network, unless a loss is not finite: then the run ends here. Returns the mean loss
-        of the processes."""
+    def _descend(
+        self, name: str, losses: Iterator[tuple[Tensor, dict[str, Tensor]]], batch: Batch, z: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One optimizer step of a network on the sum of ``losses``, unless it is not finite: then the run ends here.
+        Returns the mean loss of the processes and the figures."""
         optimizer, scaler = self.optimizers[name], self.scalers[name]
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        for each in self.optimizers.values():  # the other network's gradients have done their work: less memory
+            each.zero_grad()
+        loss, figures = torch.zeros((), device=self.device), {}
+        while (term := self._next_term(losses)) is not None:
+            scaler.scale(term[0]).backward()
+            loss, figures = loss + term[0].detach(), figures | term[1]
+            del term  # and with it what its backward pass kept
         parameters = self.networks[name].parameters()
-        mean_loss, self._stopping = self.ranks.average(parameters, loss.detach(), bool(self._signals))
+        mean_loss, self._stopping = self.ranks.average(parameters, loss, bool(self._signals))
         if not math.isfinite(mean_loss.item()):
             raise self._nonfinite(name, loss.item(), batch, z)
         scaler.step(optimizer)
         scaler.update()
-        return mean_loss
+        return mean_loss, figures
+
+    def _next_term(self, losses: Iterator[tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tensor, dict[str, Tensor]] | None:
+        with self.autocast():
+            return next(losses, None)
 
     def _nonfinite(self, name: str, loss: float, batch: Batch, z: Tensor) -> TrainingError:
         """Says where the first value arose that is not finite, in the first process that has one."""
@@ -386,6 +402,10 @@ class Trainer:
 
     def _resume_command(self) -> str:
         return shlex.join([*resume_words(), *self.program, "--resume", str(self.output)])
+
+
+def _mean_probability(logits: Tensor) -> Tensor:
+    return logits.detach().float().sigmoid().mean()
 
 
 _STATEFUL = ("networks", "optimizers", "scalers", "averaged")
