@@ -40,7 +40,7 @@ def discriminator_loss(
         kind: ``"minimax"`` (Goodfellow et al. 2014, equation 1: ``-log D(x) - log(1 - D(G(z)))``),
             ``"least_squares"`` (Mao et al. 2017, equation 9), ``"hinge"`` (Lim and Ye 2017, equation
             10) or ``"wasserstein"`` (Arjovsky et al. 2017, equation 3, negated; it needs a Lipschitz
-            constraint from elsewhere, such as :func:`gradient_penalty`).
+            constraint from elsewhere (:func:`gradient_penalty`)).
         label_smoothing: for ``"minimax"``: real samples get the label ``1 - label_smoothing``, generated ones
             keep 0 (one-sided: Salimans et al. 2016, arXiv 1606.03498, section 3.4, where it is 0.1), so the
             best discriminator does not grow ever surer. In [0, 1).

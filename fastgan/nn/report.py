@@ -31,8 +31,8 @@ class Fusion(NamedTuple):
 class FusionReport:
     """The convolutions of a module as :func:`fastgan.fuse` left them; ``print`` it.
 
-    Attributes:
-        layers: a :class:`Fusion` for each, in the order of ``named_modules``.
+    Args:
+        layers: a :class:`Fusion` for each, in the order of ``named_modules``; an attribute too.
     """
 
     def __init__(self, layers: list[Fusion]):
