@@ -380,7 +380,7 @@ def test_resume_with_another_number_of_processes_goes_on_with_the_same_images_an
 
 def test_results_are_written_once(both):
     assert sorted(path.name for path in (both.folder / "_gan").iterdir()) == [
-        "checkpoint.pt", "config.json", "losses.png", "metrics.jsonl", "samples", "samples.gif",
+        "alarms.jsonl", "checkpoint.pt", "config.json", "losses.png", "metrics.jsonl", "samples", "samples.gif",
     ]
     assert [record["step"] for record in metrics(both.folder / "_gan")] == [1, 2, 3, 4]
 
