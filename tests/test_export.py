@@ -149,11 +149,12 @@ def test_plain_generator_has_torchs_layers_no_batch_norm_and_the_same_images(run
     torch.testing.assert_close(plain(z), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("format", ["torch", "safetensors", "onnx"])
-@pytest.mark.parametrize("family", ["dcgan", "gan", "catgan mlp"])
+# Exported programs of one family: ONNX files are made of the same programs.
+@pytest.mark.parametrize("family, format", [
+    ("dcgan", "torch"),
+    *((family, format) for family in ("dcgan", "gan", "catgan mlp") for format in ("safetensors", "onnx")),
+])  # fmt: skip
 def test_export_of_every_format_agrees_with_the_generator(runs, tmp_path, family, format, capsys):
-    if family != "dcgan" and format == "torch":
-        pytest.skip("an exported program of one family is enough: ONNX files are made of the same")
     arguments = ["--digit", "3"] if family == "gan" else []
     out = tmp_path / "generator"
     assert main(["export", "--checkpoint", str(runs / family), "--format", format, "--out", str(out), *arguments]) == 0
@@ -190,7 +191,7 @@ z = torch.load(f"{folder}/z.pt")
 network = nn.Sequential(
     nn.Unflatten(1, (5, 1, 1)),
     nn.ConvTranspose2d(5, 2, 4), nn.ReLU(),
-    nn.ConvTranspose2d(2, 1, 4, 2, 1), nn.Tanh(),
+    nn.ConvTranspose2d(2, 1, 4, 2, 1, bias=False), nn.Tanh(),
 )
 network.load_state_dict(load_file(f"{folder}/g.safetensors"), strict=True)
 program = torch.export.load(f"{folder}/g.pt2").module()

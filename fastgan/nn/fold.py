@@ -40,7 +40,8 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
         for name, child in parent.named_children():
             if isinstance(child, (ConvBNAct2d, ConvTransposeBNAct2d)):
                 setattr(parent, name, child.plain())
-    places = Counter(id(child) for parent in holder.modules() for child in parent.children())
+    # Not children(), which gives a layer with two places once.
+    places = Counter(id(child) for parent in holder.modules() for child in parent._modules.values())
     for sequential in list(holder.modules()):
         if isinstance(sequential, FusedSequential):
             sequential.__class__ = type(sequential).__bases__[1]
@@ -51,7 +52,7 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
 
 def _fold_sequential(sequential: nn.Sequential, places: Counter) -> None:
     kept: list[tuple[str, nn.Module]] = []
-    for name, child in sequential.named_children():
+    for name, child in sequential._modules.items():
         previous = kept[-1][1] if kept else None
         if previous is not None and _folds(previous, child) and places[id(previous)] == places[id(child)] == 1:
             _fold(previous, child)
