@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import io
 import pickle
 import random
@@ -323,3 +324,18 @@ def test_the_page_shows_the_report_that_its_program_prints():
     with contextlib.redirect_stdout(output):
         exec(program, {"__name__": "page"})
     assert output.getvalue() == printed
+
+
+def test_garbage_collected_while_tracing_is_not_taken_for_forwards_doing():
+    def read_the_time(phase, info):  # as Hypothesis does
+        time.perf_counter()
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(read_the_time)
+    gc.set_threshold(1)
+    try:
+        _, report = fastgan.fuse(FunctionalDiscriminator(), report=True)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(read_the_time)
+    assert gc.isenabled() and all(layer.fused for layer in report.layers), report

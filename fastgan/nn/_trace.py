@@ -9,6 +9,7 @@ tensors of its own or enters a context such as no_grad.
 
 import copy
 import functools
+import gc
 import os
 import pickle
 import random
@@ -208,6 +209,9 @@ class _watched:
 
     def __enter__(self):
         self.before, self.found = sys.getprofile(), []
+        # What runs when garbage is collected is not forward's doing (Hypothesis reads the time then).
+        self.collects = gc.isenabled()
+        gc.disable()
         sys.setprofile(self.see)
 
     def see(self, frame, event, function):
@@ -236,5 +240,7 @@ class _watched:
 
     def __exit__(self, kind, error, traceback):
         sys.setprofile(self.before)
+        if self.collects:
+            gc.enable()
         if self.found and not isinstance(error, Untraceable):
             raise Untraceable(self.found[0]) from error
