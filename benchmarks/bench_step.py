@@ -16,6 +16,7 @@ Peers, all with the networks of fastgan.models.dcgan and Adam:
     tuned          channels_last, fused Adam, and no gradients for the discriminator's weights in the generator's step
     compile_tuned  the same under torch.compile
     fuse           eager's loop on fastgan.fuse(network)
+    fuse_compile   the same under torch.compile
     trainer        fastgan's trainer (fastgan.train.Trainer.train_step), without its averaged weights
 """
 
@@ -45,7 +46,7 @@ from fastgan.train import DCGANConfig, Trainer
 
 LATENT_DIM = 100
 PYTORCH_PEERS = ("eager", "channels_last", "compile", "tuned", "compile_tuned")
-PEERS = (*PYTORCH_PEERS, "fuse", "trainer")
+PEERS = (*PYTORCH_PEERS, "fuse", "fuse_compile", "trainer")
 # Largest relative difference of a loss after one update; bfloat16 has 8 bits of precision.
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 
@@ -97,9 +98,9 @@ class Setting:
         if name in ("channels_last", "tuned", "compile_tuned"):
             generator, discriminator = (net.to(memory_format=torch.channels_last) for net in (generator, discriminator))
             images = images.contiguous(memory_format=torch.channels_last)
-        if name == "fuse":
+        if name.startswith("fuse"):
             generator, discriminator = fastgan.fuse(generator), fastgan.fuse(discriminator)
-        if name.startswith("compile"):
+        if "compile" in name:
             generator, discriminator = torch.compile(generator), torch.compile(discriminator)
         if self.case.sampling:
             return self.sampler(generator)
