@@ -25,10 +25,11 @@ import time
 from pathlib import Path
 
 import torch
-from bench_step import environment, summary
+from bench_step import environment
 from torch.nn import functional as F
 
 import fastgan
+from fastgan.bench import summary
 from fastgan.data import Batch, ImageDataset, normalize
 from fastgan.models import catgan
 from fastgan.nn import GaussianNoise

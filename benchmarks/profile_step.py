@@ -12,8 +12,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from bench_step import CASES, PEERS, Setting, environment
+from bench_step import environment
 from torch.profiler import ProfilerActivity, profile
+
+from fastgan.bench import CASES, PEERS, Setting
 
 # The first pattern found in an operator's name decides.
 PARTS = {

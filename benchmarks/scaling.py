@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import torch
-from bench_step import PEERS, Case, environment, run_case
+from bench_step import environment
+
+from fastgan.bench import PEERS, Case, run_case
 
 # What is changed: the cases.
 SERIES = {

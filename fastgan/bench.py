@@ -11,6 +11,7 @@ all of them. Peers, all with the networks of fastgan.models.dcgan and Adam:
     tuned          channels_last, fused Adam, and no gradients for the discriminator's weights in the generator's step
     compile_tuned  the same under torch.compile
     fuse           eager's loop on fastgan.fuse(network)
+    fuse_compile   the same under torch.compile
     trainer        fastgan's trainer (fastgan.train.Trainer.train_step), without its averaged weights
 """
 
@@ -36,7 +37,7 @@ from fastgan.train import DCGANConfig, Trainer
 
 LATENT_DIM = 100
 PYTORCH_PEERS = ("eager", "channels_last", "compile", "tuned", "compile_tuned")
-PEERS = (*PYTORCH_PEERS, "fuse", "trainer")
+PEERS = (*PYTORCH_PEERS, "fuse", "fuse_compile", "trainer")
 # Largest relative difference of a loss after one update; bfloat16 has 8 bits of precision.
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 
@@ -48,6 +49,7 @@ class Case:
     batch_size: int
     precision: str
     sampling: bool = False
+    base_channels: int = 64
 
     @property
     def name(self):
@@ -75,7 +77,7 @@ class Setting:
     def __init__(self, case):
         torch.manual_seed(0)
         self.case = case
-        self.networks = dcgan(case.image_size, case.channels, LATENT_DIM, 64)
+        self.networks = dcgan(case.image_size, case.channels, LATENT_DIM, case.base_channels)
         self.images = torch.rand(case.batch_size, case.channels, case.image_size, case.image_size) * 2 - 1
 
     def peer(self, name, folder):
@@ -87,9 +89,9 @@ class Setting:
         if name in ("channels_last", "tuned", "compile_tuned"):
             generator, discriminator = (net.to(memory_format=torch.channels_last) for net in (generator, discriminator))
             images = images.contiguous(memory_format=torch.channels_last)
-        if name == "fuse":
+        if name.startswith("fuse"):
             generator, discriminator = fuse(generator), fuse(discriminator)
-        if name.startswith("compile"):
+        if "compile" in name:
             generator, discriminator = torch.compile(generator), torch.compile(discriminator)
         if self.case.sampling:
             return self.sampler(generator)
@@ -136,7 +138,8 @@ class Setting:
         case = self.case
         config = DCGANConfig(
             image_size=case.image_size, channels=case.channels, batch_size=case.batch_size, precision=case.precision,
-            latent_dim=LATENT_DIM, base_channels=64, learning_rate=2e-4, ema=0, device="cpu", output=str(folder),
+            latent_dim=LATENT_DIM, base_channels=case.base_channels, learning_rate=2e-4, ema=0, device="cpu",
+            output=str(folder),
         )  # fmt: skip
         placeholder = torch.zeros(self.images.shape, dtype=torch.uint8)
         trainer = Trainer(config, ImageDataset("digits", placeholder, None))
@@ -175,8 +178,8 @@ def useful_flops(setting):
     return counter.get_total_flops()
 
 
-def run_case(case, peers, repeats):
-    """{peer: {"median", "p20", "p80": milliseconds, "times": [...]}} and the FLOPs of one step."""
+def run_case(case, peers, repeats, clock=time.perf_counter):
+    """{peer: {"median", "p20", "p80": milliseconds by clock, "times": [...]}} and the FLOPs of one step."""
     torch._dynamo.reset()
     setting = Setting(case)
     steps, expected = {}, None
@@ -191,9 +194,9 @@ def run_case(case, peers, repeats):
     for _ in range(repeats):
         random.shuffle(order)
         for name in order:
-            start = time.perf_counter()
+            start = clock()
             steps[name]()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append((clock() - start) * 1e3)
     return {name: summary(taken) for name, taken in times.items()}, useful_flops(setting)
 
 
@@ -244,7 +247,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", choices=names, default="grey32-b128-fp32", metavar="CASE",
                         help=f"of {', '.join(names)} (default: grey32-b128-fp32)")  # fmt: skip
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=("eager", "channels_last", "tuned", "fuse", "trainer"),
-                        metavar="PEER", help=f"of {', '.join(PEERS)} (default: all but compile and compile_tuned)")  # fmt: skip
+                        metavar="PEER", help=f"of {', '.join(PEERS)} (default: all without compile)")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=10, metavar="INT", help="timed steps of each peer (default: 10)")
     parser.add_argument("--threads", type=int, metavar="INT", help="CPU threads; by default PyTorch's choice")
 
