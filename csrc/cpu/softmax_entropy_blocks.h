@@ -6,7 +6,7 @@
 namespace fastgan::cpu {
 namespace {
 
-constexpr int kRowLanes = 16;  // rows worked on side by side
+constexpr int kRowLanes = 16;  // rows the widest instruction set works on side by side
 
 struct SoftmaxEntropyBlocks {
   int64_t size;   // rows a block, a multiple of kRowLanes

@@ -1,8 +1,9 @@
 // Compiled once per instruction set (see isa.h).
 //
-// Sixteen rows are worked on side by side: a tile [classes][16] turns the sums over a short row (10 classes) into
-// plain vector additions. Working along a row instead leaves most of a vector empty at 10 classes; plain loops over
-// the lanes were vectorised along the classes, or not at all, and ran at 60% of the speed of the vectors below.
+// A vector of rows is worked on side by side: a tile [classes][kLanes] turns the sums over a short row (10 classes)
+// into plain vector additions, where working along a row would leave most of a vector empty. A vector is as long as
+// the instruction set's: GCC takes comparisons of longer ones apart into scalars. Rows become columns by transposing
+// squares of 8 x 8 in registers.
 //
 // The marginal is reduced in two levels and a fixed order: lanes and rows of a block first, then the blocks, in
 // double. Blocks depend on the shape alone, so the result does not depend on the number of threads.
@@ -16,11 +17,26 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-template <typename A> struct LanesOf;
-template <> struct LanesOf<float> { typedef float type __attribute__((vector_size(kRowLanes * sizeof(float)))); };
-template <> struct LanesOf<double> { typedef double type __attribute__((vector_size(kRowLanes * sizeof(double)))); };
-template <typename A> using Lanes = typename LanesOf<A>::type;
-typedef int32_t IntLanes __attribute__((vector_size(kRowLanes * sizeof(int32_t))));
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+static_assert(kRowLanes % kLanes == 0, "blocks must be whole tiles");
+
+template <typename A, int kCount> struct VectorOf;
+template <int kCount> struct VectorOf<float, kCount> {
+  typedef float type __attribute__((vector_size(kCount * sizeof(float))));
+  typedef int32_t integers __attribute__((vector_size(kCount * sizeof(int32_t))));
+};
+template <int kCount> struct VectorOf<double, kCount> {
+  typedef double type __attribute__((vector_size(kCount * sizeof(double))));
+  typedef int64_t integers __attribute__((vector_size(kCount * sizeof(int64_t))));
+};
+template <typename A> using Lanes = typename VectorOf<A, kLanes>::type;
+using IntLanes = typename VectorOf<float, kLanes>::integers;
 
 // e^x for x <= 0, relative error below 2e-7; 0 below -87.3, where float32 ends. x = n ln 2 + r with
 // |r| <= ln 2 / 2; e^r = 1 + r + r^2 P(r), P fitted to minimise the largest relative error of e^r, 4e-9.
@@ -40,7 +56,7 @@ inline Lanes<float> exp_nonpositive(const Lanes<float>& x) {
 
 inline Lanes<double> exp_nonpositive(const Lanes<double>& x) {
   Lanes<double> value;
-  for (int i = 0; i < kRowLanes; ++i) value[i] = __builtin_exp(x[i]);
+  for (int i = 0; i < kLanes; ++i) value[i] = __builtin_exp(x[i]);
   return value;
 }
 
@@ -61,7 +77,7 @@ inline Lanes<float> log_value(const Lanes<float>& x) {
 
 inline Lanes<double> log_value(const Lanes<double>& x) {
   Lanes<double> value;
-  for (int i = 0; i < kRowLanes; ++i) value[i] = __builtin_log(x[i]);
+  for (int i = 0; i < kLanes; ++i) value[i] = __builtin_log(x[i]);
   return value;
 }
 
@@ -75,43 +91,116 @@ inline L below_max(const L& logit, const L& max) {
 template <typename A>
 inline double sum_lanes(const Lanes<A>& lanes) {
   double sum = 0;
-  for (int i = 0; i < kRowLanes; ++i) sum += lanes[i];
+  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
   return sum;
+}
+
+constexpr int kSide = 8;  // of the squares that are transposed
+template <typename A> using Side = typename VectorOf<A, kSide>::type;
+
+// Elements 0 to 7 are a's, 8 to 15 are b's.
+#if defined(__clang__)
+#define FASTGAN_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FASTGAN_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (typename VectorOf<A, kSide>::integers{__VA_ARGS__}))
+#endif
+
+template <typename A>
+inline void transpose(Side<A>* rows) {
+  Side<A> pairs[kSide], fours[kSide];
+#pragma GCC unroll 4
+  for (int i = 0; i < kSide; i += 2) {
+    pairs[i] = FASTGAN_SHUFFLE(rows[i], rows[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    pairs[i + 1] = FASTGAN_SHUFFLE(rows[i], rows[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < kSide; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = FASTGAN_SHUFFLE(pairs[i + j], pairs[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      fours[i + 2 * j + 1] = FASTGAN_SHUFFLE(pairs[i + j], pairs[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < kSide / 2; ++i) {
+    rows[i] = FASTGAN_SHUFFLE(fours[i], fours[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    rows[i + 4] = FASTGAN_SHUFFLE(fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+#undef FASTGAN_SHUFFLE
+
+template <typename T, typename A>
+inline Side<A> load_side(const T* from) {
+  A values[kSide];
+  for (int j = 0; j < kSide; ++j) values[j] = Load<T>::from(from[j]);
+  Side<A> side;
+  __builtin_memcpy(&side, values, sizeof(side));
+  return side;
+}
+
+template <typename T, typename A>
+inline void store_side(const Side<A>& side, T* to) {
+  A values[kSide];
+  __builtin_memcpy(values, &side, sizeof(side));
+  for (int j = 0; j < kSide; ++j) to[j] = Load<T>::to(values[j]);
+}
+
+// Calls f(k) for the first class of every square; the last square overlaps the one before where kSide does not divide
+// classes, and finds or writes the same values there.
+template <typename F>
+inline void for_each_square(int64_t classes, F&& f) {
+  for (int64_t k = 0; k < classes; k += kSide) f(k + kSide <= classes ? k : classes - kSide);
 }
 
 // tile[k][i] = logits of row i, class k; rows past `valid` are zeros. Returns the maximum over the classes.
 template <typename T, typename A>
 inline Lanes<A> load_tile(const T* logits, int64_t row_stride, int64_t classes, int valid, Lanes<A>* tile) {
-  Lanes<A> max = {};
-  for (int64_t k = 0; k < classes; ++k) {
-    Lanes<A> column = {};
-    if (valid == kRowLanes) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kRowLanes; ++i) column[i] = Load<T>::from(logits[i * row_stride + k]);
-    } else {
+  if (kLanes % kSide == 0 && valid == kLanes && classes >= kSide) {
+    for_each_square(classes, [&](int64_t k) {
+      for (int half = 0; half < kLanes; half += kSide) {
+        Side<A> square[kSide];
+#pragma GCC unroll 8
+        for (int i = 0; i < kSide; ++i) square[i] = load_side<T, A>(logits + (half + i) * row_stride + k);
+        transpose<A>(square);
+#pragma GCC unroll 8
+        for (int j = 0; j < kSide; ++j)
+          __builtin_memcpy(reinterpret_cast<char*>(tile + k + j) + half * sizeof(A), square + j, sizeof(square[j]));
+      }
+    });
+  } else {
+    for (int64_t k = 0; k < classes; ++k) {
+      Lanes<A> column = {};
       for (int i = 0; i < valid; ++i) column[i] = Load<T>::from(logits[i * row_stride + k]);
+      tile[k] = column;
     }
-    tile[k] = column;
-    max = k == 0 ? column : column > max ? column : max;
   }
+  Lanes<A> max = tile[0];
+  for (int64_t k = 1; k < classes; ++k) max = tile[k] > max ? tile[k] : max;
   return max;
 }
 
 template <typename T, typename A>
 inline void store_tile(const Lanes<A>* tile, int64_t classes, int valid, T* output) {
-  for (int64_t k = 0; k < classes; ++k) {
-    const Lanes<A> column = tile[k];
-    if (valid == kRowLanes) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kRowLanes; ++i) output[i * classes + k] = Load<T>::to(column[i]);
-    } else {
-      for (int i = 0; i < valid; ++i) output[i * classes + k] = Load<T>::to(column[i]);
-    }
+  if (kLanes % kSide == 0 && valid == kLanes && classes >= kSide) {
+    for_each_square(classes, [&](int64_t k) {
+      for (int half = 0; half < kLanes; half += kSide) {
+        Side<A> square[kSide];
+#pragma GCC unroll 8
+        for (int j = 0; j < kSide; ++j)
+          __builtin_memcpy(square + j, reinterpret_cast<const char*>(tile + k + j) + half * sizeof(A), sizeof(square[j]));
+        transpose<A>(square);
+#pragma GCC unroll 8
+        for (int i = 0; i < kSide; ++i) store_side<T, A>(square[i], output + (half + i) * classes + k);
+      }
+    });
+  } else {
+    for (int64_t k = 0; k < classes; ++k)
+      for (int i = 0; i < valid; ++i) output[i * classes + k] = Load<T>::to(tile[k][i]);
   }
 }
 
 inline int rows_of_tile(int64_t first, int64_t end) {
-  return end - first < kRowLanes ? static_cast<int>(end - first) : kRowLanes;
+  return end - first < kLanes ? static_cast<int>(end - first) : kLanes;
 }
 
 template <typename T>
@@ -131,7 +220,7 @@ typename SoftmaxEntropyKernels<T>::Values forward(const SoftmaxEntropyShape& sha
     double cross_entropy = 0;
     const int64_t begin = block * blocks.size;
     const int64_t end = begin + blocks.size < shape.rows ? begin + blocks.size : shape.rows;
-    for (int64_t n = begin; n < end; n += kRowLanes) {
+    for (int64_t n = begin; n < end; n += kLanes) {
       const int valid = rows_of_tile(n, end);
       const T* rows = logits + n * shape.row_stride;
       const Lanes<A> max = load_tile<T, A>(rows, shape.row_stride, K, valid, tile);
@@ -144,7 +233,7 @@ typename SoftmaxEntropyKernels<T>::Values forward(const SoftmaxEntropyShape& sha
       }
       const Lanes<A> log_s = log_value(s);
       Lanes<A> weight = A(1) / s, row_entropy = log_s - u * weight;
-      for (int i = valid; i < kRowLanes; ++i) weight[i] = row_entropy[i] = A(0);
+      for (int i = valid; i < kLanes; ++i) weight[i] = row_entropy[i] = A(0);
       entropy += row_entropy;
       for (int64_t k = 0; k < K; ++k) probabilities[k] += weight * tile[k];
       for (int i = 0; i < valid; ++i) log_normalizer[n + i] = log_s[i];
@@ -159,7 +248,7 @@ typename SoftmaxEntropyKernels<T>::Values forward(const SoftmaxEntropyShape& sha
     sums[K] = static_cast<A>(sum_lanes<A>(entropy));
     sums[K + 1] = static_cast<A>(cross_entropy);
   });
-  const A* sums = workspace + 2 * K * kRowLanes;
+  const A* sums = workspace + 2 * K * kLanes;
   const auto total = [&](int64_t j) {
     double sum = 0;
     for (int64_t block = 0; block < blocks.count; ++block) sum += sums[block * scratch + j];
@@ -196,7 +285,7 @@ void backward(const SoftmaxEntropyShape& shape, const T* logits, const SoftmaxEn
                      : grad.marginal * static_cast<A>(__builtin_log(static_cast<double>(mean_probabilities[k])));
     const int64_t begin = block * blocks.size;
     const int64_t end = begin + blocks.size < shape.rows ? begin + blocks.size : shape.rows;
-    for (int64_t n = begin; n < end; n += kRowLanes) {
+    for (int64_t n = begin; n < end; n += kLanes) {
       const int valid = rows_of_tile(n, end);
       const Lanes<A> max = load_tile<T, A>(logits + n * shape.row_stride, shape.row_stride, K, valid, tile);
       Lanes<A> log_s = {}, mean = {}, weight = {};
