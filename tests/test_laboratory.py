@@ -19,11 +19,11 @@ def stack(widths=(1, 11, 11, 1), copies=3):
 
 def test_handwritten_gradients_are_those_of_autograd():
     network = stack()
-    x = torch.randn(3, 20, 1, requires_grad=True)
+    x = torch.randn(3, 1, 20, requires_grad=True)
     flat = network.parameters.clone().requires_grad_()
     output, layers = x, network._views(flat)
     for number, (weight, bias) in enumerate(layers):
-        output = torch.baddbmm(bias, output, weight)
+        output = torch.baddbmm(bias, weight, output)
         output = output.tanh() if number < len(layers) - 1 else output
     incoming = torch.randn_like(output)
     expected = torch.autograd.grad(output, (x, flat), incoming)
@@ -35,8 +35,8 @@ def test_handwritten_gradients_are_those_of_autograd():
 def test_backward_without_weights_leaves_their_gradients_alone():
     network = stack()
     network.gradients.fill_(7)
-    network.forward(torch.randn(3, 5, 1))
-    network.backward(torch.ones(3, 5, 1), weights=False, input=True)
+    network.forward(torch.randn(3, 1, 5))
+    network.backward(torch.ones(3, 1, 5), weights=False, input=True)
     assert (network.gradients == 7).all()
 
 

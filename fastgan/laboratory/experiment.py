@@ -135,8 +135,8 @@ def train(
     optimizer_g = Adam(generator.parameters, config.beta1, config.beta2)
     optimizer_d = Adam(discriminator.parameters, config.beta1, config.beta2)
     averaged = generator.parameters.clone()
-    real_then_fake = torch.cat([torch.ones(1, count, 1), torch.zeros(1, count, 1)], 1)
-    z = torch.empty(seeds, count, 1)
+    real_then_fake = torch.cat([torch.ones(count), torch.zeros(count)])
+    z = torch.empty(seeds, 1, count)
     grid = torch.linspace(*data.limits(5), 401)
     recorded = ("steps", "samples", "curves", "loss_d", "loss_g", "d_real", "d_fake")
     history: dict[str, list] = {name: [] for name in recorded}
@@ -162,12 +162,12 @@ def train(
             history["steps"].append(step)
             history["samples"].append(_generate(generator, averaged, config.noise_range) * scale + shift)
             history["curves"].append(
-                discriminator.forward(((grid - shift) / scale).expand(seeds, -1)[..., None]).sigmoid()[..., 0]
+                discriminator.forward(((grid - shift) / scale).expand(seeds, 1, -1)).sigmoid()[:, 0]
             )
         before = random.get_state() if looks else None
-        x = (data.sample((seeds, count, 1), random) - shift) / scale
+        x = (data.sample((seeds, 1, count), random) - shift) / scale
         fake = generator.forward(z.uniform_(-config.noise_range, config.noise_range, generator=random))
-        logits = discriminator.forward(torch.cat([x, fake], 1))
+        logits = discriminator.forward(torch.cat([x, fake], 2))
         probabilities = logits.sigmoid()
         if looks:
             _note_losses(history, config, logits)
@@ -196,7 +196,7 @@ def train(
 
 def _note_losses(history: dict[str, list], config: LaboratoryConfig, logits: Tensor) -> None:
     """Losses and mean probabilities of every seed, from the discriminators' logits of data and fakes."""
-    real, fake = logits.chunk(2, 1)
+    real, fake = logits.chunk(2, 2)
     history["loss_d"].append((F.softplus(-real) + F.softplus(fake)).mean((1, 2)))
     loss = F.softplus(-fake) if config.generator_loss == "non_saturating" else -F.softplus(fake)
     history["loss_g"].append(loss.mean((1, 2)))
@@ -230,10 +230,10 @@ def fit_discriminator(config: LaboratoryConfig, generators: Mixture, *, steps: i
     count = 2 * config.batch_size
     _, discriminator = _networks(config, random)
     optimizer = Adam(discriminator.parameters, 0.9, 0.999)
-    real_then_fake = torch.cat([torch.ones(1, count, 1), torch.zeros(1, count, 1)], 1)
+    real_then_fake = torch.cat([torch.ones(count), torch.zeros(count)])
     for step in range(steps):
-        shape = (config.seeds, count, 1)
-        x = (torch.cat([config.data.sample(shape, random), generators.sample(shape, random)], 1) - shift) / scale
+        shape = (config.seeds, 1, count)
+        x = (torch.cat([config.data.sample(shape, random), generators.sample(shape, random)], 2) - shift) / scale
         discriminator.backward((discriminator.forward(x).sigmoid() - real_then_fake) / count)
         optimizer.step(discriminator.gradients, 1e-2 * (1 - step / steps))
     limits = list(zip(config.data.limits(5), generators.limits(5)))
@@ -241,7 +241,7 @@ def fit_discriminator(config: LaboratoryConfig, generators: Mixture, *, steps: i
     real, fake = config.data.density(x), generators.density(x)
     inside = (real + fake) >= 0.01 * (real + fake).max()
     x = x[inside]
-    found = discriminator.forward(((x - shift) / scale).expand(config.seeds, -1)[..., None]).sigmoid()[..., 0]
+    found = discriminator.forward(((x - shift) / scale).expand(config.seeds, 1, -1)).sigmoid()[:, 0]
     return x, found, (real / (real + fake))[inside]
 
 
@@ -263,19 +263,19 @@ def gradient_norms(config: LaboratoryConfig, *, steps: int = 200) -> dict[str, T
     count = config.batch_size
     generator, discriminator = _networks(config, random)
     optimizer = Adam(discriminator.parameters, config.beta1, config.beta2)
-    real_then_fake = torch.cat([torch.ones(1, count, 1), torch.zeros(1, count, 1)], 1)
+    real_then_fake = torch.cat([torch.ones(count), torch.zeros(count)])
     norms: dict[str, list[Tensor]] = {kind: [] for kind in GENERATOR_LOSSES}
     for _ in range(steps):
-        x = (config.data.sample((config.seeds, count, 1), random) - shift) / scale
-        z = torch.empty(config.seeds, count, 1).uniform_(-config.noise_range, config.noise_range, generator=random)
+        x = (config.data.sample((config.seeds, 1, count), random) - shift) / scale
+        z = torch.empty(config.seeds, 1, count).uniform_(-config.noise_range, config.noise_range, generator=random)
         fake = generator.forward(z)
-        discriminator.backward((discriminator.forward(torch.cat([x, fake], 1)).sigmoid() - real_then_fake) / count)
+        discriminator.backward((discriminator.forward(torch.cat([x, fake], 2)).sigmoid() - real_then_fake) / count)
         optimizer.step(discriminator.gradients, config.discriminator_learning_rate)
         logits = discriminator.forward(fake)
         for kind in GENERATOR_LOSSES:
             gradient = generator_loss_gradient(logits, kind) / count
             generator.backward(discriminator.backward(gradient, weights=False, input=True))
-            norms[kind].append(generator.gradients.norm(dim=1))
+            norms[kind].append(generator.gradient_norms())
     return {kind: torch.stack(values) for kind, values in norms.items()}
 
 
@@ -305,14 +305,14 @@ def load_generator(state: dict[str, Any]) -> tuple[LaboratoryConfig, StackedMLP]
 def generate(config: LaboratoryConfig, generator: StackedMLP, z: Tensor) -> Tensor:
     """Samples [seeds, N] in the data's own units from inputs z [seeds, N] within the noise range."""
     shift, scale = _standardisation(config)
-    return generator.forward(z[..., None])[..., 0] * scale + shift
+    return generator.forward(z[:, None])[:, 0] * scale + shift
 
 
 def _generate(generator: StackedMLP, weights: Tensor, noise_range: float) -> Tensor:
     """Samples [seeds, 2000] under other weights, from inputs that fill the noise range evenly."""
     kept = generator.parameters.clone()
     generator.parameters.copy_(weights)
-    z = torch.linspace(-noise_range, noise_range, 2000)[None, :, None].expand(len(kept), -1, -1)
-    samples = generator.forward(z)[..., 0]
+    z = torch.linspace(-noise_range, noise_range, 2000).expand(generator.copies, 1, -1)
+    samples = generator.forward(z)[:, 0]
     generator.parameters.copy_(kept)
     return samples
