@@ -32,7 +32,10 @@ REFERENCES = {
     ops.conv_transpose2d_act: conv_transpose2d_act_reference,
 }
 peak = functools.cache(measured_peak)
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+# Relative, of a tensor's norm. An element whose value before the activation is 0 but for rounding may take the other slope:
+# one such element is a thousandth of the norm of a bias's gradient.
+TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 5e-2}
+HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,11 @@ def make_call(layer, peer, dtype, direction):
 
 @pytest.mark.parametrize("peer", ["fastgan", "pytorch", "pytorch_channels_last"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [
+    pytest.param(torch.float32, id="float32"),
+    pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.skipif(
+        not HAS_BFLOAT16, reason="this processor has no bfloat16 products: they are emulated, slowly, by both")),
+])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_layer(benchmark, layer, dtype, direction, peer):
     benchmark.group = f"{layer} {dtype} {direction}"

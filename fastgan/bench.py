@@ -38,8 +38,10 @@ from fastgan.train import DCGANConfig, Trainer
 LATENT_DIM = 100
 PYTORCH_PEERS = ("eager", "channels_last", "compile", "tuned", "compile_tuned")
 PEERS = (*PYTORCH_PEERS, "fuse", "fuse_compile", "trainer")
-# Largest relative difference of a loss after one update; bfloat16 has 8 bits of precision.
+# Largest relative difference of a loss in the first step; bfloat16 has 8 bits of precision. Adam's first updates have the
+# sign of the gradient, also where it is rounding alone, so that the second step may differ five times as much.
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+SECOND_STEP = 5
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,9 @@ def check(case, name, step, expected):
     found = torch.stack([step(), step()]).float()
     if expected is None:
         return found
-    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    largest = [values.flatten(1).abs().amax(1) for values in (found - expected, expected)]
+    first, second = (largest[0] / largest[1]).tolist()
+    difference = max(first, second / SECOND_STEP)
     if not difference <= TOLERANCE[case.precision]:
         raise ValueError(f"{case.name}: {name} differs from eager by {difference:.2g}: losses {found.tolist()} and {expected.tolist()}")
     return expected

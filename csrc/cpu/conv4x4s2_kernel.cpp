@@ -11,6 +11,7 @@
 #include "conv4x4s2_gemm.h"
 #include "conv4x4s2_kernel.h"
 #include "conv4x4s2_tiles.h"
+#include "transpose.h"
 
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
@@ -209,8 +210,21 @@ void pack_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* wei
       const int64_t count = min64(kGathered, chunk - first);
       for (int64_t i = 0; i < count; ++i) {
         const float* w = weight + (c0 + first + i) * input_stride + k * output_stride;
-        for (int64_t column = 0; column < columns; ++column)
-          for (int t = 0; t < 16; ++t) taps[i][t][column] = w[column * output_stride + t];
+        if (kPanel % kSide == 0 && kLanes >= kSide && columns == kPanel) {
+          for (int t = 0; t < 16; t += kSide)
+            for (int64_t column = 0; column < kPanel; column += kSide) {
+              Side<float> square[kSide];
+#pragma GCC unroll 8
+              for (int j = 0; j < kSide; ++j)
+                __builtin_memcpy(square + j, w + (column + j) * output_stride + t, sizeof square[j]);
+              transpose<float>(square);
+#pragma GCC unroll 8
+              for (int j = 0; j < kSide; ++j) __builtin_memcpy(&taps[i][t + j][column], square + j, sizeof square[j]);
+            }
+        } else {
+          for (int64_t column = 0; column < columns; ++column)
+            for (int t = 0; t < 16; ++t) taps[i][t][column] = w[column * output_stride + t];
+        }
       }
       for (int a = 0; a < 2; ++a)
         for (int b = 0; b < 2; ++b) {
