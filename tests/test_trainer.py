@@ -108,7 +108,8 @@ def test_checkpoint_is_loadable_with_weights_only_and_holds_the_whole_state(tmp_
     assert run(DCGANConfig, [*tiny, "--output", str(tmp_path), "--max-steps", "7", "--ema", "0.9"]) == 0
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["step"] == 7 and (state["data"]["epoch"], state["data"]["position"]) == (1, 2)
-    assert set(state["networks"]) == set(state["optimizers"]) == set(state["averaged"]) == {"generator", "discriminator"}
+    assert set(state["networks"]) == set(state["optimizers"]) == {"generator", "discriminator"}
+    assert set(state["averaged"]) == {"generator"}
     assert state["random"]["cpu"].dtype == torch.uint8
     generator, discriminator, _ = DCGANConfig(**state["config"]).build(load_dataset("digits", image_size=8))
     generator.load_state_dict(state["networks"]["generator"])

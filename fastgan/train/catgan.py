@@ -100,6 +100,8 @@ class CatGANConfig(TrainConfig):
 class CatGANObjective(Objective):
     """The CatGAN's losses over real, labeled and generated images, and its evaluation."""
 
+    averaged = ("generator", "discriminator")
+
     def __init__(self, config: CatGANConfig, dataset: ImageDataset, classes: int, categories: int):
         super().__init__(config.generator_loss)
         self.config, self.dataset, self.classes, self.categories = config, dataset, classes, categories

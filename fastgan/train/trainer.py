@@ -32,8 +32,8 @@ from fastgan.train.outputs import (
     Metrics, Progress, copy_history, prepare_folder, save_animation, save_curves, save_grid, write_json,
 )
 
-# Curves and animation take about a second to draw: at most every so many seconds, and at the end.
-DRAWING_INTERVAL = 30.0
+# Curves and animation take seconds to draw: at most every so many seconds, and at the end.
+DRAWING_INTERVAL = 60.0
 
 
 class Objective:
@@ -48,7 +48,12 @@ class Objective:
         gradient_penalty: weight of :func:`fastgan.losses.gradient_penalty`, 0 for none.
         r1: weight of :func:`fastgan.losses.r1_penalty`, 0 for none.
         label_smoothing: as for :func:`fastgan.losses.discriminator_loss`.
+
+    Attributes:
+        averaged: the networks whose averaged weights are of use.
     """
+
+    averaged = ("generator",)
 
     def __init__(self, kind: str = "non_saturating", augment: Callable[[Tensor], Tensor] | None = None, *,
                  gradient_penalty: float = 0.0, r1: float = 0.0, label_smoothing: float = 0.0):
@@ -103,7 +108,7 @@ class Trainer:
     Attributes:
         ranks: the processes of the run.
         step: updates of the generator done, each after ``discriminator_steps`` of the discriminator.
-        averaged: exponential averages of both networks by name, where ``config.ema`` is not 0.
+        averaged: exponential averages by name of the networks that the objective wants them of, where ``config.ema`` is not 0.
         program: what Python is to run with --resume to go on with the run: a script, or ``-m`` and a module.
 
     Raises:
@@ -140,8 +145,10 @@ class Trainer:
             name: torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16") for name in self.networks
         }
         self.averaged = {
-            name: AveragedModel(network, multi_avg_fn=_ramped_average(config.ema), use_buffers=True).requires_grad_(False)
-            for name, network in self.networks.items()
+            name: AveragedModel(
+                self.networks[name], multi_avg_fn=_ramped_average(config.ema), use_buffers=True
+            ).requires_grad_(False)
+            for name in self.objective.averaged
             if config.ema
         }
         self.alarms = Alarms(config.generator_loss, config.side_by_side)
