@@ -4,8 +4,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgan.data import ClassBatches, DataError, ImageDataset, load_dataset
+from fastgan.data import Batch, ClassBatches, DataError, ImageDataset, load_dataset
+from fastgan.models import mlp_gan
 from fastgan.train import GANConfig, Trainer, run
+from fastgan.train.gan import GANObjective
+from fastgan.train.trainer import Objective
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +62,20 @@ def test_every_variant_of_the_report_trains(tmp_path, digits, settings):
     trainer = Trainer(GANConfig(device="cpu", output=str(tmp_path), max_steps=3, threads=1, **settings), digits)
     trainer.train()
     assert trainer.step == 3
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("kind, smoothing", [("non_saturating", 0.1), ("hinge", 0.0)])
+def test_one_pass_of_the_discriminator_gives_the_losses_and_gradients_of_two(copies, kind, smoothing):
+    torch.manual_seed(0)
+    _, discriminator = mlp_gan((1, 5, 5), copies=copies)
+    batch, fake = Batch(torch.randn(4 * copies, 1, 5, 5), None), torch.randn(4 * copies, 1, 5, 5)
+    found = []
+    for objective in (GANObjective(copies, kind, label_smoothing=smoothing), Objective(kind, label_smoothing=smoothing)):
+        discriminator.zero_grad()
+        losses, figures = 0, {}
+        for loss, some in objective.discriminator_losses(discriminator, batch, fake):
+            loss.backward()
+            losses, figures = losses + loss.detach(), figures | some
+        found.append((losses, figures, [parameter.grad for parameter in discriminator.parameters()]))
+    torch.testing.assert_close(*found)

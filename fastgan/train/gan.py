@@ -1,15 +1,17 @@
 """Training of the GAN of multilayer perceptrons: one network a class, all of them at once."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastgan.data import Batches, ClassBatches, ImageDataset
+from fastgan.data import Batch, Batches, ClassBatches, ImageDataset
+from fastgan.losses import fake_loss, real_loss
 from fastgan.models.gan import OUTPUT_ACTIVATIONS, mlp_gan
 from fastgan.train.config import AdversarialConfig, option
-from fastgan.train.trainer import Objective
+from fastgan.train.trainer import Objective, mean_probability
 
 CLASSES = 10
 
@@ -66,10 +68,36 @@ class GANConfig(AdversarialConfig):
             generator_layers=self.generator_layers, discriminator_layers=self.discriminator_layers,
             output_activation=self.output_activation, copies=self.side_by_side,
         )
-        return generator, discriminator, Objective(self.generator_loss, **self.discriminator_terms)
+        return generator, discriminator, GANObjective(self.side_by_side, self.generator_loss, **self.discriminator_terms)
 
     def build_generator(self) -> nn.Module:
         return mlp_gan(
             self.image_shape, self.latent_dim, self.hidden_features, generator_layers=self.generator_layers,
             output_activation=self.output_activation, copies=self.side_by_side,
         )[0]
+
+
+class GANObjective(Objective):
+    """The adversarial losses, with real and generated samples in one pass of the discriminator: it has no batch norm, so that
+    its results are those of two passes, and networks this small take most of their time by the call.
+
+    Args:
+        copies: GANs trained side by side, as for :func:`fastgan.models.mlp_gan`.
+        kind, terms: as for :class:`Objective`.
+    """
+
+    def __init__(self, copies: int, kind: str, **terms: float):
+        super().__init__(kind, **terms)
+        self.copies = copies
+
+    def discriminator_losses(
+        self, discriminator: nn.Module, batch: Batch, fake: Tensor
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        if self.gradient_penalty or self.r1:
+            yield from super().discriminator_losses(discriminator, batch, fake)
+            return
+        both = torch.stack([images.unflatten(0, (self.copies, -1)) for images in (batch.images, fake)], 1)
+        real_logits, fake_logits = discriminator(both.flatten(0, 2)).unflatten(0, (self.copies, 2, -1)).unbind(1)
+        loss = real_loss(real_logits, self.discriminator_kind, label_smoothing=self.label_smoothing)
+        loss = loss + fake_loss(fake_logits, self.discriminator_kind)
+        yield loss, {"d_real": mean_probability(real_logits), "d_fake": mean_probability(fake_logits)}

@@ -62,6 +62,11 @@ class Objective:
         self.augment = augment or nn.Identity()
         self.gradient_penalty, self.r1, self.label_smoothing = gradient_penalty, r1, label_smoothing
 
+    @property
+    def discriminator_kind(self) -> str:
+        """Of the discriminator's loss, as for :func:`fastgan.losses.real_loss`."""
+        return "minimax" if self.kind == "non_saturating" else self.kind
+
     def discriminator_losses(
         self, discriminator: nn.Module, batch: Batch, fake: Tensor
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -70,13 +75,13 @@ class Objective:
 
         Each term is differentiated before the next is asked for: only one pass of the discriminator is held at a time.
         """
-        kind = "minimax" if self.kind == "non_saturating" else self.kind
+        kind = self.discriminator_kind
         real = self.augment(batch.images)
         logits = discriminator(real)
-        yield real_loss(logits, kind, label_smoothing=self.label_smoothing), {"d_real": _mean_probability(logits)}
+        yield real_loss(logits, kind, label_smoothing=self.label_smoothing), {"d_real": mean_probability(logits)}
         fake = self.augment(fake)
         logits = discriminator(fake)
-        yield fake_loss(logits, kind), {"d_fake": _mean_probability(logits)}
+        yield fake_loss(logits, kind), {"d_fake": mean_probability(logits)}
         if self.gradient_penalty:
             penalty = gradient_penalty(discriminator, real, fake, weight=self.gradient_penalty)
             yield penalty, {"gradient_penalty": penalty.detach()}
@@ -411,7 +416,8 @@ class Trainer:
         return shlex.join([*resume_words(), *self.program, "--resume", str(self.output)])
 
 
-def _mean_probability(logits: Tensor) -> Tensor:
+def mean_probability(logits: Tensor) -> Tensor:
+    """Mean of D over a batch, from its logits."""
     return logits.detach().float().sigmoid().mean()
 
 
