@@ -195,8 +195,6 @@ def main():
             taken = [timed(clock, steps[name]) for _ in range(STEPS_IN_A_ROW)]
             if repeat >= 0:
                 times[name] += taken[1:]
-    run_products = products(setting.networks)
-    floor = statistics.median(timed(clock, run_products) for _ in range(5 * STEPS_IN_A_ROW))
     print("\n".join(f"- {name}: {value}" for name, value in environment(arguments.threads).items()))
     kind = "processor time" if arguments.processor_time else "time"
     print(f"\n| peer | {kind}, median, ms | 20–80%, ms | speed against eager |\n|---|---:|---:|---:|")
@@ -204,7 +202,10 @@ def main():
         result = summary(taken)
         ratio = f"{statistics.median(times['eager']) / result['median']:.2f}" if "eager" in times else "–"
         print(f"| {name} | {result['median']:.1f} | {result['p20']:.1f}–{result['p80']:.1f} | {ratio} |")
-    print(f"| matrix products alone | {floor:.1f} | | {statistics.median(times['eager']) / floor:.2f} |" if "eager" in times else "")
+    if "eager" in times:
+        run_products = products(setting.networks)
+        floor = statistics.median(timed(clock, run_products) for _ in range(5 * STEPS_IN_A_ROW))
+        print(f"| matrix products alone | {floor:.1f} | | {statistics.median(times['eager']) / floor:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The whole benchmark suite of the CPU, per operator and per step, into benchmarks/results/.
 
-    python benchmarks/suite.py                      about 15 minutes on two idle cores
+    python benchmarks/suite.py                      all of it, on idle cores
     python benchmarks/suite.py --parts ops memory   parts of it
 
 Every part is a command of its own and checks results before it times them; see there for its options:

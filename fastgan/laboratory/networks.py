@@ -91,7 +91,6 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left, right) if left.shape[2] > 1 else left * right
 
 
-
 class Adam:
     """Adam (Kingma and Ba 2015) on one flat tensor of parameters."""
 
