@@ -85,7 +85,7 @@ class Batches:
         for number in range(start, len(self)):
             chosen = self.share(order[number * size : (number + 1) * size])
             labels = None if self.labels is None else self.labels[chosen]
-            yield Batch(normalize(self.images[chosen]), labels)
+            yield Batch(normalize(self.images.index_select(0, chosen)), labels)  # copies whole images, as indexing does not
 
     def _order(self, generator: torch.Generator) -> Tensor:
         """Positions of the images of an epoch, whole batches of them one after the other."""
