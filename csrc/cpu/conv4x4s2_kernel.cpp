@@ -20,6 +20,7 @@ constexpr int64_t kChunk = 64;           // reduction channels transformed and m
 constexpr int64_t kOutputBlock = 128;    // output channels of a task
 constexpr int64_t kProductRows = 1664;   // rows of all 16 product matrices of a block, about 100 each
 constexpr int64_t kFewTasks = 8;
+constexpr int64_t kStreamed = 1 << 18;   // floats of packed weights that are written past the cache
 constexpr int64_t kGradientRows = 1024;  // the same for the weight gradient, which also holds its accumulators
 constexpr int64_t kGradientLarge = 128;  // block of the weight a weight_gradient task owns
 constexpr int64_t kGradientSmall = 64;
@@ -198,18 +199,21 @@ void pack_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* wei
   // weight[small][large][16]: strides of an input and of an output channel
   const int64_t input_stride = g.up ? shape.large_channels * 16 : 16, output_stride = g.up ? 16 : shape.large_channels * 16;
   const int64_t panels = to.output_channels / kPanel, chunks = ceil_div(g.input_channels, kChunk);
+  const bool past_cache = to.size() >= kStreamed;
   parallel_for(panels * chunks, [&](int64_t task) {
     const int64_t k = task / chunks * kPanel, c0 = task % chunks * kChunk;
     const int64_t k0 = k / kOutputBlock * kOutputBlock, chunk = to.chunk_channels(c0);
     const int64_t columns = min64(kPanel, g.output_channels - k);
     // A few channels are gathered before their vectors are read: a vector load right behind the single stores it spans waits
     // for them.
-    constexpr int64_t kGathered = 8;
+    constexpr int64_t kGathered = 8, kAhead = 4;
     float taps[kGathered][16][kPanel] = {};
     for (int64_t first = 0; first < chunk; first += kGathered) {
       const int64_t count = min64(kGathered, chunk - first);
       for (int64_t i = 0; i < count; ++i) {
         const float* w = weight + (c0 + first + i) * input_stride + k * output_stride;
+        for (int64_t column = 0; column < columns; ++column)
+          __builtin_prefetch(w + kAhead * input_stride + column * output_stride);
         if (kPanel % kSide == 0 && kLanes >= kSide && columns == kPanel) {
           for (int t = 0; t < 16; t += kSide)
             for (int64_t column = 0; column < kPanel; column += kSide) {
@@ -232,9 +236,14 @@ void pack_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* wei
           const int r[2] = {g.up ? 3 - a : a, g.up ? 1 - a : a + 2}, s[2] = {g.up ? 3 - b : b, g.up ? 1 - b : b + 2};
           float* dst = packed + to.offset(a * 2 + b, k0, c0) + ((k - k0) / kPanel * chunk + first) * 4 * kPanel;
           for (int64_t i = 0; i < count; ++i)
-            for (int t = 0; t < 4; ++t, dst += kPanel) __builtin_memcpy(dst, taps[i][r[t / 2] * 4 + s[t % 2]], sizeof taps[0][0]);
+            for (int t = 0; t < 4; ++t)
+              for (int64_t lane = 0; lane < kPanel; lane += kLanes, dst += kLanes) {
+                const Vec tap = load(taps[i][r[t / 2] * 4 + s[t % 2]] + lane);
+                past_cache ? stream(dst, tap) : store(dst, tap);
+              }
         }
     }
+    stream_fence();
   });
 }
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <cstdint>
-#if defined(__AVX512BF16__)
+#if defined(__x86_64__)
 // GCC 12 takes the undefined lanes of its own intrinsics for a mistake of ours.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -37,6 +37,25 @@ inline Vec load(const float* p) {
   return v;
 }
 inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// Stores whole cache lines to an aligned address without reading them into the cache first. stream_fence() comes before
+// another thread reads them.
+inline void stream(float* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#elif defined(__x86_64__)
+  _mm_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+inline void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 
 #if defined(__AVX512BF16__)
 struct bfloat16 {
