@@ -63,6 +63,7 @@ def test_fastgan_cuda_takes_0_and_1_only(setup_script):
         setup_script.decide_cuda("yes", *CUDA_TORCH, *TOOLKIT)
 
 
+@pytest.mark.sources
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
 def test_setup_stops_before_compiling_when_cuda_is_asked_of_a_cpu_torch(tmp_path):
     run = run_setup(tmp_path, "build_ext", FASTGAN_CUDA="1")
@@ -238,6 +239,7 @@ def test_python_m_fastgan_prints_build_info(tmp_path):
 # ---- the source distribution ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.sources
 def test_source_distribution_holds_every_file_that_build_and_tests_need(tmp_path):
     leave = shutil.ignore_patterns(
         ".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.py[cod]", "*.so", "_build_config.py"
@@ -281,6 +283,7 @@ def test_cmake_compiles_with_the_flags_of_setup_py(setup_script):
     assert ["baseline", *isas] == list(setup_script.X86_ISAS)
 
 
+@pytest.mark.sources
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake on PATH")
 def test_native_tests_pass_under_ctest():
     build = ROOT / "build" / "native"

@@ -18,7 +18,7 @@ THREADS = {
     "weight_gradient_kernel": {"128, 128": 256, "64, 64": 128},
 }
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+pytestmark = [pytest.mark.sources, pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")]
 
 
 @pytest.fixture(scope="module")

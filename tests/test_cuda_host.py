@@ -15,10 +15,13 @@ FLAGS = (
     "-ftrivial-auto-var-init=pattern -fsanitize=address,undefined -fno-sanitize-recover=all"
 ).split()
 
-pytestmark = pytest.mark.skipif(
-    platform.machine() != "x86_64" or platform.system() != "Linux" or shutil.which("g++") is None,
-    reason="the host shim needs g++ on x86-64 Linux",
-)
+pytestmark = [
+    pytest.mark.sources,
+    pytest.mark.skipif(
+        platform.machine() != "x86_64" or platform.system() != "Linux" or shutil.which("g++") is None,
+        reason="the host shim needs g++ on x86-64 Linux",
+    ),
+]
 
 
 @pytest.mark.parametrize("stem", ["bn_act", "softmax_entropy", "conv4x4s2"])

@@ -306,6 +306,12 @@ Tensor aten_convolution(const StackLayer& layer, const Tensor& input, const Tens
                      conv_layer(layer));
 }
 
+// Whether a layer from one pixel multiplies by its weight [A, B, kH, kW] as it lies, with its output in the default layout,
+// because the output has fewer elements to reorder than the weight.
+bool keeps_weight(const Geometry& g, const Tensor& weight) {
+  return g.path == Path::from_pixel && g.batch < weight.size(0);
+}
+
 // The raw output for the paths without a fused loop, into y; the bias is added.
 void plain_forward(const StackLayer& layer, const Geometry& g, const Tensor& input, const LayerParameters& p,
                    const Tensor& y) {
@@ -313,9 +319,14 @@ void plain_forward(const StackLayer& layer, const Geometry& g, const Tensor& inp
     y.copy_(aten_convolution(layer, input, p.weight, p.bias.defined() ? OptionalTensor(p.bias) : std::nullopt));
     return;
   }
-  const Tensor matrix = as_matrix(p.weight.to(y.scalar_type()));
-  Tensor out = flat(y);
-  at::mm_out(out, flat(input), g.path == Path::from_pixel ? matrix : matrix.t());
+  const Tensor weight = p.weight.to(y.scalar_type());
+  if (keeps_weight(g, weight)) {
+    y.copy_(at::mm(flat(input), weight.flatten(1)).view(y.sizes()));
+  } else {
+    const Tensor matrix = as_matrix(weight);
+    Tensor out = flat(y);
+    at::mm_out(out, flat(input), g.path == Path::from_pixel ? matrix : matrix.t());
+  }
   if (p.bias.defined()) y.add_(p.bias.view({1, -1, 1, 1}));
 }
 
@@ -335,7 +346,9 @@ std::pair<Tensor, Tensor> plain_backward(const StackLayer& layer, const Geometry
   if (want_input)
     grad_input = unflat(at::mm(d, from_pixel ? as_matrix(weight).t() : as_matrix(weight)), input.size(1), input.size(2),
                         input.size(3));
-  if (want_weight)
+  if (want_weight && keeps_weight(g, weight))
+    grad_weight = at::mm(x.t(), dy.contiguous().flatten(1)).view(weight.sizes()).to(parameter.scalar_type());
+  else if (want_weight)
     grad_weight = from_matrix(from_pixel ? at::mm(x.t(), d) : at::mm(d.t(), x), weight).to(parameter.scalar_type());
   return {grad_input, grad_weight};
 }

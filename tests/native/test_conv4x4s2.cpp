@@ -379,10 +379,11 @@ void check_all(const std::vector<Layer>& layers, const std::vector<Layer>& layer
 
 int run_all() {
   parallel_runner = run_on_threads;
-  // small sides 2 to 9, 16, odd large sides, channel counts with partial panels, chunks and blocks
+  // small sides 2 to 9, 16, odd large sides, channel counts with partial panels, chunks and blocks; the last has enough weights to be packed past the cache
   const std::vector<Layer> layers = {{3, 8, 8, 16, 32},  {2, 4, 6, 32, 16},   {2, 5, 7, 16, 16},  {1, 10, 12, 16, 16}, {5, 14, 14, 16, 48},
                           {2, 16, 18, 80, 16}, {2, 32, 32, 16, 16}, {1, 8, 8, 144, 80}, {20, 8, 8, 16, 16},  {1, 128, 96, 16, 16},
-                          {3, 8, 8, 3, 64},   {2, 14, 14, 1, 16},  {2, 7, 9, 3, 32},    {18, 4, 6, 2, 80},   {1, 96, 128, 4, 64}};
+                          {3, 8, 8, 3, 64},   {2, 14, 14, 1, 16},  {2, 7, 9, 3, 32},    {18, 4, 6, 2, 80},   {1, 96, 128, 4, 64},
+                          {2, 4, 6, 128, 144}};
   check_all(layers, {layers[0], layers[12]}, ConvDType::float32);
 
   constexpr ConvDType half = ConvDType::bfloat16;
