@@ -10,6 +10,7 @@ seen: it would add to eager's figure.
 """
 
 import argparse
+import gc
 import json
 import tempfile
 from pathlib import Path
@@ -23,9 +24,12 @@ from fastgan.bench import CASES, PEERS, Setting
 
 def measure(case, peer):
     """Most bytes allocated at once."""
+    gc.collect()  # what the last peer left would count as released by this one
     with tempfile.TemporaryDirectory() as folder:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            step = Setting(case).peer(peer, Path(folder))
+            setting = Setting(case)
+            step = setting.peer(peer, Path(folder))
+            setting.networks = None  # what every peer has copied
             for _ in range(3):
                 step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
