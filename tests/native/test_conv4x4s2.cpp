@@ -176,9 +176,9 @@ void for_products(const Conv4x4s2Shape& s, const F& f) {
           }
 }
 
-// Largest difference relative to the largest value, or to `scale` where that is larger.
-double error(const Floats& got, const Doubles& want, double scale) {
-  double worst = 0, largest = std::max(scale, 1e-30);
+// Largest difference relative to the largest value.
+double error(const Floats& got, const Doubles& want) {
+  double worst = 0, largest = 1e-30;
   for (size_t i = 0; i < want.size(); ++i) {
     const double difference = std::abs(got[i] - want[i]);
     if (!(difference <= worst)) worst = difference;  // keeps a NaN
@@ -187,10 +187,9 @@ double error(const Floats& got, const Doubles& want, double scale) {
   return worst / largest;
 }
 
-void expect_close(const Floats& got, const Doubles& want, const char* what, const Conv4x4s2Shape& s, double tolerance,
-                  double scale = 0) {
+void expect_close(const Floats& got, const Doubles& want, const char* what, const Conv4x4s2Shape& s, double tolerance) {
   char detail[200];
-  const double e = error(got, want, scale);
+  const double e = error(got, want);
   std::snprintf(detail, sizeof detail, "%s batch %d large %dx%dx%d small channels %d: error %.2e",
                 s.dtype == ConvDType::float32 ? "float32" : "bfloat16", int(s.batch), int(s.large_height),
                 int(s.large_width), int(s.large_channels), int(s.small_channels), e);
@@ -299,20 +298,16 @@ void check_loop(const Layer& layer, Conv4x4s2Loop loop, ConvOperand::Mode mode, 
       e.shift = affine ? shift.data() : nullptr;
       layer.run(loop, input.operand, e, threads);
       Doubles want_dz(channels), want_dz_xhat(channels);
-      double dz_scale = 0, dz_xhat_scale = 0;  // of the terms: a sum may cancel
       for (size_t i = 0; i < want.size(); ++i) {
         const size_t c = i % channels;
         const float z = affine ? std::fma(scale[c], y[i], shift[c]) : y[i];
         want[i] = result[i] * act_derivative(z, a, e.negative_slope);
-        const double dz_xhat = want[i] * (double(y[i]) - y_mean[c]) * y_invstd[c];
         want_dz[c] += want[i];
-        want_dz_xhat[c] += dz_xhat;
-        dz_scale += std::abs(want[i]) / double(channels);
-        dz_xhat_scale += std::abs(dz_xhat) / double(channels);
+        want_dz_xhat[c] += want[i] * (double(y[i]) - y_mean[c]) * y_invstd[c];
       }
       expect_close(out.values(), want, down ? "down, gradient" : "up, gradient", s, tolerance);
-      expect_close(sum_dz, want_dz, "sum_dz", s, sum_tolerance, dz_scale);
-      expect_close(sum_dz_xhat, want_dz_xhat, "sum_dz_xhat", s, sum_tolerance, dz_xhat_scale);
+      expect_close(sum_dz, want_dz, "sum_dz", s, sum_tolerance);
+      expect_close(sum_dz_xhat, want_dz_xhat, "sum_dz_xhat", s, sum_tolerance);
     }
 }
 
@@ -382,27 +377,31 @@ void check_all(const std::vector<Layer>& layers, const std::vector<Layer>& layer
     for (int64_t channels : {64, 3}) check_thread_independence(Layer(20, 16, 16, channels, 48, dtype), loop);
 }
 
-int run_all() {
+// Enough weights to be written past the cache, with a partial panel.
+void check_weights_past_the_cache() {
+  const Layer layer(2, 4, 6, 128, 144);
+  for (Conv4x4s2Loop loop : {Conv4x4s2Loop::down, Conv4x4s2Loop::up})
+    check_loop(layer, loop, ConvOperand::Mode::plain, Activation::identity, 2);
+}
+
+void run_all() {
   parallel_runner = run_on_threads;
-  // small sides 2 to 9, 16, odd large sides, channel counts with partial panels, chunks and blocks;
-  // the last has enough weights to be packed past the cache
+  // small sides 2 to 9, 16, odd large sides, channel counts with partial panels, chunks and blocks
   const std::vector<Layer> layers = {{3, 8, 8, 16, 32},  {2, 4, 6, 32, 16},   {2, 5, 7, 16, 16},  {1, 10, 12, 16, 16}, {5, 14, 14, 16, 48},
                           {2, 16, 18, 80, 16}, {2, 32, 32, 16, 16}, {1, 8, 8, 144, 80}, {20, 8, 8, 16, 16},  {1, 128, 96, 16, 16},
-                          {3, 8, 8, 3, 64},   {2, 14, 14, 1, 16},  {2, 7, 9, 3, 32},    {18, 4, 6, 2, 80},   {1, 96, 128, 4, 64},
-                          {2, 4, 6, 128, 144}};
+                          {3, 8, 8, 3, 64},   {2, 14, 14, 1, 16},  {2, 7, 9, 3, 32},    {18, 4, 6, 2, 80},   {1, 96, 128, 4, 64}};
   check_all(layers, {layers[0], layers[12]}, ConvDType::float32);
 
   constexpr ConvDType half = ConvDType::bfloat16;
   const bool supported = active_isa() >= Isa::avx512_bf16;
   expect(conv4x4s2_supported(Layer(16, 8, 8, 32, 32, half).shape, Conv4x4s2Loop::down) == supported, "bfloat16 supported", "");
   expect(!conv4x4s2_supported(Layer(15, 8, 8, 32, 32, half).shape, Conv4x4s2Loop::down), "few images not supported", "");
-  if (!supported) return failures;
+  if (!supported) return;
   // partial groups of images, odd widths, half lines of channels, several strips, splits and blocks of the weight
   const std::vector<Layer> half_layers = {{16, 4, 6, 32, 16, half},  {19, 5, 7, 16, 48, half},  {33, 8, 8, 80, 144, half},
                                           {17, 32, 34, 64, 32, half}, {40, 18, 14, 48, 160, half}, {16, 64, 6, 16, 16, half},
                                           {3, 8, 8, 3, 64, half},     {2, 7, 9, 1, 32, half},      {2, 6, 4, 4, 16, half}};
   check_all(half_layers, {half_layers[1], half_layers[6]}, half);
-  return failures;
 }
 
 }  // namespace
@@ -415,9 +414,10 @@ int main() {
     const pid_t child = fork();
     if (child == 0) {
       setenv("FASTGAN_CPU_ISA", isa_name(static_cast<Isa>(i)), 1);
-      const int failed = run_all();
+      run_all();
+      check_weights_past_the_cache();
       std::fflush(stdout);
-      _exit(failed == 0 ? 0 : 1);
+      _exit(failures == 0 ? 0 : 1);
     }
     int status = 0;
     waitpid(child, &status, 0);
