@@ -24,6 +24,7 @@ constexpr int64_t kStreamed = 1 << 18;   // floats of packed weights that are wr
 constexpr int64_t kGradientRows = 1024;  // the same for the weight gradient, which also holds its accumulators
 constexpr int64_t kGradientLarge = 128;  // block of the weight a weight_gradient task owns
 constexpr int64_t kGradientSmall = 64;
+constexpr int64_t kGradientMatrix = kGradientLarge * kGradientSmall + 16;  // floats from one matrix of such a block to the next
 constexpr int64_t kGradientTasks = 16;   // the sum over images is split to reach about this many tasks
 constexpr int64_t kRowsAhead = 3;        // prefetched: as many as a row of tiles is high
 constexpr int kPairs = kPoints * kPoints;
@@ -61,6 +62,8 @@ struct Geometry {
   }
 };
 
+int64_t output_blocks(const Geometry& g) { return ceil_div(g.output_channels, kOutputBlock); }
+
 // How the batch is cut into blocks that fit the cache.
 struct Blocks {
   int64_t strips;           // an image
@@ -69,13 +72,16 @@ struct Blocks {
   int64_t pixels;           // most outputs of a block between two epilogues
   int64_t stage_pixels;     // most inputs a row of tiles reads
 
-  Blocks(const Geometry& g, int64_t target_rows) {
+  // tasks_each: how many tasks share a block. An odd number of tasks would leave one of two threads idle at the end.
+  Blocks(const Geometry& g, int64_t target_rows, int64_t tasks_each = 1) {
     const int64_t whole = image_rows(g, 1);
     strips = max64(1, min64(ceil_div(whole, target_rows), g.phase_rows(1) / 4));
     const int64_t rows = strips == 1 ? whole : image_rows(g, strips);
     images = max64(1, min64(g.batch, target_rows / rows));
     batches = ceil_div(g.batch, images);
+    if (batches > 2 && batches < g.batch && strips * batches * tasks_each % 2 != 0) ++batches;
     images = ceil_div(g.batch, batches);
+    batches = ceil_div(g.batch, images);
     product_rows = images * rows + kPairs;
     const int64_t height = ceil_div(g.phase_rows(0), strips), width = g.phase_columns(0);
     pixels = images * height * g.output_width;
@@ -177,8 +183,8 @@ void transform_outputs(const ProductRows& at, float* products, int64_t ld, float
 
 // ---- packed weights: [parity pair][output block][input chunk][panel][chunk channels][4 taps][kPanel]
 //
-// Plain taps, in the order the products need them. A task transforms the 4 taps to 16 when it has them in cache: that
-// costs 2% of the products they take part in, and a quarter of the memory traffic of transformed weights.
+// Plain taps, in the order the products need them. A task transforms the 4 taps to 16 just before their products: that costs
+// a few percent of these, and a quarter of the memory traffic of transformed weights.
 
 struct PackedWeights {
   int64_t input_channels, output_channels;  // the latter rounded up to whole panels
@@ -247,26 +253,23 @@ void pack_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* wei
   });
 }
 
-// taps[count][4][kPanel] -> transformed[16][count][kPanel] with a line between the 16, count = panels * channels
-void transform_weights(const float* taps, int64_t count, float* transformed) {
-  const int64_t pair = count * kPanel + kLineFloats;
-  for (int64_t i = 0; i < count; ++i, taps += 4 * kPanel, transformed += kPanel)
+// One row of four transformed weights: taps[channels][4][kPanel] -> transformed[4][channels][kPanel] with a line between the
+// four. A row of one panel at a time stays in the first-level cache until its products are done.
+void transform_weights(const float* taps, int64_t channels, int row, float* transformed) {
+  const int64_t next = channels * kPanel + kLineFloats;
+  for (int64_t i = 0; i < channels; ++i, taps += 4 * kPanel, transformed += kPanel)
     for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
-      Vec rows[kPoints][2];
+      Vec g[2];
+#pragma GCC unroll 2
       for (int s = 0; s < 2; ++s) {
         const Vec g0 = load(taps + s * kPanel + lane), g1 = load(taps + (2 + s) * kPanel + lane);
-        rows[0][s] = g0;
-        rows[1][s] = (g0 + g1) * 0.5f;
-        rows[2][s] = (g0 - g1) * 0.5f;
-        rows[3][s] = g1;
+        g[s] = row == 0 ? g0 : row == 1 ? (g0 + g1) * 0.5f : row == 2 ? (g0 - g1) * 0.5f : g1;
       }
-      for (int p = 0; p < kPoints; ++p) {
-        float* out = transformed + p * kPoints * pair + lane;
-        store(out, rows[p][0]);
-        store(out + pair, (rows[p][0] + rows[p][1]) * 0.5f);
-        store(out + 2 * pair, (rows[p][0] - rows[p][1]) * 0.5f);
-        store(out + 3 * pair, rows[p][1]);
-      }
+      float* out = transformed + lane;
+      store(out, g[0]);
+      store(out + next, (g[0] + g[1]) * 0.5f);
+      store(out + 2 * next, (g[0] - g[1]) * 0.5f);
+      store(out + 3 * next, g[1]);
     }
 }
 
@@ -277,7 +280,7 @@ struct ForwardScratch {
   ForwardScratch(const PackedWeights& packed, const Blocks& blocks) {
     const int64_t ld = min64(kOutputBlock, packed.output_channels);
     inputs = blocks.product_rows * kChunk;
-    weights = kPairs * (min64(kChunk, packed.input_channels) * ld + kLineFloats);
+    weights = kPoints * (min64(kChunk, packed.input_channels) * kPanel + kLineFloats);
     products = blocks.product_rows * ld;
     result = blocks.pixels * ld;
     stage = blocks.stage_pixels * kChunk;
@@ -293,21 +296,20 @@ int64_t partials_bytes(const Geometry& g, const Blocks& blocks) {
 void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand& input, const float* packed,
               const ConvEpilogue& epilogue, void* workspace, int threads) {
   const Geometry g(shape, loop);
-  const Blocks blocks(g, kProductRows);
+  const Blocks blocks(g, kProductRows, output_blocks(g));
   const PackedWeights weights(g);
   const ForwardScratch sizes(weights, blocks);
   float* partials = static_cast<float*>(workspace);
   const ScratchSlots slots(static_cast<char*>(workspace) + partials_bytes(g, blocks), threads, sizes.bytes());
-  const int64_t output_blocks = ceil_div(g.output_channels, kOutputBlock);
   // up: the phases read the same inputs, so a task does all of them, unless that would leave too few tasks
-  const int64_t phase_tasks = output_blocks * blocks.count() < kFewTasks ? g.row_phases() : 1;
+  const int64_t phase_tasks = output_blocks(g) * blocks.count() < kFewTasks ? g.row_phases() : 1;
 
   // Blocks of images run innermost, so that consecutive tasks of a thread read the same weights.
-  parallel_for(phase_tasks * output_blocks * blocks.count(), [&](int64_t task) {
-    const int64_t block = task % blocks.count(), k0 = task / blocks.count() % output_blocks * kOutputBlock;
+  parallel_for(phase_tasks * output_blocks(g) * blocks.count(), [&](int64_t task) {
+    const int64_t block = task % blocks.count(), k0 = task / blocks.count() % output_blocks(g) * kOutputBlock;
     const int64_t ld = weights.block_channels(k0), first_image = blocks.first_image(block);
     const int64_t images = blocks.image_count(block, g.batch);
-    const int64_t first_parity = phase_tasks == 1 ? 0 : task / blocks.count() / output_blocks;
+    const int64_t first_parity = phase_tasks == 1 ? 0 : task / blocks.count() / output_blocks(g);
     const int64_t end_parity = phase_tasks == 1 ? 2 : first_parity + 1;
     const ScratchSlots::Lease lease(slots);
     float* inputs = lease.memory();
@@ -324,12 +326,19 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
         for (int64_t c0 = 0; c0 < g.input_channels; c0 += kChunk) {
           const int64_t chunk = weights.chunk_channels(c0);
           transform_inputs(input, g, at, a, b, first_image, c0, chunk, stage, inputs);
-          transform_weights(packed + weights.offset(a * 2 + b, k0, c0), ld / kPanel * chunk, transformed);
-          const float* u = transformed;
-          for (int p = 0; p < kPairs; ++p, u += kLineFloats)
-            for (int64_t k = 0; k < ld; k += kPanel, u += chunk * kPanel)
-              multiply<2, kChunk, 1, kPanel>(inputs + at.base[p] * kChunk, u, chunk, products + at.base[p] * ld + k, ld,
-                                             at.count(p), c0 > 0);
+          const float* taps = packed + weights.offset(a * 2 + b, k0, c0);
+          for (int64_t k = 0; k < ld; k += kPanel, taps += 4 * kPanel * chunk)
+            for (int row = 0; row < kPoints; ++row) {
+              transform_weights(taps, chunk, row, transformed);
+              const float* u = transformed;
+              for (int p = row * kPoints; p < (row + 1) * kPoints; ++p, u += chunk * kPanel + kLineFloats) {
+                // The panel after this one comes from memory while the products of this one are computed.
+                const float* ahead = taps + 4 * kPanel * chunk + p * chunk * kPanel / 4;
+                for (int64_t line = 0; line < chunk * kPanel / 4; line += kLineFloats) __builtin_prefetch(ahead + line, 0, 2);
+                multiply<2, kChunk, 1, kPanel>(inputs + at.base[p] * kChunk, u, chunk, products + at.base[p] * ld + k, ld,
+                                               at.count(p), c0 > 0);
+              }
+            }
         }
         if (g.up)
           transform_outputs(at, products, ld, result + b * ld, g.output_width * ld, 2 * ld, false);
@@ -398,8 +407,8 @@ struct GradientPlan {
     splits = min64(blocks.count(), max64(1, kGradientTasks / (large_blocks * small_blocks)));
     inputs = blocks.product_rows * kGradientLarge;
     gradients = blocks.product_rows * kGradientSmall;
-    accumulators = kPairs * kGradientLarge * kGradientSmall;
-    taps = 16 * kGradientLarge * kGradientSmall;
+    accumulators = kPairs * kGradientMatrix;
+    taps = 16 * kGradientMatrix;
     stage = blocks.stage_pixels * kChunk;
   }
   int64_t weights() const { return 16 * g.input_channels * g.output_channels; }
@@ -413,20 +422,19 @@ struct GradientPlan {
 
 // Four taps of each weight from its 16 transformed sums: rows [large][kGradientSmall] of sums and taps
 void transform_weight_gradients(const float* sums, int64_t large, int64_t row_parity, int64_t column_parity, float* taps) {
-  const int64_t matrix = kGradientLarge * kGradientSmall;
   for (int64_t at = 0; at < large * kGradientSmall; at += kLanes) {
     Vec rows[2][kPoints];
     for (int q = 0; q < kPoints; ++q) {
       Vec m[kPoints];
-      for (int p = 0; p < kPoints; ++p) m[p] = load(sums + (p * kPoints + q) * matrix + at);
+      for (int p = 0; p < kPoints; ++p) m[p] = load(sums + (p * kPoints + q) * kGradientMatrix + at);
       rows[0][q] = m[0] + (m[1] + m[2]) * 0.5f;
       rows[1][q] = m[3] + (m[1] - m[2]) * 0.5f;
     }
     for (int r = 0; r < 2; ++r) {
       const Vec* m = rows[r];
-      float* out = taps + ((row_parity + 2 * r) * 4 + column_parity) * matrix + at;
+      float* out = taps + ((row_parity + 2 * r) * 4 + column_parity) * kGradientMatrix + at;
       store(out, m[0] + (m[1] + m[2]) * 0.5f);
-      store(out + 2 * matrix, m[3] + (m[1] - m[2]) * 0.5f);
+      store(out + 2 * kGradientMatrix, m[3] + (m[1] - m[2]) * 0.5f);
     }
   }
 }
@@ -467,19 +475,32 @@ void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large,
             for (int64_t k = 0; k < small_channels; k += kPanel)
               multiply<2, 1, kChunk, kGradientSmall>(inputs + at.base[p] * kChunk, gradients + at.base[p] * kGradientSmall + k,
                                                   at.count(p),
-                                                  sums + (p * kGradientLarge + c) * kGradientSmall + k, kGradientSmall, chunk,
+                                                  sums + p * kGradientMatrix + c * kGradientSmall + k, kGradientSmall, chunk,
                                                   block > first_block);
         }
       }
       transform_weight_gradients(sums, large_channels, a, b, taps);
     }
     float* out = partials + split * plan.weights();
-    for (int64_t k = 0; k < small_channels; k += kLanes)
+    constexpr int kColumns = kLanes < kSide ? kLanes : kSide;
+    for (int64_t k = 0; k < small_channels; k += kColumns)
       for (int64_t c = 0; c < large_channels; ++c) {
-        float block[16][kLanes];
-        for (int t = 0; t < 16; ++t) store(block[t], load(taps + (t * kGradientLarge + c) * kGradientSmall + k));
-        for (int64_t lane = 0; lane < kLanes; ++lane)
-          for (int t = 0; t < 16; ++t) out[((k0 + k + lane) * g.input_channels + c0 + c) * 16 + t] = block[t][lane];
+        const float* src = taps + c * kGradientSmall + k;
+        float* dst = out + ((k0 + k) * g.input_channels + c0 + c) * 16;
+        if constexpr (kColumns == kSide) {
+          for (int t = 0; t < 16; t += kSide) {
+            Side<float> square[kSide];
+#pragma GCC unroll 8
+            for (int j = 0; j < kSide; ++j) __builtin_memcpy(square + j, src + (t + j) * kGradientMatrix, sizeof square[j]);
+            transpose<float>(square);
+#pragma GCC unroll 8
+            for (int j = 0; j < kSide; ++j)
+              __builtin_memcpy(dst + j * g.input_channels * 16 + t, square + j, sizeof square[j]);
+          }
+        } else {
+          for (int64_t lane = 0; lane < kColumns; ++lane)
+            for (int t = 0; t < 16; ++t) dst[lane * g.input_channels * 16 + t] = src[t * kGradientMatrix + lane];
+        }
       }
   });
 
@@ -503,7 +524,7 @@ int64_t conv4x4s2_workspace_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loo
     return plan.partials_bytes() + ScratchSlots::bytes(threads, plan.slot_bytes());
   }
   const Geometry g(shape, loop);
-  const Blocks blocks(g, kProductRows);
+  const Blocks blocks(g, kProductRows, output_blocks(g));
   return partials_bytes(g, blocks) + ScratchSlots::bytes(threads, ForwardScratch(PackedWeights(g), blocks).bytes());
 }
 
