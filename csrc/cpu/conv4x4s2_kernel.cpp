@@ -67,7 +67,8 @@ int64_t output_blocks(const Geometry& g) { return ceil_div(g.output_channels, kO
 // How the batch is cut into blocks that fit the cache.
 struct Blocks {
   int64_t strips;           // an image
-  int64_t images, batches;  // images a block, blocks a strip
+  int64_t images, batches;  // most images a block, blocks a strip
+  int64_t batch;
   int64_t product_rows;     // most rows of all product matrices of a block, and those between them
   int64_t pixels;           // most outputs of a block between two epilogues
   int64_t stage_pixels;     // most inputs a row of tiles reads
@@ -81,15 +82,17 @@ struct Blocks {
     batches = ceil_div(g.batch, images);
     if (batches > 2 && batches < g.batch && strips * batches * tasks_each % 2 != 0) ++batches;
     images = ceil_div(g.batch, batches);
-    batches = ceil_div(g.batch, images);
+    batch = g.batch;
     product_rows = images * rows + kPairs;
     const int64_t height = ceil_div(g.phase_rows(0), strips), width = g.phase_columns(0);
     pixels = images * height * g.output_width;
     stage_pixels = kPoints * (width + 1);
   }
   int64_t count() const { return strips * batches; }
-  int64_t first_image(int64_t block) const { return block % batches * images; }
-  int64_t image_count(int64_t block, int64_t batch) const { return min64(images, batch - first_image(block)); }
+  int64_t first_image(int64_t block) const { return Geometry::strip_start(batch, block % batches, batches); }
+  int64_t image_count(int64_t block) const {
+    return Geometry::strip_start(batch, block % batches + 1, batches) - first_image(block);
+  }
   int64_t strip(int64_t block) const { return block / batches; }
 
  private:
@@ -308,7 +311,7 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
   parallel_for(phase_tasks * output_blocks(g) * blocks.count(), [&](int64_t task) {
     const int64_t block = task % blocks.count(), k0 = task / blocks.count() % output_blocks(g) * kOutputBlock;
     const int64_t ld = weights.block_channels(k0), first_image = blocks.first_image(block);
-    const int64_t images = blocks.image_count(block, g.batch);
+    const int64_t images = blocks.image_count(block);
     const int64_t first_parity = phase_tasks == 1 ? 0 : task / blocks.count() / output_blocks(g);
     const int64_t end_parity = phase_tasks == 1 ? 2 : first_parity + 1;
     const ScratchSlots::Lease lease(slots);
@@ -356,7 +359,7 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
 
   merge_partials(epilogue, partials, g.row_phases() * blocks.count(), g.output_channels, [&](int64_t part) {
     const int64_t block = part % blocks.count(), strip = blocks.strip(block), rows = g.phase_rows(part / blocks.count());
-    return blocks.image_count(block, g.batch) * g.output_width *
+    return blocks.image_count(block) * g.output_width *
            (Geometry::strip_start(rows, strip + 1, blocks.strips) - Geometry::strip_start(rows, strip, blocks.strips));
   });
 }
@@ -465,7 +468,7 @@ void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large,
       const int64_t first_block = blocks.count() * split / plan.splits, end_block = blocks.count() * (split + 1) / plan.splits;
       for (int64_t block = first_block; block < end_block; ++block) {
         const Axis rows = g.row_axis(a, blocks.strip(block), blocks.strips), columns = g.column_axis(b);
-        const ProductRows at(rows, columns, blocks.image_count(block, g.batch));
+        const ProductRows at(rows, columns, blocks.image_count(block));
         const int64_t first_image = blocks.first_image(block);
         transform_gradients(small, g, at, first_image, k0, small_channels, stage, gradients);
         for (int64_t c = 0; c < large_channels; c += kChunk) {
