@@ -30,6 +30,7 @@
 
 #include "../cpu/bn_act.h"
 #include "../cpu/conv4x4s2.h"
+#include "../cpu/from_pixel.h"
 
 namespace fastgan {
 
@@ -306,7 +307,18 @@ Tensor aten_convolution(const StackLayer& layer, const Tensor& input, const Tens
                      conv_layer(layer));
 }
 
-// Whether a layer from one pixel multiplies by its weight [A, B, kH, kW] as it lies, with its output in the default layout,
+// The shape of a layer from one pixel.
+cpu::FromPixelShape from_pixel_shape(const Geometry& g, const Tensor& weight) {
+  return {g.batch, weight.size(0), weight.size(1), weight.size(2) * weight.size(3)};
+}
+
+// Whether such a layer runs on a loop of its own, on dense images; otherwise on ATen's matrix product.
+bool runs_from_pixel(const Geometry& g, const Tensor& weight, const Tensor& image) {
+  return g.path == Path::from_pixel && image.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat &&
+         cpu::from_pixel_supported(from_pixel_shape(g, weight));
+}
+
+// Whether ATen's product for such a layer takes the weight [A, B, kH, kW] as it lies, with its output in the default layout,
 // because the output has fewer elements to reorder than the weight.
 bool keeps_weight(const Geometry& g, const Tensor& weight) {
   return g.path == Path::from_pixel && g.batch < weight.size(0);
@@ -320,7 +332,13 @@ void plain_forward(const StackLayer& layer, const Geometry& g, const Tensor& inp
     return;
   }
   const Tensor weight = p.weight.to(y.scalar_type());
-  if (keeps_weight(g, weight)) {
+  if (runs_from_pixel(g, weight, y)) {
+    RECORD_FUNCTION("fastgan::from_pixel", {});
+    const cpu::FromPixelShape shape = from_pixel_shape(g, weight);
+    const int threads = at::get_num_threads();
+    const Tensor workspace = bytes(cpu::from_pixel_workspace_bytes(shape, threads)), x = flat(input).contiguous();
+    cpu::from_pixel_forward(shape, floats(x), floats(weight), floats(y), workspace.mutable_data_ptr(), threads);
+  } else if (keeps_weight(g, weight)) {
     y.copy_(at::mm(flat(input), weight.flatten(1)).view(y.sizes()));
   } else {
     const Tensor matrix = as_matrix(weight);
@@ -346,10 +364,18 @@ std::pair<Tensor, Tensor> plain_backward(const StackLayer& layer, const Geometry
   if (want_input)
     grad_input = unflat(at::mm(d, from_pixel ? as_matrix(weight).t() : as_matrix(weight)), input.size(1), input.size(2),
                         input.size(3));
-  if (want_weight && keeps_weight(g, weight))
+  if (want_weight && runs_from_pixel(g, weight, dy)) {
+    RECORD_FUNCTION("fastgan::from_pixel_weight_gradient", {});
+    grad_weight = at::empty(weight.sizes(), float_options());
+    const cpu::FromPixelShape shape = from_pixel_shape(g, weight);
+    const int threads = at::get_num_threads();
+    const Tensor workspace = bytes(cpu::from_pixel_workspace_bytes(shape, threads));
+    cpu::from_pixel_weight_gradient(shape, floats(x.contiguous()), floats(d.contiguous()), floats(grad_weight), workspace.mutable_data_ptr(), threads);
+  } else if (want_weight && keeps_weight(g, weight)) {
     grad_weight = at::mm(x.t(), dy.contiguous().flatten(1)).view(weight.sizes()).to(parameter.scalar_type());
-  else if (want_weight)
+  } else if (want_weight) {
     grad_weight = from_matrix(from_pixel ? at::mm(x.t(), d) : at::mm(d.t(), x), weight).to(parameter.scalar_type());
+  }
   return {grad_input, grad_weight};
 }
 

@@ -1,0 +1,125 @@
+// The two matrix products of from_pixel.h. A task owns a panel of channels and up to kSide pixels: it reorders what it reads
+// of the weight, or of the gradient, into its own scratch and multiplies.
+#include "from_pixel.h"
+
+#include "conv4x4s2_common.h"
+#include "conv4x4s2_gemm.h"
+#include "transpose.h"
+
+namespace fastgan::cpu::FASTGAN_ISA {
+namespace {
+
+constexpr int64_t kInputs = 64;  // inputs of a block: floats from one row of the product's left side to the next
+
+struct Plan {
+  int64_t blocks, panels, groups;  // of inputs, channels, pixels
+  int64_t left, right, sums;       // floats: shared, and a task's own
+
+  explicit Plan(const FromPixelShape& s) {
+    blocks = ceil_div(s.inputs, kInputs);
+    panels = s.channels / kPanel;
+    groups = ceil_div(s.pixels, kSide);
+    left = blocks * s.batch * kInputs;
+    right = kSide * max64(s.inputs, s.batch) * kPanel;
+    sums = kSide * s.inputs * kPanel;
+  }
+  int64_t left_bytes() const { return round_up(left * static_cast<int64_t>(sizeof(float)), ScratchSlots::kAlignment); }
+  int64_t slot_bytes() const { return (right + sums) * static_cast<int64_t>(sizeof(float)); }
+};
+
+// input[batch][inputs] -> left[block][batch][kInputs]
+void block_inputs(const FromPixelShape& s, const float* input, float* left) {
+  for (int64_t i = 0; i < s.inputs; i += kInputs, left += s.batch * kInputs)
+    for (int64_t n = 0; n < s.batch; ++n)
+      __builtin_memcpy(left + n * kInputs, input + n * s.inputs + i, static_cast<size_t>(min64(kInputs, s.inputs - i)) * sizeof(float));
+}
+
+// weight[kPanel channels][all_pixels], of which the first `pixels` are meant -> panel[pixel][kPanel], `stride` floats from pixel
+// to pixel; or back.
+template <bool kToPanel, typename Weight>
+void reorder(Weight* weight, int64_t all_pixels, int64_t pixels, float* panel, int64_t stride) {
+  if (kLanes >= kSide && pixels == kSide) {
+    for (int64_t c = 0; c < kPanel; c += kSide) {
+      Side<float> square[kSide];
+#pragma GCC unroll 8
+      for (int j = 0; j < kSide; ++j) {
+        const auto* from = kToPanel ? weight + (c + j) * all_pixels : panel + j * stride + c;
+        __builtin_memcpy(square + j, from, sizeof square[j]);
+      }
+      transpose<float>(square);
+#pragma GCC unroll 8
+      for (int j = 0; j < kSide; ++j) {
+        if constexpr (kToPanel)
+          __builtin_memcpy(panel + j * stride + c, square + j, sizeof square[j]);
+        else
+          __builtin_memcpy(weight + (c + j) * all_pixels, square + j, sizeof square[j]);
+      }
+    }
+    return;
+  }
+  for (int64_t c = 0; c < kPanel; ++c)
+    for (int64_t p = 0; p < pixels; ++p) {
+      if constexpr (kToPanel)
+        panel[p * stride + c] = weight[c * all_pixels + p];
+      else
+        weight[c * all_pixels + p] = panel[p * stride + c];
+    }
+}
+
+}  // namespace
+
+int64_t from_pixel_scratch_bytes(const FromPixelShape& shape, int threads) {
+  const Plan plan(shape);
+  return plan.left_bytes() + ScratchSlots::bytes(threads, plan.slot_bytes());
+}
+
+void from_pixel_products(const FromPixelShape& s, const float* input, const float* weight, float* output, void* workspace,
+                         int threads) {
+  const Plan plan(s);
+  float* left = static_cast<float*>(workspace);
+  block_inputs(s, input, left);
+  const ScratchSlots slots(static_cast<char*>(workspace) + plan.left_bytes(), threads, plan.slot_bytes());
+  parallel_for(plan.panels * plan.groups, [&](int64_t task) {
+    const int64_t c0 = task / plan.groups * kPanel, p0 = task % plan.groups * kSide, pixels = min64(kSide, s.pixels - p0);
+    const ScratchSlots::Lease lease(slots);
+    float* right = lease.memory();  // [pixel][input][kPanel]
+    for (int64_t i = 0; i < s.inputs; ++i)
+      reorder<true>(weight + (i * s.channels + c0) * s.pixels + p0, s.pixels, pixels, right + i * kPanel, s.inputs * kPanel);
+    for (int64_t p = 0; p < pixels; ++p)
+      for (int64_t block = 0; block < plan.blocks; ++block) {
+        const int64_t i0 = block * kInputs;
+        multiply<2, kInputs, 1, kPanel>(left + block * s.batch * kInputs, right + (p * s.inputs + i0) * kPanel,
+                                        min64(kInputs, s.inputs - i0), output + (p0 + p) * s.channels + c0,
+                                        s.pixels * s.channels, s.batch, block > 0);
+      }
+  });
+}
+
+void from_pixel_gradient_products(const FromPixelShape& s, const float* input, const float* gradient, float* weight_gradient,
+                                  void* workspace, int threads) {
+  const Plan plan(s);
+  float* left = static_cast<float*>(workspace);
+  block_inputs(s, input, left);
+  const ScratchSlots slots(static_cast<char*>(workspace) + plan.left_bytes(), threads, plan.slot_bytes());
+  parallel_for(plan.panels * plan.groups, [&](int64_t task) {
+    const int64_t c0 = task / plan.groups * kPanel, p0 = task % plan.groups * kSide, pixels = min64(kSide, s.pixels - p0);
+    const ScratchSlots::Lease lease(slots);
+    float* right = lease.memory();     // [pixel][batch][kPanel]
+    float* sums = right + plan.right;  // [pixel][input][kPanel]
+    for (int64_t n = 0; n < s.batch; ++n)
+      for (int64_t p = 0; p < pixels; ++p)
+        for (int64_t lane = 0; lane < kPanel; lane += kLanes)
+          store(right + (p * s.batch + n) * kPanel + lane, load(gradient + (n * s.pixels + p0 + p) * s.channels + c0 + lane));
+    for (int64_t p = 0; p < pixels; ++p)
+      for (int64_t block = 0; block < plan.blocks; ++block) {
+        const int64_t i0 = block * kInputs;
+        multiply<2, 1, kInputs, kPanel>(left + block * s.batch * kInputs, right + p * s.batch * kPanel, s.batch,
+                                        sums + (p * s.inputs + i0) * kPanel, kPanel, min64(kInputs, s.inputs - i0), false);
+      }
+    for (int64_t i = 0; i < s.inputs; ++i)
+      reorder<false>(weight_gradient + (i * s.channels + c0) * s.pixels + p0, s.pixels, pixels, sums + i * kPanel,
+                     s.inputs * kPanel);
+  });
+}
+
+}  // namespace fastgan::cpu::FASTGAN_ISA
