@@ -1,4 +1,4 @@
-// The two matrix products of from_pixel.h. A task owns a panel of channels and up to kSide pixels: it reorders what it reads
+// The two matrix products of from_pixel.h. A task owns a panel of channels and up to kPixels pixels: it reorders what it reads
 // of the weight, or of the gradient, into its own scratch and multiplies.
 #include "from_pixel.h"
 
@@ -9,19 +9,22 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-constexpr int64_t kInputs = 64;  // inputs of a block: floats from one row of the product's left side to the next
+constexpr int64_t kInputs = 128;  // inputs of a block: floats from one row of the product's left side to the next
+constexpr int64_t kPixels = 16;   // most of a task: a cache line of the weight
 
 struct Plan {
   int64_t blocks, panels, groups;  // of inputs, channels, pixels
+  int64_t group;                   // pixels of a group
   int64_t left, right, sums;       // floats: shared, and a task's own
 
   explicit Plan(const FromPixelShape& s) {
     blocks = ceil_div(s.inputs, kInputs);
     panels = s.channels / kPanel;
-    groups = ceil_div(s.pixels, kSide);
+    group = s.pixels % kPixels == 0 ? kPixels : kSide;  // where lines are shared anyway, small groups
+    groups = ceil_div(s.pixels, group);
     left = blocks * s.batch * kInputs;
-    right = kSide * max64(s.inputs, s.batch) * kPanel;
-    sums = kSide * s.inputs * kPanel;
+    right = group * max64(s.inputs, s.batch) * kPanel;
+    sums = group * s.inputs * kPanel;
   }
   int64_t left_bytes() const { return round_up(left * static_cast<int64_t>(sizeof(float)), ScratchSlots::kAlignment); }
   int64_t slot_bytes() const { return (right + sums) * static_cast<int64_t>(sizeof(float)); }
@@ -38,27 +41,26 @@ void block_inputs(const FromPixelShape& s, const float* input, float* left) {
 // to pixel; or back.
 template <bool kToPanel, typename Weight>
 void reorder(Weight* weight, int64_t all_pixels, int64_t pixels, float* panel, int64_t stride) {
-  if (kLanes >= kSide && pixels == kSide) {
+  int64_t p = 0;
+  for (; kLanes >= kSide && p + kSide <= pixels; p += kSide)
     for (int64_t c = 0; c < kPanel; c += kSide) {
       Side<float> square[kSide];
 #pragma GCC unroll 8
       for (int j = 0; j < kSide; ++j) {
-        const auto* from = kToPanel ? weight + (c + j) * all_pixels : panel + j * stride + c;
+        const float* from = kToPanel ? weight + (c + j) * all_pixels + p : panel + (p + j) * stride + c;
         __builtin_memcpy(square + j, from, sizeof square[j]);
       }
       transpose<float>(square);
 #pragma GCC unroll 8
       for (int j = 0; j < kSide; ++j) {
         if constexpr (kToPanel)
-          __builtin_memcpy(panel + j * stride + c, square + j, sizeof square[j]);
+          __builtin_memcpy(panel + (p + j) * stride + c, square + j, sizeof square[j]);
         else
-          __builtin_memcpy(weight + (c + j) * all_pixels, square + j, sizeof square[j]);
+          __builtin_memcpy(weight + (c + j) * all_pixels + p, square + j, sizeof square[j]);
       }
     }
-    return;
-  }
-  for (int64_t c = 0; c < kPanel; ++c)
-    for (int64_t p = 0; p < pixels; ++p) {
+  for (; p < pixels; ++p)
+    for (int64_t c = 0; c < kPanel; ++c) {
       if constexpr (kToPanel)
         panel[p * stride + c] = weight[c * all_pixels + p];
       else
@@ -80,7 +82,8 @@ void from_pixel_products(const FromPixelShape& s, const float* input, const floa
   block_inputs(s, input, left);
   const ScratchSlots slots(static_cast<char*>(workspace) + plan.left_bytes(), threads, plan.slot_bytes());
   parallel_for(plan.panels * plan.groups, [&](int64_t task) {
-    const int64_t c0 = task / plan.groups * kPanel, p0 = task % plan.groups * kSide, pixels = min64(kSide, s.pixels - p0);
+    const int64_t c0 = task / plan.groups * kPanel, p0 = task % plan.groups * plan.group;
+    const int64_t pixels = min64(plan.group, s.pixels - p0);
     const ScratchSlots::Lease lease(slots);
     float* right = lease.memory();  // [pixel][input][kPanel]
     for (int64_t i = 0; i < s.inputs; ++i)
@@ -102,7 +105,8 @@ void from_pixel_gradient_products(const FromPixelShape& s, const float* input, c
   block_inputs(s, input, left);
   const ScratchSlots slots(static_cast<char*>(workspace) + plan.left_bytes(), threads, plan.slot_bytes());
   parallel_for(plan.panels * plan.groups, [&](int64_t task) {
-    const int64_t c0 = task / plan.groups * kPanel, p0 = task % plan.groups * kSide, pixels = min64(kSide, s.pixels - p0);
+    const int64_t c0 = task / plan.groups * kPanel, p0 = task % plan.groups * plan.group;
+    const int64_t pixels = min64(plan.group, s.pixels - p0);
     const ScratchSlots::Lease lease(slots);
     float* right = lease.memory();     // [pixel][batch][kPanel]
     float* sums = right + plan.right;  // [pixel][input][kPanel]
