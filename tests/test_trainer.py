@@ -161,6 +161,40 @@ def test_a_second_run_keeps_the_files_of_the_first(tmp_path, tiny, capsys):
 # --- resume
 
 
+PAGE_FAULTS = """
+import resource, sys
+import torch
+from fastgan.train.allocator import keep_freed_memory
+
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    sys.exit("no mallopt")
+
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.zeros(6_000_000) for _ in range(8)]  # 192 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+steps = [step() for _ in range(6)]
+print(min(steps[2:]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_memory_is_used_again_without_page_faults():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    runs = {
+        how: subprocess.run([sys.executable, "-c", PAGE_FAULTS, how], env=environment, capture_output=True, text=True)
+        for how in ("as it is", "keep")
+    }
+    if "no mallopt" in runs["keep"].stderr:
+        pytest.skip("not glibc")
+    faults = {how: int(run.stdout) for how, run in runs.items()}
+    assert faults["keep"] * 20 < faults["as it is"]
+    asked = {**environment, "MALLOC_TRIM_THRESHOLD_": "1000000"}
+    refused = subprocess.run([sys.executable, "-c", PAGE_FAULTS, "keep"], env=asked, capture_output=True, text=True)
+    assert "no mallopt" in refused.stderr  # the environment's word counts
+
+
 def test_same_seed_same_run_other_seed_other_run(tmp_path, tiny):
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         run(DCGANConfig, [*tiny, "--output", str(tmp_path / name), "--max-steps", "6", "--seed", seed])

@@ -23,6 +23,7 @@ from fastgan.losses import fake_loss, generator_loss, gradient_penalty, r1_penal
 from fastgan.nn import convert_sync_batch_norm, fuse
 from fastgan.nn.sync_batch_norm import own_statistics
 from fastgan.train.alarms import Alarms
+from fastgan.train.allocator import keep_freed_memory
 from fastgan.train.board import Board, require_tensorboard
 from fastgan.train.checkpoint import TrainingError, save_checkpoint
 from fastgan.train.config import PRECISIONS, TrainConfig
@@ -127,6 +128,8 @@ class Trainer:
         self.program = [sys.argv[0]]
         self.device = config.torch_device
         self.ranks.require_devices(self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
