@@ -170,12 +170,14 @@ if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit("no mallopt")
 
 def step():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    tensors = [torch.zeros(6_000_000) for _ in range(8)]  # 192 MB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return [torch.zeros(6_000_000) for _ in range(8)]  # 192 MB
 
-steps = [step() for _ in range(6)]
-print(min(steps[2:]))
+for _ in range(2):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
@@ -189,7 +191,7 @@ def test_freed_memory_is_used_again_without_page_faults():
     if "no mallopt" in runs["keep"].stderr:
         pytest.skip("not glibc")
     faults = {how: int(run.stdout) for how, run in runs.items()}
-    assert faults["keep"] * 20 < faults["as it is"]
+    assert faults["keep"] * 10 < faults["as it is"]  # 46,875 pages a step, or 94 large ones
     asked = {**environment, "MALLOC_TRIM_THRESHOLD_": "1000000"}
     refused = subprocess.run([sys.executable, "-c", PAGE_FAULTS, "keep"], env=asked, capture_output=True, text=True)
     assert "no mallopt" in refused.stderr  # the environment's word counts
