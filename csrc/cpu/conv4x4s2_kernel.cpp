@@ -22,8 +22,8 @@ constexpr int64_t kProductRows = 1664;   // rows of all 16 product matrices of a
 constexpr int64_t kFewTasks = 8;
 constexpr int64_t kStreamed = 1 << 18;   // floats of packed weights that are written past the cache
 constexpr int64_t kGradientRows = 1024;  // the same for the weight gradient, which also holds its accumulators
-constexpr int64_t kGradientLarge = 128;  // block of the weight a weight_gradient task owns
-constexpr int64_t kGradientSmall = 64;
+constexpr int64_t kGradientLarge = 64;   // block of the weight a weight_gradient task owns
+constexpr int64_t kGradientSmall = 128;
 constexpr int64_t kGradientMatrix = kGradientLarge * kGradientSmall + 16;  // floats from one matrix of such a block to the next
 constexpr int64_t kGradientTasks = 16;   // the sum over images is split to reach about this many tasks
 constexpr int64_t kRowsAhead = 3;        // prefetched: as many as a row of tiles is high
@@ -408,11 +408,11 @@ struct GradientPlan {
     large_blocks = ceil_div(g.input_channels, kGradientLarge);
     small_blocks = ceil_div(g.output_channels, kGradientSmall);
     splits = min64(blocks.count(), max64(1, kGradientTasks / (large_blocks * small_blocks)));
-    inputs = blocks.product_rows * kGradientLarge;
+    inputs = blocks.product_rows * kChunk;
     gradients = blocks.product_rows * kGradientSmall;
     accumulators = kPairs * kGradientMatrix;
     taps = 16 * kGradientMatrix;
-    stage = blocks.stage_pixels * kChunk;
+    stage = blocks.stage_pixels * max64(kChunk, kGradientSmall);
   }
   int64_t weights() const { return 16 * g.input_channels * g.output_channels; }
   int64_t slot_bytes() const {
