@@ -4,7 +4,8 @@
 // applied where the next layer loads it, the batch statistics come out of the loop that wrote it, and backward runs
 // the same way: the loop for the input gradient multiplies by the activation's derivative and sums what batch norm
 // needs, and the next loop applies batch norm's backward while loading. The kernel-4 stride-2 layers run on
-// csrc/cpu/conv4x4s2.h; layers from or to one pixel are matrix products; others call ATen's convolution.
+// csrc/cpu/conv4x4s2.h, those from one pixel on csrc/cpu/from_pixel.h; those to one pixel, and from one where that does not
+// take them, are ATen's matrix products; others call ATen's convolution.
 // torch.profiler sees the parts by the names given to RECORD_FUNCTION.
 //
 // Images (inputs, raw outputs, their gradients) are float32 or bfloat16; parameters, statistics and sums are float32
