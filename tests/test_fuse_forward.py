@@ -273,8 +273,9 @@ def test_the_report_counts_and_lists_sequentials_and_nested_modules():
 def test_batch_norm_called_in_another_order_keeps_its_statistics():
     plain = Mixed()
     plain.spectral = nn.Conv2d(8, 8, 3, padding=1)
+    plain.double()  # in float32 the gradients next to a batch norm of 72 values differ by PyTorch's own rounding
     fused = fastgan.fuse(copy.deepcopy(plain))
-    assert_same(plain, fused, torch.randn(2, 3, 6, 6))
+    assert_same(plain, fused, torch.randn(2, 3, 6, 6, dtype=torch.float64))
 
 
 def test_copies_pickles_and_functional_call():

@@ -33,8 +33,10 @@ struct Plan {
 // input[batch][inputs] -> left[block][batch][kInputs]
 void block_inputs(const FromPixelShape& s, const float* input, float* left) {
   for (int64_t i = 0; i < s.inputs; i += kInputs, left += s.batch * kInputs)
-    for (int64_t n = 0; n < s.batch; ++n)
-      __builtin_memcpy(left + n * kInputs, input + n * s.inputs + i, static_cast<size_t>(min64(kInputs, s.inputs - i)) * sizeof(float));
+    for (int64_t n = 0; n < s.batch; ++n) {
+      const size_t count = static_cast<size_t>(min64(kInputs, s.inputs - i));
+      __builtin_memcpy(left + n * kInputs, input + n * s.inputs + i, count * sizeof(float));
+    }
 }
 
 // weight[kPanel channels][all_pixels], of which the first `pixels` are meant -> panel[pixel][kPanel], `stride` floats from pixel

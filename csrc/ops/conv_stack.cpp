@@ -371,7 +371,8 @@ std::pair<Tensor, Tensor> plain_backward(const StackLayer& layer, const Geometry
     const cpu::FromPixelShape shape = from_pixel_shape(g, weight);
     const int threads = at::get_num_threads();
     const Tensor workspace = bytes(cpu::from_pixel_workspace_bytes(shape, threads));
-    cpu::from_pixel_weight_gradient(shape, floats(x.contiguous()), floats(d.contiguous()), floats(grad_weight), workspace.mutable_data_ptr(), threads);
+    cpu::from_pixel_weight_gradient(shape, floats(x.contiguous()), floats(d.contiguous()), floats(grad_weight),
+                                    workspace.mutable_data_ptr(), threads);
   } else if (want_weight && keeps_weight(g, weight)) {
     grad_weight = at::mm(x.t(), dy.contiguous().flatten(1)).view(weight.sizes()).to(parameter.scalar_type());
   } else if (want_weight) {
