@@ -70,6 +70,20 @@ void reorder(Weight* weight, int64_t all_pixels, int64_t pixels, float* panel, i
     }
 }
 
+// Calls body(left, right, sums, c0, p0, pixels) for every panel and group of pixels: the blocked inputs, the task's own
+// scratch, and where the task starts.
+template <typename Body>
+void for_tasks(const FromPixelShape& s, const Plan& plan, const float* input, void* workspace, int threads, const Body& body) {
+  float* left = static_cast<float*>(workspace);
+  block_inputs(s, input, left);
+  const ScratchSlots slots(static_cast<char*>(workspace) + plan.left_bytes(), threads, plan.slot_bytes());
+  parallel_for(plan.panels * plan.groups, [&](int64_t task) {
+    const int64_t c0 = task / plan.groups * kPanel, p0 = task % plan.groups * plan.group;
+    const ScratchSlots::Lease lease(slots);
+    body(left, lease.memory(), lease.memory() + plan.right, c0, p0, min64(plan.group, s.pixels - p0));
+  });
+}
+
 }  // namespace
 
 int64_t from_pixel_scratch_bytes(const FromPixelShape& shape, int threads) {
@@ -80,14 +94,8 @@ int64_t from_pixel_scratch_bytes(const FromPixelShape& shape, int threads) {
 void from_pixel_products(const FromPixelShape& s, const float* input, const float* weight, float* output, void* workspace,
                          int threads) {
   const Plan plan(s);
-  float* left = static_cast<float*>(workspace);
-  block_inputs(s, input, left);
-  const ScratchSlots slots(static_cast<char*>(workspace) + plan.left_bytes(), threads, plan.slot_bytes());
-  parallel_for(plan.panels * plan.groups, [&](int64_t task) {
-    const int64_t c0 = task / plan.groups * kPanel, p0 = task % plan.groups * plan.group;
-    const int64_t pixels = min64(plan.group, s.pixels - p0);
-    const ScratchSlots::Lease lease(slots);
-    float* right = lease.memory();  // [pixel][input][kPanel]
+  // right: [pixel][input][kPanel]
+  const auto task = [&](const float* left, float* right, float*, int64_t c0, int64_t p0, int64_t pixels) {
     for (int64_t i = 0; i < s.inputs; ++i)
       reorder<true>(weight + (i * s.channels + c0) * s.pixels + p0, s.pixels, pixels, right + i * kPanel, s.inputs * kPanel);
     for (int64_t p = 0; p < pixels; ++p)
@@ -97,21 +105,15 @@ void from_pixel_products(const FromPixelShape& s, const float* input, const floa
                                         min64(kInputs, s.inputs - i0), output + (p0 + p) * s.channels + c0,
                                         s.pixels * s.channels, s.batch, block > 0);
       }
-  });
+  };
+  for_tasks(s, plan, input, workspace, threads, task);
 }
 
 void from_pixel_gradient_products(const FromPixelShape& s, const float* input, const float* gradient, float* weight_gradient,
                                   void* workspace, int threads) {
   const Plan plan(s);
-  float* left = static_cast<float*>(workspace);
-  block_inputs(s, input, left);
-  const ScratchSlots slots(static_cast<char*>(workspace) + plan.left_bytes(), threads, plan.slot_bytes());
-  parallel_for(plan.panels * plan.groups, [&](int64_t task) {
-    const int64_t c0 = task / plan.groups * kPanel, p0 = task % plan.groups * plan.group;
-    const int64_t pixels = min64(plan.group, s.pixels - p0);
-    const ScratchSlots::Lease lease(slots);
-    float* right = lease.memory();     // [pixel][batch][kPanel]
-    float* sums = right + plan.right;  // [pixel][input][kPanel]
+  // right: [pixel][batch][kPanel], sums: [pixel][input][kPanel]
+  const auto task = [&](const float* left, float* right, float* sums, int64_t c0, int64_t p0, int64_t pixels) {
     for (int64_t n = 0; n < s.batch; ++n)
       for (int64_t p = 0; p < pixels; ++p)
         for (int64_t lane = 0; lane < kPanel; lane += kLanes)
@@ -125,7 +127,8 @@ void from_pixel_gradient_products(const FromPixelShape& s, const float* input, c
     for (int64_t i = 0; i < s.inputs; ++i)
       reorder<false>(weight_gradient + (i * s.channels + c0) * s.pixels + p0, s.pixels, pixels, sums + i * kPanel,
                      s.inputs * kPanel);
-  });
+  };
+  for_tasks(s, plan, input, workspace, threads, task);
 }
 
 }  // namespace fastgan::cpu::FASTGAN_ISA

@@ -10,12 +10,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "../../csrc/cpu/conv4x4s2.h"
 #include "../../csrc/cpu/isa.h"
 #include "../../csrc/cpu/parallel.h"
+#include "threads.h"
 
 using namespace fastgan;
 using namespace fastgan::cpu;
@@ -90,17 +90,6 @@ struct AlignedBuffer {
   }
   ~AlignedBuffer() { std::free(data); }
 };
-
-int runner_threads = 1;
-
-void run_on_threads(int64_t tasks, void (*body)(void*, int64_t), void* context) {
-  std::vector<std::thread> pool;
-  for (int t = 0; t < runner_threads; ++t)
-    pool.emplace_back([=] {
-      for (int64_t i = t; i < tasks; i += runner_threads) body(context, i);
-    });
-  for (auto& t : pool) t.join();
-}
 
 double act(double z, Activation a, double slope) {
   switch (a) {

@@ -6,30 +6,20 @@
 #include <cstring>
 #include <exception>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "../../csrc/cpu/from_pixel.h"
 #include "../../csrc/cpu/parallel.h"
+#include "threads.h"
 
 using namespace fastgan::cpu;
 
 namespace {
 
 int failures = 0;
-int runner_threads = 1;
 std::mt19937 generator(7);
 
 using Floats = std::vector<float>;
-
-void run_on_threads(int64_t tasks, void (*body)(void*, int64_t), void* context) {
-  std::vector<std::thread> pool;
-  for (int t = 0; t < runner_threads; ++t)
-    pool.emplace_back([=] {
-      for (int64_t i = t; i < tasks; i += runner_threads) body(context, i);
-    });
-  for (auto& t : pool) t.join();
-}
 
 Floats random_floats(int64_t n) {
   std::uniform_real_distribution<float> d(-1, 1);
