@@ -11,7 +11,8 @@
 //
 // All tensors but the weight are NHWC (channels_last), dense. Typical use, a convolution followed by batch norm:
 //
-//   conv4x4s2_pack(shape, Conv4x4s2Loop::down, weight, packed);               // after every weight update
+//   if (conv4x4s2_packed_bytes(shape, Conv4x4s2Loop::down) == 0) packed = weight;
+//   else conv4x4s2_pack(shape, Conv4x4s2Loop::down, weight, packed);          // after every weight update
 //   ConvOperand x;  x.data = y_before;  x.scale = ...;  x.shift = ...;        // batch norm + activation of the layer before
 //   ConvEpilogue e; e.mode = ConvEpilogue::Mode::statistics;  e.out = y;  e.mean = mean;  e.m2 = m2;
 //   conv4x4s2_down(shape, x, packed, e, workspace, threads);
@@ -97,11 +98,11 @@ struct ConvEpilogue {
 // where the large tensor is not an image.
 bool conv4x4s2_supported(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop);
 
-// Bytes for the packed weights of down or up (0 for weight_gradient). Aligned to 64 bytes or more by the caller.
+// Bytes for the packed weights of down or up, aligned to 64 bytes or more by the caller. 0 where nothing is packed: the loop then
+// takes the weight itself in place of `packed` (weight_gradient takes neither).
 size_t conv4x4s2_packed_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop);
 
-// Transforms the weight, float [small_channels, large_channels, 4, 4] contiguous, into what `loop` reads.
-// Does not depend on the batch size: one packed weight serves every batch of the same image size.
+// Transforms the weight, float [small_channels, large_channels, 4, 4] contiguous, into what `loop` reads for this shape.
 void conv4x4s2_pack(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* weight, void* packed);
 
 // Bytes of scratch for a call that at most `threads` threads work on. Aligned to 64 bytes or more by the caller; its

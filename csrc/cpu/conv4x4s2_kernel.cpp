@@ -8,104 +8,24 @@
 //         image rows are there, so that it runs along whole rows (pixel by pixel alternating it took twice as long)
 //   weight_gradient: a task owns a block of the weight; for each input parity, sum over all tiles of (data side)^T
 //         (gradient side) in the transformed domain, then back to four taps
+#include "conv4x4s2_blocks.h"
 #include "conv4x4s2_gemm.h"
 #include "conv4x4s2_kernel.h"
 #include "conv4x4s2_tiles.h"
+#include "conv4x4s2_weights.h"
 #include "transpose.h"
 
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-constexpr int64_t kChunk = 64;           // reduction channels transformed and multiplied at a time
-constexpr int64_t kOutputBlock = 128;    // output channels of a task
 constexpr int64_t kProductRows = 1664;   // rows of all 16 product matrices of a block, about 100 each
 constexpr int64_t kFewTasks = 8;
-constexpr int64_t kStreamed = 1 << 18;   // floats of packed weights that are written past the cache
 constexpr int64_t kGradientRows = 1024;  // the same for the weight gradient, which also holds its accumulators
 constexpr int64_t kGradientLarge = 64;   // block of the weight a weight_gradient task owns
 constexpr int64_t kGradientSmall = 128;
 constexpr int64_t kGradientMatrix = kGradientLarge * kGradientSmall + 16;  // floats from one matrix of such a block to the next
 constexpr int64_t kGradientTasks = 16;   // the sum over images is split to reach about this many tasks
 constexpr int64_t kRowsAhead = 3;        // prefetched: as many as a row of tiles is high
-constexpr int kPairs = kPoints * kPoints;
-
-// down, and the data side of weight_gradient, read the large tensor in steps of 2; up reads the small one in steps of 1.
-struct Geometry {
-  bool up;
-  int64_t batch, step;
-  int64_t input_height, input_width, input_channels;
-  int64_t output_height, output_width, output_channels;
-
-  Geometry(const Conv4x4s2Shape& s, Conv4x4s2Loop loop) : up(loop == Conv4x4s2Loop::up), batch(s.batch), step(up ? 1 : 2) {
-    input_height = up ? s.small_height : s.large_height;
-    input_width = up ? s.small_width : s.large_width;
-    input_channels = up ? s.small_channels : s.large_channels;
-    output_height = up ? s.large_height : s.small_height;
-    output_width = up ? s.large_width : s.small_width;
-    output_channels = up ? s.large_channels : s.small_channels;
-  }
-
-  int64_t row_phases() const { return up ? 2 : 1; }
-
-  // Outputs of one phase along an axis; down has a single phase.
-  int64_t phase_rows(int64_t phase) const { return up ? (output_height - phase + 1) / 2 : output_height; }
-  int64_t phase_columns(int64_t phase) const { return up ? (output_width - phase + 1) / 2 : output_width; }
-
-  Axis row_axis(int64_t parity, int64_t strip, int64_t strips) const {
-    const int64_t all = phase_rows(parity), first = strip_start(all, strip, strips);
-    return Axis(first, strip_start(all, strip + 1, strips) - first, step, parity, input_height);
-  }
-  Axis column_axis(int64_t parity) const { return Axis(0, phase_columns(parity), step, parity, input_width); }
-
-  static int64_t strip_start(int64_t all, int64_t strip, int64_t strips) {
-    return all / strips * strip + min64(strip, all % strips);
-  }
-};
-
-int64_t output_blocks(const Geometry& g) { return ceil_div(g.output_channels, kOutputBlock); }
-
-// How the batch is cut into blocks that fit the cache.
-struct Blocks {
-  int64_t strips;           // an image
-  int64_t images, batches;  // most images a block, blocks a strip
-  int64_t batch;
-  int64_t product_rows;     // most rows of all product matrices of a block, and those between them
-  int64_t pixels;           // most outputs of a block between two epilogues
-  int64_t stage_pixels;     // most inputs a row of tiles reads
-
-  // tasks_each: how many tasks share a block. An odd number of tasks would leave one of two threads idle at the end.
-  Blocks(const Geometry& g, int64_t target_rows, int64_t tasks_each = 1) {
-    const int64_t whole = image_rows(g, 1);
-    strips = max64(1, min64(ceil_div(whole, target_rows), g.phase_rows(1) / 4));
-    const int64_t rows = strips == 1 ? whole : image_rows(g, strips);
-    images = max64(1, min64(g.batch, target_rows / rows));
-    batches = ceil_div(g.batch, images);
-    if (batches > 2 && batches < g.batch && strips * batches * tasks_each % 2 != 0) ++batches;
-    images = ceil_div(g.batch, batches);
-    batch = g.batch;
-    product_rows = images * rows + kPairs;
-    const int64_t height = ceil_div(g.phase_rows(0), strips), width = g.phase_columns(0);
-    pixels = images * height * g.output_width;
-    stage_pixels = kPoints * (width + 1);
-  }
-  int64_t count() const { return strips * batches; }
-  int64_t first_image(int64_t block) const { return Geometry::strip_start(batch, block % batches, batches); }
-  int64_t image_count(int64_t block) const {
-    return Geometry::strip_start(batch, block % batches + 1, batches) - first_image(block);
-  }
-  int64_t strip(int64_t block) const { return block / batches; }
-
- private:
-  static int64_t image_rows(const Geometry& g, int64_t strips) {
-    int64_t most = 0;
-    for (int64_t b = 0; b < 2; ++b) {
-      const int64_t columns = g.column_axis(b).multiplications();
-      for (int64_t a = 0; a < 2; ++a)
-        for (int64_t s = 0; s < strips; ++s) most = max64(most, g.row_axis(a, s, strips).multiplications() * columns);
-    }
-    return most;
-  }
-};
 
 // Rows [from, end) of one image's inputs of one parity, zero padded: stage[end - from][width + 1][kChunk]
 void stage_inputs(const ConvOperand& operand, const Geometry& g, const Axis& rows, const Axis& columns, int64_t row_parity,
@@ -184,111 +104,22 @@ void transform_outputs(const ProductRows& at, float* products, int64_t ld, float
       }
 }
 
-// ---- packed weights: [parity pair][output block][input chunk][panel][chunk channels][4 taps][kPanel]
-//
-// Plain taps, in the order the products need them. A task transforms the 4 taps to 16 just before their products: that costs
-// a few percent of these, and a quarter of the memory traffic of transformed weights.
-
-struct PackedWeights {
-  int64_t input_channels, output_channels;  // the latter rounded up to whole panels
-  explicit PackedWeights(const Geometry& g)
-      : input_channels(g.input_channels), output_channels(round_up(g.output_channels, kPanel)) {}
-  int64_t size() const { return 16 * input_channels * output_channels; }
-  int64_t block_channels(int64_t k0) const { return min64(kOutputBlock, output_channels - k0); }
-  int64_t chunk_channels(int64_t c0) const { return min64(kChunk, input_channels - c0); }
-  // Start of a parity pair, output block and input chunk
-  int64_t offset(int64_t parities, int64_t k0, int64_t c0) const {
-    return 4 * (parities * input_channels * output_channels + k0 * input_channels + c0 * block_channels(k0));
-  }
-};
-
-void pack_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* weight, float* packed) {
-  const Geometry g(shape, loop);
-  const PackedWeights to(g);
-  // weight[small][large][16]: strides of an input and of an output channel
-  const int64_t input_stride = g.up ? shape.large_channels * 16 : 16, output_stride = g.up ? 16 : shape.large_channels * 16;
-  const int64_t panels = to.output_channels / kPanel, chunks = ceil_div(g.input_channels, kChunk);
-  const bool past_cache = to.size() >= kStreamed;
-  parallel_for(panels * chunks, [&](int64_t task) {
-    const int64_t k = task / chunks * kPanel, c0 = task % chunks * kChunk;
-    const int64_t k0 = k / kOutputBlock * kOutputBlock, chunk = to.chunk_channels(c0);
-    const int64_t columns = min64(kPanel, g.output_channels - k);
-    // A few channels are gathered before their vectors are read: a vector load right behind the single stores it spans waits
-    // for them.
-    constexpr int64_t kGathered = 8, kAhead = 4;
-    float taps[kGathered][16][kPanel] = {};
-    for (int64_t first = 0; first < chunk; first += kGathered) {
-      const int64_t count = min64(kGathered, chunk - first);
-      for (int64_t i = 0; i < count; ++i) {
-        const float* w = weight + (c0 + first + i) * input_stride + k * output_stride;
-        for (int64_t column = 0; column < columns; ++column)
-          __builtin_prefetch(w + kAhead * input_stride + column * output_stride);
-        if (kPanel % kSide == 0 && kLanes >= kSide && columns == kPanel) {
-          for (int t = 0; t < 16; t += kSide)
-            for (int64_t column = 0; column < kPanel; column += kSide) {
-              Side<float> square[kSide];
-#pragma GCC unroll 8
-              for (int j = 0; j < kSide; ++j)
-                __builtin_memcpy(square + j, w + (column + j) * output_stride + t, sizeof square[j]);
-              transpose<float>(square);
-#pragma GCC unroll 8
-              for (int j = 0; j < kSide; ++j) __builtin_memcpy(&taps[i][t + j][column], square + j, sizeof square[j]);
-            }
-        } else {
-          for (int64_t column = 0; column < columns; ++column)
-            for (int t = 0; t < 16; ++t) taps[i][t][column] = w[column * output_stride + t];
-        }
-      }
-      for (int a = 0; a < 2; ++a)
-        for (int b = 0; b < 2; ++b) {
-          // the two taps of each axis, in the order of the inputs they meet
-          const int r[2] = {g.up ? 3 - a : a, g.up ? 1 - a : a + 2}, s[2] = {g.up ? 3 - b : b, g.up ? 1 - b : b + 2};
-          float* dst = packed + to.offset(a * 2 + b, k0, c0) + ((k - k0) / kPanel * chunk + first) * 4 * kPanel;
-          for (int64_t i = 0; i < count; ++i)
-            for (int t = 0; t < 4; ++t)
-              for (int64_t lane = 0; lane < kPanel; lane += kLanes, dst += kLanes) {
-                const Vec tap = load(taps[i][r[t / 2] * 4 + s[t % 2]] + lane);
-                past_cache ? stream(dst, tap) : store(dst, tap);
-              }
-        }
-    }
-    stream_fence();
-  });
-}
-
-// One row of four transformed weights: taps[channels][4][kPanel] -> transformed[4][channels][kPanel] with a line between the
-// four. A row of one panel at a time stays in the first-level cache until its products are done.
-void transform_weights(const float* taps, int64_t channels, int row, float* transformed) {
-  const int64_t next = channels * kPanel + kLineFloats;
-  for (int64_t i = 0; i < channels; ++i, taps += 4 * kPanel, transformed += kPanel)
-    for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
-      Vec g[2];
-#pragma GCC unroll 2
-      for (int s = 0; s < 2; ++s) {
-        const Vec g0 = load(taps + s * kPanel + lane), g1 = load(taps + (2 + s) * kPanel + lane);
-        g[s] = row == 0 ? g0 : row == 1 ? (g0 + g1) * 0.5f : row == 2 ? (g0 - g1) * 0.5f : g1;
-      }
-      float* out = transformed + lane;
-      store(out, g[0]);
-      store(out + next, (g[0] + g[1]) * 0.5f);
-      store(out + 2 * next, (g[0] - g[1]) * 0.5f);
-      store(out + 3 * next, g[1]);
-    }
-}
-
 // ---- down and up
 
+Blocks forward_blocks(const Geometry& g) { return Blocks(g, kProductRows, output_blocks(g)); }
+
 struct ForwardScratch {
-  int64_t inputs, weights, products, result, stage;  // floats
-  ForwardScratch(const PackedWeights& packed, const Blocks& blocks) {
-    const int64_t ld = min64(kOutputBlock, packed.output_channels);
+  int64_t inputs, taps, weights, products, result, stage;  // floats
+  ForwardScratch(const WeightTaps& source, const Blocks& blocks) {
+    const int64_t ld = min64(kOutputBlock, source.packed.output_channels);
     inputs = blocks.product_rows * kChunk;
-    weights = kPoints * (min64(kChunk, packed.input_channels) * kPanel + kLineFloats);
+    taps = source.memory();
+    weights = kPoints * (min64(kChunk, source.packed.input_channels) * kPanel + kLineFloats);
     products = blocks.product_rows * ld;
     result = blocks.pixels * ld;
     stage = blocks.stage_pixels * kChunk;
   }
-  int64_t bytes() const { return (inputs + weights + products + result + stage) * static_cast<int64_t>(sizeof(float)); }
+  int64_t bytes() const { return (inputs + taps + weights + products + result + stage) * static_cast<int64_t>(sizeof(float)); }
 };
 
 int64_t partials_bytes(const Geometry& g, const Blocks& blocks) {
@@ -296,11 +127,11 @@ int64_t partials_bytes(const Geometry& g, const Blocks& blocks) {
                   ScratchSlots::kAlignment);
 }
 
-void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand& input, const float* packed,
+void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand& input, const float* weight,
               const ConvEpilogue& epilogue, void* workspace, int threads) {
   const Geometry g(shape, loop);
-  const Blocks blocks(g, kProductRows, output_blocks(g));
-  const PackedWeights weights(g);
+  const Blocks blocks = forward_blocks(g);
+  const WeightTaps weights(g, blocks, weight);
   const ForwardScratch sizes(weights, blocks);
   float* partials = static_cast<float*>(workspace);
   const ScratchSlots slots(static_cast<char*>(workspace) + partials_bytes(g, blocks), threads, sizes.bytes());
@@ -310,13 +141,14 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
   // Blocks of images run innermost, so that consecutive tasks of a thread read the same weights.
   parallel_for(phase_tasks * output_blocks(g) * blocks.count(), [&](int64_t task) {
     const int64_t block = task % blocks.count(), k0 = task / blocks.count() % output_blocks(g) * kOutputBlock;
-    const int64_t ld = weights.block_channels(k0), first_image = blocks.first_image(block);
+    const int64_t ld = weights.packed.block_channels(k0), first_image = blocks.first_image(block);
     const int64_t images = blocks.image_count(block);
     const int64_t first_parity = phase_tasks == 1 ? 0 : task / blocks.count() / output_blocks(g);
     const int64_t end_parity = phase_tasks == 1 ? 2 : first_parity + 1;
     const ScratchSlots::Lease lease(slots);
     float* inputs = lease.memory();
-    float* transformed = inputs + sizes.inputs;
+    float* gathered = inputs + sizes.inputs;
+    float* transformed = gathered + sizes.taps;
     float* products = transformed + sizes.weights;
     float* result = products + sizes.products;
     float* stage = result + sizes.result;
@@ -327,21 +159,19 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
         const Axis columns = g.column_axis(b);
         const ProductRows at(rows, columns, images);
         for (int64_t c0 = 0; c0 < g.input_channels; c0 += kChunk) {
-          const int64_t chunk = weights.chunk_channels(c0);
+          const int64_t chunk = weights.packed.chunk_channels(c0);
           transform_inputs(input, g, at, a, b, first_image, c0, chunk, stage, inputs);
-          const float* taps = packed + weights.offset(a * 2 + b, k0, c0);
-          for (int64_t k = 0; k < ld; k += kPanel, taps += 4 * kPanel * chunk)
+          for (int64_t k = 0; k < ld; k += kPanel) {
+            const float* taps = weights.panel(a, b, k0, k, c0, gathered);
+            Ahead ahead = weights.after(a, b, k0, k, c0);
             for (int row = 0; row < kPoints; ++row) {
               transform_weights(taps, chunk, row, transformed);
               const float* u = transformed;
-              for (int p = row * kPoints; p < (row + 1) * kPoints; ++p, u += chunk * kPanel + kLineFloats) {
-                // The panel after this one comes from memory while the products of this one are computed.
-                const float* ahead = taps + 4 * kPanel * chunk + p * chunk * kPanel / 4;
-                for (int64_t line = 0; line < chunk * kPanel / 4; line += kLineFloats) __builtin_prefetch(ahead + line, 0, 2);
+              for (int p = row * kPoints; p < (row + 1) * kPoints; ++p, u += chunk * kPanel + kLineFloats)
                 multiply<2, kChunk, 1, kPanel>(inputs + at.base[p] * kChunk, u, chunk, products + at.base[p] * ld + k, ld,
-                                               at.count(p), c0 > 0);
-              }
+                                               at.count(p), c0 > 0, ahead);
             }
+          }
         }
         if (g.up)
           transform_outputs(at, products, ld, result + b * ld, g.output_width * ld, 2 * ld, false);
@@ -514,7 +344,9 @@ void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large,
 
 int64_t conv4x4s2_packed_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop) {
   if (loop == Conv4x4s2Loop::weight_gradient) return 0;
-  return PackedWeights(Geometry(shape, loop)).size() * static_cast<int64_t>(sizeof(float));
+  const Geometry g(shape, loop);
+  if (gathers_weights(g, forward_blocks(g))) return 0;
+  return PackedWeights(g).size() * static_cast<int64_t>(sizeof(float));
 }
 
 void conv4x4s2_pack(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* weight, void* packed) {
@@ -527,8 +359,8 @@ int64_t conv4x4s2_workspace_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loo
     return plan.partials_bytes() + ScratchSlots::bytes(threads, plan.slot_bytes());
   }
   const Geometry g(shape, loop);
-  const Blocks blocks(g, kProductRows, output_blocks(g));
-  return partials_bytes(g, blocks) + ScratchSlots::bytes(threads, ForwardScratch(PackedWeights(g), blocks).bytes());
+  const Blocks blocks = forward_blocks(g);
+  return partials_bytes(g, blocks) + ScratchSlots::bytes(threads, ForwardScratch(WeightTaps(g, blocks, nullptr), blocks).bytes());
 }
 
 void conv4x4s2_forward(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand& input, const void* packed,

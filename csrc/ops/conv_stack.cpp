@@ -269,9 +269,10 @@ Tensor statistics_view(const Tensor& statistics, const Geometry& g) {
 void run_loop(const Geometry& g, cpu::Conv4x4s2Loop loop, const cpu::ConvOperand& operand, const Tensor& weight,
               const cpu::ConvEpilogue& epilogue) {
   const int threads = at::get_num_threads();
-  const Tensor packed = bytes(cpu::conv4x4s2_packed_bytes(g.shape, loop));
+  const size_t packed_bytes = cpu::conv4x4s2_packed_bytes(g.shape, loop);
+  const Tensor packed = packed_bytes ? bytes(packed_bytes) : weight;
   const Tensor workspace = bytes(cpu::conv4x4s2_workspace_bytes(g.shape, loop, threads));
-  {
+  if (packed_bytes) {
     RECORD_FUNCTION("fastgan::conv4x4s2_pack", {});
     cpu::conv4x4s2_pack(g.shape, loop, floats(weight), packed.mutable_data_ptr());
   }

@@ -215,9 +215,11 @@ struct Layer {
 
   void run(Conv4x4s2Loop loop, const ConvOperand& input, const ConvEpilogue& epilogue, int threads) const {
     runner_threads = threads;
-    AlignedBuffer packed(conv4x4s2_packed_bytes(shape, loop)), workspace(conv4x4s2_workspace_bytes(shape, loop, threads));
-    conv4x4s2_pack(shape, loop, weight.data(), packed.data);
-    (loop == Conv4x4s2Loop::down ? conv4x4s2_down : conv4x4s2_up)(shape, input, packed.data, epilogue, workspace.data, threads);
+    const size_t bytes = conv4x4s2_packed_bytes(shape, loop);
+    AlignedBuffer packed(bytes), workspace(conv4x4s2_workspace_bytes(shape, loop, threads));
+    if (bytes > 0) conv4x4s2_pack(shape, loop, weight.data(), packed.data);
+    const void* taps = bytes > 0 ? packed.data : static_cast<const void*>(weight.data());
+    (loop == Conv4x4s2Loop::down ? conv4x4s2_down : conv4x4s2_up)(shape, input, taps, epilogue, workspace.data, threads);
   }
 };
 
@@ -366,11 +368,18 @@ void check_all(const std::vector<Layer>& layers, const std::vector<Layer>& layer
     for (int64_t channels : {64, 3}) check_thread_independence(Layer(20, 16, 16, channels, 48, dtype), loop);
 }
 
-// Enough weights to be written past the cache, with a partial panel.
-void check_weights_past_the_cache() {
-  const Layer layer(2, 4, 6, 128, 144);
-  for (Conv4x4s2Loop loop : {Conv4x4s2Loop::down, Conv4x4s2Loop::up})
-    check_loop(layer, loop, ConvOperand::Mode::plain, Activation::identity, 2);
+// The ways that weights take to the products: packed, within the cache and past it; read as they lie.
+void check_weights() {
+  const bool gathers = active_isa() != Isa::baseline;
+  const auto check = [](const Layer& layer, bool packed) {
+    for (Conv4x4s2Loop loop : {Conv4x4s2Loop::down, Conv4x4s2Loop::up}) {
+      expect((conv4x4s2_packed_bytes(layer.shape, loop) > 0) == packed, "weights are packed", packed ? "yes" : "no");
+      check_loop(layer, loop, ConvOperand::Mode::plain, Activation::identity, 2);
+    }
+  };
+  check(Layer(2, 4, 6, 144, 144), active_isa() >= Isa::avx512 || !gathers);  // 144 is a multiple of an AVX2 panel only
+  check(Layer(1, 96, 64, 32, 64), true);                                     // several blocks
+  check(Layer(3, 8, 8, 160, 192), !gathers);  // several blocks of outputs, chunks of inputs
 }
 
 void run_all() {
@@ -406,7 +415,7 @@ int main() {
     if (child == 0) {
       setenv("FASTGAN_CPU_ISA", isa_name(static_cast<Isa>(i)), 1);
       run_all();
-      check_weights_past_the_cache();
+      check_weights();
       std::fflush(stdout);
       _exit(failures == 0 ? 0 : 1);
     }
