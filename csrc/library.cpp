@@ -10,6 +10,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "ops/conv_stack.h"
 
 TORCH_LIBRARY(fastgan, m) {
   // Public. Stems as in fastgan/ops, csrc/ops and tests. process_group: the name of a torch.distributed group of
@@ -126,6 +127,7 @@ std::vector<std::string> available_isas() {
 PYBIND11_MODULE(_C, m) {
   parallel_runner = run_on_torch_threads;
   m.doc() = "The compiled part of fastgan: importing it registers torch.ops.fastgan.*";
+  m.def("conv_stack_adds_in_place", &fastgan::conv_stack_adds_in_place);
   m.def("cpu_info", [] {
     pybind11::dict info;
     pybind11::list isas;

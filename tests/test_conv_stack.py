@@ -1,5 +1,6 @@
 """conv_stack: a whole Sequential as one operator (what fuse() runs on the CPU) against the plain layers."""
 
+import contextlib
 import copy
 
 import pytest
@@ -10,7 +11,7 @@ import fastgan
 from fastgan import _extension
 from fastgan.nn.fuse import _match
 from fastgan.nn.modules import BatchNormCall
-from fastgan.ops.conv_stack import StackCall
+from fastgan.ops.conv_stack import StackCall, gradients_added_in_place
 
 
 def up(c_in, c_out, bias=False):
@@ -123,6 +124,44 @@ def test_frozen_layers_get_no_gradient_and_do_not_disturb_the_others():
     fused[-1].requires_grad_(True)  # only the last layer learns, the input needs no gradient
     (gradient,) = torch.autograd.grad(fused(x), fused[-1].weight, grad)
     torch.testing.assert_close(gradient, expected[-2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="no compiled kernels")
+@pytest.mark.parametrize("autocast", (False, True))
+def test_gradients_added_in_place(autocast):
+    """The bits of separate additions, without the weights' tensors; hooks and torch.autograd.grad still see what is added."""
+    network, images = build("discriminator")
+    network, images = fastgan.fuse(network), torch.cat([images] * 5)
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return network(images).float().square().sum()
+
+    def gradients(in_place, passes=2):
+        network.zero_grad()
+        for _ in range(passes):
+            with gradients_added_in_place() if in_place else contextlib.nullcontext():
+                loss().backward()
+        return [parameter.grad.clone() for parameter in network.parameters() if parameter.requires_grad]
+
+    expected = gradients(False)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(True), expected))
+
+    def additions(in_place):
+        with torch.profiler.profile() as profiler:
+            gradients(in_place)
+        return sum(event.count for event in profiler.key_averages() if event.key == "aten::add_")
+
+    assert additions(True) == additions(False) - 3  # the three layers on loops of fastgan's own
+
+    weight = network[2].weight
+    before, seen = weight.grad.clone(), []
+    with gradients_added_in_place():
+        (alone,) = torch.autograd.grad(loss(), weight)
+    assert torch.equal(weight.grad, before) and alone.abs().sum() > 0
+    with weight.register_hook(seen.append), gradients_added_in_place():
+        loss().backward()
+    assert torch.equal(seen[0], alone) and torch.equal(weight.grad, before + alone)
 
 
 def test_opcheck_and_fake_shapes():

@@ -60,8 +60,8 @@ void conv4x4s2_up(const Conv4x4s2Shape& shape, const ConvOperand& small, const v
 }
 
 void conv4x4s2_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
-                               float* weight_gradient, void* workspace, int threads) {
-  FASTGAN_CONV4X4S2_CALL(shape, weight_gradient, shape, large, small, weight_gradient, workspace, threads);
+                               const ConvWeightGradient& result, void* workspace, int threads) {
+  FASTGAN_CONV4X4S2_CALL(shape, weight_gradient, shape, large, small, result, workspace, threads);
 }
 
 }  // namespace fastgan::cpu

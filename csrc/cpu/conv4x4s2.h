@@ -92,6 +92,12 @@ struct ConvEpilogue {
   float* sum_dz_xhat = nullptr;  // [channels], written by gradient if y_mean is given
 };
 
+// Where weight_gradient leaves its result: float [small_channels, large_channels, 4, 4].
+struct ConvWeightGradient {
+  float* data;
+  bool add = false;  // to what data holds
+};
+
 // Whether the loop can run on this shape; if not, the caller takes another road. Supported: small_channels a multiple of
 // 16; large_channels a multiple of 16, or 1 to 4 (images); small sides of 2 to 256, large ones twice that or one more
 // (the output_padding of a transposed convolution). bfloat16: on AVX512-BF16 and AMX only, and from a batch of 16 on
@@ -116,8 +122,8 @@ void conv4x4s2_up(const Conv4x4s2Shape& shape, const ConvOperand& small, const v
                   const ConvEpilogue& large, void* workspace, int threads);
 
 // For a convolution, large is its input and small the gradient of its output; for a transposed convolution, large is
-// the gradient of its output and small its input. Writes float [small_channels, large_channels, 4, 4].
+// the gradient of its output and small its input.
 void conv4x4s2_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
-                               float* weight_gradient, void* workspace, int threads);
+                               const ConvWeightGradient& result, void* workspace, int threads);
 
 }  // namespace fastgan::cpu

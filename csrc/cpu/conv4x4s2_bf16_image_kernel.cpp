@@ -185,7 +185,7 @@ void transpose_patches(const bfloat16* patches, int64_t pixels, bfloat16* tiles)
 }
 
 void image_weight_gradient(const GradientPlan& plan, const ConvOperand& large, const ConvOperand& small,
-                           float* weight_gradient, void* workspace, int threads) {
+                           const ConvWeightGradient& result, void* workspace, int threads) {
   const Image& g = plan.g;
   float* partials = static_cast<float*>(workspace);  // [splits][kPatch][columns]
   const ScratchSlots slots(static_cast<char*>(workspace) + plan.partials_bytes(), threads, plan.slot_bytes());
@@ -236,7 +236,8 @@ void image_weight_gradient(const GradientPlan& plan, const ConvOperand& large, c
     for (int64_t k = 0; k < g.small_channels; ++k) {
       float sum = 0;
       for (int64_t split = 0; split < plan.splits; ++split) sum += partials[split * plan.sums + p * plan.columns + k];
-      weight_gradient[(k * g.channels + p % g.channels) * 16 + p / g.channels] = sum;
+      float& to = result.data[(k * g.channels + p % g.channels) * 16 + p / g.channels];
+      to = result.add ? to + sum : sum;
     }
 }
 
@@ -283,8 +284,8 @@ void conv4x4s2_bf16_image_forward(const Conv4x4s2Shape& shape, Conv4x4s2Loop loo
 }
 
 void conv4x4s2_bf16_image_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
-                                          float* weight_gradient, void* workspace, int threads) {
-  image_weight_gradient(GradientPlan(shape), large, small, weight_gradient, workspace, threads);
+                                          const ConvWeightGradient& result, void* workspace, int threads) {
+  image_weight_gradient(GradientPlan(shape), large, small, result, workspace, threads);
 }
 
 #else
@@ -295,7 +296,7 @@ void conv4x4s2_bf16_image_pack(const Conv4x4s2Shape&, Conv4x4s2Loop, const float
 int64_t conv4x4s2_bf16_image_workspace_bytes(const Conv4x4s2Shape&, Conv4x4s2Loop, int) { return 0; }
 void conv4x4s2_bf16_image_forward(const Conv4x4s2Shape&, Conv4x4s2Loop, const ConvOperand&, const void*, const ConvEpilogue&,
                                   void*, int) {}
-void conv4x4s2_bf16_image_weight_gradient(const Conv4x4s2Shape&, const ConvOperand&, const ConvOperand&, float*, void*, int) {}
+void conv4x4s2_bf16_image_weight_gradient(const Conv4x4s2Shape&, const ConvOperand&, const ConvOperand&, const ConvWeightGradient&, void*, int) {}
 
 #endif
 

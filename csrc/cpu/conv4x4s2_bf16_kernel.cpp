@@ -259,9 +259,10 @@ void stage_pairs(const ConvOperand& operand, int64_t first_image, int64_t images
       }
 }
 
-void run_weight_gradient(const GradientPlan& p, const ConvOperand& large, const ConvOperand& small, float* weight_gradient,
+void run_weight_gradient(const GradientPlan& p, const ConvOperand& large, const ConvOperand& small, const ConvWeightGradient& result,
                          void* workspace, int threads) {
-  float* partials = p.splits == 1 ? weight_gradient : static_cast<float*>(workspace);
+  float* partials = p.splits == 1 ? result.data : static_cast<float*>(workspace);
+  const bool add = p.splits == 1 && result.add;
   const ScratchSlots slots(static_cast<char*>(workspace) + p.partials_bytes(), threads, p.slot_bytes());
   const int64_t large_pixel = p.large_tiles * kTile, large_row = p.staged_width() * large_pixel;
   const int64_t small_pixel = p.small_tiles * kTile, small_row = p.small_width * small_pixel;
@@ -320,12 +321,15 @@ void run_weight_gradient(const GradientPlan& p, const ConvOperand& large, const 
         __m512i taps[16];
         for (int t = 0; t < 16; ++t) taps[t] = _mm512_loadu_si512(sums + t * tap_sums + k * ld + c);
         transpose_lanes(taps);
-        for (int lane = 0; lane < 16; ++lane)
-          _mm512_storeu_si512(out + ((k0 + k) * p.large_channels + c0 + c + lane) * 16, taps[lane]);
+        for (int lane = 0; lane < 16; ++lane) {
+          float* to = out + ((k0 + k) * p.large_channels + c0 + c + lane) * 16;
+          const Vec sum = (Vec)taps[lane];
+          store(to, add ? load(to) + sum : sum);
+        }
       }
   });
 
-  if (p.splits > 1) add_partials(partials, p.splits, p.weights(), weight_gradient);
+  if (p.splits > 1) add_partials(partials, p.splits, p.weights(), result);
 }
 
 }  // namespace
@@ -349,8 +353,8 @@ void conv4x4s2_bf16_forward(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, con
 }
 
 void conv4x4s2_bf16_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
-                                    float* weight_gradient, void* workspace, int threads) {
-  run_weight_gradient(GradientPlan(shape), large, small, weight_gradient, workspace, threads);
+                                    const ConvWeightGradient& result, void* workspace, int threads) {
+  run_weight_gradient(GradientPlan(shape), large, small, result, workspace, threads);
 }
 
 #else
@@ -361,7 +365,7 @@ void conv4x4s2_bf16_pack(const Conv4x4s2Shape&, Conv4x4s2Loop, const float*, voi
 int64_t conv4x4s2_bf16_workspace_bytes(const Conv4x4s2Shape&, Conv4x4s2Loop, int) { return 0; }
 void conv4x4s2_bf16_forward(const Conv4x4s2Shape&, Conv4x4s2Loop, const ConvOperand&, const void*, const ConvEpilogue&, void*,
                             int) {}
-void conv4x4s2_bf16_weight_gradient(const Conv4x4s2Shape&, const ConvOperand&, const ConvOperand&, float*, void*, int) {}
+void conv4x4s2_bf16_weight_gradient(const Conv4x4s2Shape&, const ConvOperand&, const ConvOperand&, const ConvWeightGradient&, void*, int) {}
 
 #endif
 

@@ -170,7 +170,7 @@ struct GradientPlan {
 };
 
 void image_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
-                           float* weight_gradient, void* workspace, int threads) {
+                           const ConvWeightGradient& result, void* workspace, int threads) {
   const GradientPlan plan(shape);
   const Image& g = plan.g;
   float* partials = static_cast<float*>(workspace);  // [splits][patch][columns]
@@ -208,7 +208,8 @@ void image_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large
     for (int64_t k = 0; k < g.small_channels; ++k) {
       float sum = 0;
       for (int64_t split = 0; split < plan.splits; ++split) sum += partials[split * plan.sums + p * plan.columns + k];
-      weight_gradient[(k * g.channels + p % g.channels) * 16 + p / g.channels] = sum;
+      float& to = result.data[(k * g.channels + p % g.channels) * 16 + p / g.channels];
+      to = result.add ? to + sum : sum;
     }
 }
 
@@ -254,8 +255,8 @@ void conv4x4s2_image_forward(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, co
 }
 
 void conv4x4s2_image_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
-                                     float* weight_gradient, void* workspace, int threads) {
-  image_weight_gradient(shape, large, small, weight_gradient, workspace, threads);
+                                     const ConvWeightGradient& result, void* workspace, int threads) {
+  image_weight_gradient(shape, large, small, result, workspace, threads);
 }
 
 }  // namespace fastgan::cpu::FASTGAN_ISA

@@ -273,11 +273,12 @@ void transform_weight_gradients(const float* sums, int64_t large, int64_t row_pa
 }
 
 void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
-                          float* weight_gradient, void* workspace, int threads) {
+                          const ConvWeightGradient& result, void* workspace, int threads) {
   const GradientPlan plan(shape);
   const Geometry& g = plan.g;
   const Blocks& blocks = plan.blocks;
-  float* partials = plan.splits == 1 ? weight_gradient : static_cast<float*>(workspace);
+  float* partials = plan.splits == 1 ? result.data : static_cast<float*>(workspace);
+  const bool add = plan.splits == 1 && result.add;
   const ScratchSlots slots(static_cast<char*>(workspace) + plan.partials_bytes(), threads, plan.slot_bytes());
 
   parallel_for(plan.splits * plan.large_blocks * plan.small_blocks, [&](int64_t task) {
@@ -327,17 +328,27 @@ void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large,
             for (int j = 0; j < kSide; ++j) __builtin_memcpy(square + j, src + (t + j) * kGradientMatrix, sizeof square[j]);
             transpose<float>(square);
 #pragma GCC unroll 8
-            for (int j = 0; j < kSide; ++j)
-              __builtin_memcpy(dst + j * g.input_channels * 16 + t, square + j, sizeof square[j]);
+            for (int j = 0; j < kSide; ++j) {
+              float* to = dst + j * g.input_channels * 16 + t;
+              Side<float> before;
+              if (add) {
+                __builtin_memcpy(&before, to, sizeof before);
+                square[j] += before;
+              }
+              __builtin_memcpy(to, square + j, sizeof square[j]);
+            }
           }
         } else {
           for (int64_t lane = 0; lane < kColumns; ++lane)
-            for (int t = 0; t < 16; ++t) dst[lane * g.input_channels * 16 + t] = src[t * kGradientMatrix + lane];
+            for (int t = 0; t < 16; ++t) {
+              float& to = dst[lane * g.input_channels * 16 + t];
+              to = add ? to + src[t * kGradientMatrix + lane] : src[t * kGradientMatrix + lane];
+            }
         }
       }
   });
 
-  if (plan.splits > 1) add_partials(partials, plan.splits, plan.weights(), weight_gradient);
+  if (plan.splits > 1) add_partials(partials, plan.splits, plan.weights(), result);
 }
 
 }  // namespace
@@ -369,8 +380,8 @@ void conv4x4s2_forward(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const Co
 }
 
 void conv4x4s2_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
-                               float* weight_gradient, void* workspace, int threads) {
-  weight_gradient_wide(shape, large, small, weight_gradient, workspace, threads);
+                               const ConvWeightGradient& result, void* workspace, int threads) {
+  weight_gradient_wide(shape, large, small, result, workspace, threads);
 }
 
 }  // namespace fastgan::cpu::FASTGAN_ISA

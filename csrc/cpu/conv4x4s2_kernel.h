@@ -15,8 +15,8 @@ FASTGAN_PER_ISA(void, conv4x4s2_forward,
                 (const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand& input, const void* packed,
                  const ConvEpilogue& output, void* workspace, int threads))
 FASTGAN_PER_ISA(void, conv4x4s2_weight_gradient,
-                (const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small, float* weight_gradient,
-                 void* workspace, int threads))
+                (const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
+                 const ConvWeightGradient& result, void* workspace, int threads))
 
 // The same for images: 1 to 4 large channels.
 FASTGAN_PER_ISA(int64_t, conv4x4s2_image_packed_bytes, (const Conv4x4s2Shape& shape, Conv4x4s2Loop loop))
@@ -27,8 +27,8 @@ FASTGAN_PER_ISA(void, conv4x4s2_image_forward,
                 (const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand& input, const void* packed,
                  const ConvEpilogue& output, void* workspace, int threads))
 FASTGAN_PER_ISA(void, conv4x4s2_image_weight_gradient,
-                (const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small, float* weight_gradient,
-                 void* workspace, int threads))
+                (const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
+                 const ConvWeightGradient& result, void* workspace, int threads))
 
 // The same for bfloat16 tensors, on AVX512-BF16 and AMX; other copies are empty.
 FASTGAN_PER_ISA(int64_t, conv4x4s2_bf16_packed_bytes, (const Conv4x4s2Shape& shape, Conv4x4s2Loop loop))
@@ -39,8 +39,8 @@ FASTGAN_PER_ISA(void, conv4x4s2_bf16_forward,
                 (const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand& input, const void* packed,
                  const ConvEpilogue& output, void* workspace, int threads))
 FASTGAN_PER_ISA(void, conv4x4s2_bf16_weight_gradient,
-                (const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small, float* weight_gradient,
-                 void* workspace, int threads))
+                (const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
+                 const ConvWeightGradient& result, void* workspace, int threads))
 
 
 FASTGAN_PER_ISA(int64_t, conv4x4s2_bf16_image_packed_bytes, (const Conv4x4s2Shape& shape, Conv4x4s2Loop loop))
@@ -51,7 +51,7 @@ FASTGAN_PER_ISA(void, conv4x4s2_bf16_image_forward,
                 (const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand& input, const void* packed,
                  const ConvEpilogue& output, void* workspace, int threads))
 FASTGAN_PER_ISA(void, conv4x4s2_bf16_image_weight_gradient,
-                (const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small, float* weight_gradient,
-                 void* workspace, int threads))
+                (const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
+                 const ConvWeightGradient& result, void* workspace, int threads))
 
 }  // namespace fastgan::cpu

@@ -23,11 +23,14 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #if __has_include(<sys/mman.h>)
 #include <sys/mman.h>
 #endif
+
+#include <utility>
 
 #include "../cpu/bn_act.h"
 #include "../cpu/conv4x4s2.h"
@@ -460,12 +463,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
   return {output, raw, save_for_backward ? statistics : at::empty({0}, options)};
 }
 
-// Gradients of input and of every parameter, with shape [0] where output_mask says false.
-std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Tensor& input, at::TensorList parameters,
-                                            const Tensor& output, const Tensor& raw, const Tensor& statistics,
-                                            at::IntArrayRef layers, at::ArrayRef<double> numbers,
-                                            at::IntArrayRef output_mask, c10::string_view process_group,
-                                            int64_t processes) {
+// Gradients of input and of every parameter, with shape [0] where output_mask says false. Weight gradients that the loops of
+// conv4x4s2.h compute are added to `held`, one a result, where that is defined; they then have shape [0], too.
+std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& input, at::TensorList parameters,
+                                    const Tensor& output, const Tensor& raw, const Tensor& statistics,
+                                    at::IntArrayRef layers, at::ArrayRef<double> numbers, at::IntArrayRef output_mask,
+                                    c10::string_view process_group, int64_t processes, const std::vector<Tensor>& held) {
   const auto stack = parse_stack(layers, numbers);
   const ProcessGroup group{std::string(process_group), processes};
   auto split = split_parameters(stack, parameters);
@@ -580,15 +583,17 @@ std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Ten
     // Two loops would each apply batch norm's backward while loading; one pass before them is faster then.
     if (want_weight && want_input) grad = LazyGrad{grad.store()};
     if (want_weight) {
-      const Tensor grad_weight = at::empty(weight.sizes(), options);
+      const size_t k = first_parameter[i];
+      const bool add = k < held.size() && held[k].defined();
+      const Tensor grad_weight = add ? held[k] : at::empty(weight.sizes(), options);
       const int threads = at::get_num_threads();
       const Tensor workspace =
           bytes(cpu::conv4x4s2_workspace_bytes(g.shape, cpu::Conv4x4s2Loop::weight_gradient, threads));
       RECORD_FUNCTION("fastgan::conv4x4s2_weight_gradient", {});
       const auto large = layer.transposed ? grad.operand() : below.operand();
       const auto small = layer.transposed ? below.operand() : grad.operand();
-      cpu::conv4x4s2_weight_gradient(g.shape, large, small, floats(grad_weight), workspace.mutable_data_ptr(), threads);
-      results[first_parameter[i]] = grad_weight;
+      cpu::conv4x4s2_weight_gradient(g.shape, large, small, {floats(grad_weight), add}, workspace.mutable_data_ptr(), threads);
+      results[k] = add ? at::empty({0}, options) : grad_weight;
     }
     if (!want_input) continue;
     const Tensor grad_input = empty_image_like(below.raw);
@@ -618,7 +623,34 @@ std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Ten
   return results;
 }
 
+std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Tensor& input, at::TensorList parameters,
+                                            const Tensor& output, const Tensor& raw, const Tensor& statistics,
+                                            at::IntArrayRef layers, at::ArrayRef<double> numbers,
+                                            at::IntArrayRef output_mask, c10::string_view process_group,
+                                            int64_t processes) {
+  return stack_gradients(grad_output, input, parameters, output, raw, statistics, layers, numbers, output_mask, process_group,
+                         processes, {});
+}
+
 // ---- autograd ----------------------------------------------------------------------------------------------------
+
+thread_local bool adds_in_place = false;
+
+// The gradient that a parameter holds, if adding to it at once is what its AccumulateGrad would do with a gradient that the
+// backward pass returns; otherwise an undefined tensor.
+Tensor held_gradient(const Tensor& parameter) {
+  namespace impl = torch::autograd::impl;
+  if (!parameter.is_leaf() || !parameter.requires_grad() || !impl::hooks(parameter).empty() ||
+      impl::post_acc_grad_hooks(parameter) != nullptr)
+    return {};
+  const Tensor& held = parameter.grad();
+  if (!held.defined() || held.layout() != at::kStrided || held.scalar_type() != at::kFloat || !held.device().is_cpu() ||
+      !held.is_contiguous() || held.requires_grad())
+    return {};
+  const auto accumulator = impl::try_get_grad_accumulator(parameter);
+  if (accumulator == nullptr || !accumulator->pre_hooks().empty() || !accumulator->post_hooks().empty()) return {};
+  return held;
+}
 
 class ConvStack : public torch::autograd::Function<ConvStack> {
  public:
@@ -660,6 +692,25 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
       const auto found = differentiable_gradients(differentiable_stack(input, parameters, statistics, layers, numbers),
                                                   inputs, std::vector<bool>(mask.begin(), mask.end()), grad_outputs[0]);
       std::copy(found.begin(), found.end(), gradients.begin());
+      return gradients;
+    }
+    // Empty in backward(), which gives every leaf its gradient; torch.autograd.grad wants them returned.
+    const auto* only = torch::autograd::get_current_graph_task_exec_info();
+    if (adds_in_place && only != nullptr && only->empty()) {
+      std::vector<Tensor> held(mask.size());
+      for (size_t i = 1; i < mask.size(); ++i)
+        if (mask[i]) held[i] = held_gradient(parameters[i - 1]);
+      RECORD_FUNCTION("fastgan::conv_stack_backward", {});
+      at::AutoDispatchBelowADInplaceOrView below;
+      const auto found = stack_gradients(grad_outputs[0], input, parameters, output, raw, statistics, layers, numbers, mask,
+                                         group.name, group.size, held);
+      for (size_t i = 0; i < mask.size(); ++i) {
+        if (!mask[i]) continue;
+        if (held[i].defined() && found[i].numel() == 0)
+          torch::autograd::impl::bump_version(held[i]);
+        else
+          gradients[i] = found[i];
+      }
       return gradients;
     }
     static auto op = c10::Dispatcher::singleton()
@@ -706,6 +757,8 @@ Tensor conv_stack(const Tensor& input, at::TensorList parameters, at::TensorList
 bool is(at::IntArrayRef pair, int64_t value) { return pair[0] == value && pair[1] == value; }
 
 }  // namespace
+
+bool conv_stack_adds_in_place(bool wanted) { return std::exchange(adds_in_place, wanted); }
 
 OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                  const BatchNormArguments* bn, const ConvLayer& layer, Activation activation,

@@ -26,6 +26,10 @@ struct StackLayer {
 
 std::vector<StackLayer> parse_stack(at::IntArrayRef layers, at::ArrayRef<double> numbers);
 
+// Whether backward passes on this thread add weight gradients to those that the parameters hold while they compute them, in
+// place of returning them to be added: for backward() only. Returns what was so before.
+bool conv_stack_adds_in_place(bool wanted);
+
 // One layer by conv_stack, for the single operators: nothing unless it runs on the minimal-filtering loops and the
 // input is in channels_last on the CPU, as those loops are. bn is null for a layer without batch norm.
 struct BatchNormArguments {

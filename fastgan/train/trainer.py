@@ -22,6 +22,7 @@ from fastgan.data import Batch, ImageDataset
 from fastgan.losses import fake_loss, generator_loss, gradient_penalty, r1_penalty, real_loss
 from fastgan.nn import convert_sync_batch_norm, fuse
 from fastgan.nn.sync_batch_norm import own_statistics
+from fastgan.ops.conv_stack import gradients_added_in_place
 from fastgan.train.alarms import Alarms
 from fastgan.train.allocator import keep_freed_memory
 from fastgan.train.board import Board, require_tensorboard
@@ -310,7 +311,8 @@ class Trainer:
             each.zero_grad()
         loss, figures = torch.zeros((), device=self.device), {}
         while (term := self._next_term(losses)) is not None:
-            scaler.scale(term[0]).backward()
+            with gradients_added_in_place():
+                scaler.scale(term[0]).backward()
             loss, figures = loss + term[0].detach(), figures | term[1]
             del term  # and with it what its backward pass kept
         parameters = self.networks[name].parameters()

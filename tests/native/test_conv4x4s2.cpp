@@ -310,7 +310,11 @@ void check_weight_gradient(const Layer& layer, ConvOperand::Mode large_mode, Con
   Floats got(want.size());
   runner_threads = threads;
   AlignedBuffer workspace(conv4x4s2_workspace_bytes(s, Conv4x4s2Loop::weight_gradient, threads));
-  conv4x4s2_weight_gradient(s, large.operand, small.operand, got.data(), workspace.data, threads);
+  conv4x4s2_weight_gradient(s, large.operand, small.operand, {got.data()}, workspace.data, threads);
+  Floats sum(want.size()), expected(want.size());
+  for (size_t i = 0; i < sum.size(); ++i) sum[i] = static_cast<float>(i % 7) - 3, expected[i] = sum[i] + got[i];
+  conv4x4s2_weight_gradient(s, large.operand, small.operand, {sum.data(), true}, workspace.data, threads);
+  expect(sum == expected, "weight gradient, added", "");
   const bool prologue = large_mode != ConvOperand::Mode::plain || small_mode != ConvOperand::Mode::plain;
   expect_close(got, want, "weight gradient", s, layer.sum_tolerance(prologue));
 }
@@ -329,7 +333,7 @@ void check_thread_independence(const Layer& layer, Conv4x4s2Loop loop) {
       r[0].resize(layer.weight.size());
       runner_threads = threads;
       AlignedBuffer workspace(conv4x4s2_workspace_bytes(s, loop, threads));
-      conv4x4s2_weight_gradient(s, large.operand, small.operand, r[0].data(), workspace.data, threads);
+      conv4x4s2_weight_gradient(s, large.operand, small.operand, {r[0].data()}, workspace.data, threads);
       continue;
     }
     Storage out(s.dtype, channels * (down ? layer.small_pixels : layer.large_pixels));
