@@ -14,10 +14,8 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
-#include <ATen/ops/ones.h>
-#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -30,7 +28,9 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "../cpu/bn_act.h"
 #include "../cpu/conv4x4s2.h"
@@ -120,22 +120,40 @@ Tensor bytes(size_t count) {
   return in_large_pages(at::empty({static_cast<int64_t>(count)}, at::TensorOptions().dtype(at::kByte)));
 }
 
+// Numbers by channel that live as long as a call, zero to begin with: rows of plain memory, since a tensor each, and a view of each
+// of its rows, would take longer than what is computed of them.
+class ChannelRows {
+ public:
+  explicit ChannelRows(int64_t floats) : memory_(static_cast<size_t>(floats)) {}
+
+  float* take(int64_t channels) {
+    const size_t at = used_;
+    used_ += static_cast<size_t>(channels);
+    TORCH_INTERNAL_ASSERT(used_ <= memory_.size());
+    return memory_.data() + at;
+  }
+
+ private:
+  std::vector<float> memory_;
+  size_t used_ = 0;
+};
+
 // The tensor between two layers: activation(scale * raw + shift) without ever being stored.
 struct Lazy {
-  Tensor raw;           // [N, C, H, W], channels_last
-  Tensor scale, shift;  // [C], or undefined without batch norm
-  Tensor mean, invstd;  // [C], or undefined
+  Tensor raw;                                     // [N, C, H, W], channels_last
+  float *scale = nullptr, *shift = nullptr;  // [C], or null without batch norm
+  float *mean = nullptr, *invstd = nullptr;  // [C], or null
   cpu::ActivationSpec activation{Activation::identity, 0.0};
 
-  bool plain() const { return !scale.defined() && activation.kind == Activation::identity; }
+  bool plain() const { return scale == nullptr && activation.kind == Activation::identity; }
 
   cpu::ConvOperand operand() const {
     cpu::ConvOperand o;
     o.data = image_data(raw);
     if (plain()) return o;
     o.mode = cpu::ConvOperand::Mode::activated;
-    o.scale = floats(scale);
-    o.shift = floats(shift);
+    o.scale = scale;
+    o.shift = shift;
     o.activation = activation.kind;
     o.negative_slope = static_cast<float>(activation.negative_slope);
     return o;
@@ -145,10 +163,10 @@ struct Lazy {
     if (plain()) return raw;
     RECORD_FUNCTION("fastgan::scale_shift_act", {});
     const Tensor out = empty_image_like(raw);
-    const Tensor one = scale.defined() ? scale : at::ones({raw.size(1)}, float_options());
-    const Tensor zero = shift.defined() ? shift : at::zeros({raw.size(1)}, float_options());
+    const std::vector<float> ones(scale == nullptr ? raw.size(1) : 0, 1.0f), zeros(ones.size());
     on_images(raw, [&](const auto& kernels, const auto& data) {
-      kernels.scale_shift_act(rows_of(raw), data(raw), floats(one), floats(zero), activation, data(out));
+      kernels.scale_shift_act(rows_of(raw), data(raw), scale == nullptr ? ones.data() : scale,
+                              scale == nullptr ? zeros.data() : shift, activation, data(out));
     });
     return out;
   }
@@ -157,30 +175,30 @@ struct Lazy {
 // The gradient of a convolution's raw output: grad, or a * grad + b * y + c where batch norm's backward is still to
 // be applied.
 struct LazyGrad {
-  Tensor grad;     // [N, C, H, W], channels_last
-  Tensor a, b, c;  // [C], or undefined
+  Tensor grad;                                           // [N, C, H, W], channels_last
+  float *a = nullptr, *b = nullptr, *c = nullptr;  // [C], or null
   Tensor y;
 
   cpu::ConvOperand operand() const {
     cpu::ConvOperand o;
     o.data = image_data(grad);
-    if (!a.defined()) return o;
+    if (a == nullptr) return o;
     o.mode = cpu::ConvOperand::Mode::batch_norm_backward;
-    o.scale = floats(a);
-    o.shift = floats(c);
+    o.scale = a;
+    o.shift = c;
     o.other = image_data(y);
-    o.other_scale = floats(b);
+    o.other_scale = b;
     return o;
   }
 
   // In place: grad is always a tensor of this backward's own.
   Tensor store() const {
-    if (!a.defined()) return grad;
+    if (a == nullptr) return grad;
     RECORD_FUNCTION("fastgan::bn_act_backward", {});
-    const Tensor one = at::ones({y.size(1)}, float_options()), zero = at::zeros({y.size(1)}, float_options());
+    const std::vector<float> ones(y.size(1), 1.0f), zeros(y.size(1));
     on_images(y, [&](const auto& kernels, const auto& data) {
-      kernels.bn_act_backward_apply(rows_of(y), data(grad), data(y), floats(one), floats(zero), floats(a), floats(b),
-                                    floats(c), {Activation::identity, 0.0}, data(grad));
+      kernels.bn_act_backward_apply(rows_of(y), data(grad), data(y), ones.data(), zeros.data(), a, b, c,
+                                    {Activation::identity, 0.0}, data(grad));
     });
     return grad;
   }
@@ -258,15 +276,16 @@ Plan make_plan(const std::vector<StackLayer>& stack, const std::vector<LayerPara
 
 // A layer's raw output as a view of what is saved: [N, C, H, W] in channels_last.
 Tensor raw_view(const Tensor& raw, const Geometry& g) {
-  return raw.narrow(0, g.raw_offset, g.batch * g.channels * g.height * g.width)
-      .view({g.batch, g.height, g.width, g.channels})
-      .permute({0, 3, 1, 2});
+  return raw.as_strided({g.batch, g.channels, g.height, g.width},
+                        {g.height * g.width * g.channels, 1, g.width * g.channels, g.channels}, g.raw_offset);
 }
 
-// (mean, invstd): [2, C]
-Tensor statistics_view(const Tensor& statistics, const Geometry& g) {
-  return statistics.narrow(0, g.statistics_offset, 2 * g.channels).view({2, g.channels});
-}
+// A layer's mean and invstd, [C] each, in what is saved.
+struct Statistics {
+  float *mean, *invstd;
+  Statistics(const Tensor& statistics, const Geometry& g)
+      : mean(floats(statistics) + g.statistics_offset), invstd(mean + g.channels) {}
+};
 
 // Runs a loop of conv4x4s2 that writes `out`.
 void run_loop(const Geometry& g, cpu::Conv4x4s2Loop loop, const cpu::ConvOperand& operand, const Tensor& weight,
@@ -293,9 +312,12 @@ Tensor from_matrix(const Tensor& matrix, const Tensor& like) {
 }
 
 // [N, C, H, W] in channels_last <-> [N, H * W * C], the same memory.
-Tensor flat(const Tensor& image) { return image.permute({0, 2, 3, 1}).reshape({image.size(0), -1}); }
+Tensor flat(const Tensor& image) {
+  const int64_t features = image.size(1) * image.size(2) * image.size(3);
+  return image.as_strided({image.size(0), features}, {features, 1});
+}
 Tensor unflat(const Tensor& matrix, int64_t channels, int64_t height, int64_t width) {
-  return matrix.view({matrix.size(0), height, width, channels}).permute({0, 3, 1, 2});
+  return matrix.as_strided({matrix.size(0), channels, height, width}, {height * width * channels, 1, width * channels, channels});
 }
 
 Tensor dense_channels_last(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
@@ -397,6 +419,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
   const auto options = float_options();
   const Tensor raw = in_large_pages(at::empty({save_for_backward ? plan.raw_size : 0}, options.dtype(input.scalar_type())));
   const Tensor statistics = at::empty({plan.statistics_size}, options);
+  int64_t channels = 0;
+  for (const Geometry& g : plan.layers) channels += g.channels;
+  ChannelRows rows(3 * channels);
   Lazy current{dense_channels_last(input)};
   size_t next_running = 0;
   for (size_t i = 0; i < stack.size(); ++i) {
@@ -408,9 +433,13 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
     const bool from_batch = layer.has_batch_norm && layer.training;
     const bool keeps_raw = g.raw_offset >= 0;
     const Tensor y = save_for_backward && keeps_raw ? raw_view(raw, g) : empty_image(input, g.batch, C, g.height, g.width);
-    const Tensor mean_invstd = layer.has_batch_norm ? statistics_view(statistics, g) : Tensor();
-    const Tensor mean = layer.has_batch_norm ? mean_invstd[0] : Tensor();
-    const Tensor var = layer.has_batch_norm ? at::empty({C}, options) : Tensor();
+    Lazy next{y};
+    float* var = nullptr;
+    if (layer.has_batch_norm) {
+      const Statistics saved(statistics, g);
+      next.mean = saved.mean, next.invstd = saved.invstd;
+      next.scale = rows.take(C), next.shift = rows.take(C), var = rows.take(C);
+    }
     bool activated = false;
     if (g.path == Path::conv4x4s2) {
       activated = !keeps_raw;
@@ -422,40 +451,38 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
       e.bias = floats(p.bias);
       e.activation = layer.activation;
       e.negative_slope = static_cast<float>(layer.negative_slope);
-      e.mean = floats(mean);
-      e.m2 = floats(var);
+      e.mean = next.mean;
+      e.m2 = var;
       run_loop(g, layer.transposed ? cpu::Conv4x4s2Loop::up : cpu::Conv4x4s2Loop::down, current.operand(), p.weight, e);
-      if (from_batch) cpu::divide_by_count(C, rows_of(y).outer, floats(var));
+      if (from_batch) cpu::divide_by_count(C, rows_of(y).outer, var);
     } else {
       plain_forward(layer, g, current.store(), p, y);
       if (from_batch) {
         RECORD_FUNCTION("fastgan::batch_statistics", {});
         const Tensor workspace = at::empty({cpu::bn_act_workspace_size(rows_of(y))}, options);
         on_images(y, [&](const auto& kernels, const auto& data) {
-          kernels.batch_statistics(rows_of(y), data(y), floats(mean), floats(var), floats(workspace));
+          kernels.batch_statistics(rows_of(y), data(y), next.mean, var, floats(workspace));
         });
       }
     }
     int64_t values = rows_of(y).outer;  // a channel
-    if (from_batch && layer.together) values = merge_statistics("conv_stack", group, mean, var, values);
-    current = Lazy{y};
-    if (!activated) current.activation = {layer.activation, layer.negative_slope};
-    if (!layer.has_batch_norm) continue;
-    if (layer.has_running) {
-      const Tensor &running_mean = running[next_running++], &running_var = running[next_running++];
-      if (layer.training) {
-        cpu::update_running_statistics<float>(C, values, layer.momentum, floats(mean), floats(var),
-                                              floats(running_mean), floats(running_var));
-      } else {
-        mean.copy_(running_mean);
-        var.copy_(running_var);
+    if (from_batch && layer.together)
+      values = merge_statistics("conv_stack", group, at::from_blob(next.mean, {C}, options), at::from_blob(var, {C}, options), values);
+    if (!activated) next.activation = {layer.activation, layer.negative_slope};
+    if (layer.has_batch_norm) {
+      if (layer.has_running) {
+        float *running_mean = floats(running[next_running++]), *running_var = floats(running[next_running++]);
+        if (layer.training) {
+          cpu::update_running_statistics<float>(C, values, layer.momentum, next.mean, var, running_mean, running_var);
+        } else {
+          std::copy_n(running_mean, C, next.mean);
+          std::copy_n(running_var, C, var);
+        }
       }
+      cpu::fold_statistics<float>(C, next.mean, var, floats(p.bn_weight), floats(p.bn_bias), layer.eps, next.invstd, next.scale,
+                                  next.shift);
     }
-    const Tensor folded = at::empty({2, C}, options);
-    current.mean = mean, current.invstd = mean_invstd[1];
-    current.scale = folded[0], current.shift = folded[1];
-    cpu::fold_statistics<float>(C, floats(mean), floats(var), floats(p.bn_weight), floats(p.bn_bias), layer.eps,
-                                floats(current.invstd), floats(current.scale), floats(current.shift));
+    current = next;
   }
   Tensor output = current.store();
   // An operator's results share no memory: after batch norm with no activation the raw output would be both.
@@ -476,6 +503,9 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
   const auto options = float_options();
   const int64_t count = static_cast<int64_t>(stack.size());
 
+  int64_t channels = 0;
+  for (const Geometry& g : plan.layers) channels += g.channels;
+  ChannelRows rows(7 * channels);
   // What each layer's input was, and where its parameters stand in the results.
   std::vector<Lazy> inputs(count + 1);
   std::vector<size_t> first_parameter(count + 1, 1);
@@ -488,12 +518,11 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
     if (plan.layers[i].raw_offset >= 0) next.raw = raw_view(raw, plan.layers[i]);
     next.activation = {stack[i].activation, stack[i].negative_slope};
     if (!stack[i].has_batch_norm) continue;
-    const Tensor mean_invstd = statistics_view(statistics, plan.layers[i]);
-    next.mean = mean_invstd[0], next.invstd = mean_invstd[1];
-    const Tensor folded = at::empty({2, next.mean.size(0)}, options);
-    next.scale = folded[0], next.shift = folded[1];
-    cpu::fold_scale_shift<float>(next.mean.size(0), floats(next.mean), floats(next.invstd), floats(p.bn_weight),
-                                 floats(p.bn_bias), floats(next.scale), floats(next.shift));
+    const Statistics saved(statistics, plan.layers[i]);
+    const int64_t C = plan.layers[i].channels;
+    next.mean = saved.mean, next.invstd = saved.invstd;
+    next.scale = rows.take(C), next.shift = rows.take(C);
+    cpu::fold_scale_shift<float>(C, next.mean, next.invstd, floats(p.bn_weight), floats(p.bn_bias), next.scale, next.shift);
   }
   // The lowest layer whose parameters, or input, want a gradient.
   int64_t lowest = 0;
@@ -507,31 +536,46 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
 
   std::vector<Tensor> results(output_mask.size());
 
-  // sums: sum of dz, sum of dz * xhat of layer i. Fills in the gradients of its bias and batch norm and returns what
-  // the convolution below has to apply to dz.
-  const auto finish_layer = [&](int64_t i, const Tensor& dz, const Tensor& sums) {
+  const auto result = [&](const float* row, int64_t size) {
+    const Tensor t = at::empty({size}, options);
+    std::copy_n(row, size, floats(t));
+    return t;
+  };
+  // The two rows of sums that finish_layer takes: of dz, and of dz * xhat; one after the other.
+  struct Sums {
+    float *dz, *dz_xhat;
+  };
+  const auto take_sums = [&](int64_t C) {
+    float* first = rows.take(2 * C);
+    return Sums{first, first + C};
+  };
+
+  // Fills in the gradients of layer i's bias and batch norm and returns what the convolution below has to apply to dz.
+  const auto finish_layer = [&](int64_t i, const Tensor& dz, const Sums& sums) {
     const StackLayer& layer = stack[i];
     const Lazy& above = inputs[i + 1];
+    const int64_t C = plan.layers[i].channels;
     size_t k = first_parameter[i] + 1;
     LazyGrad grad{dz};
     if (!layer.has_batch_norm) {
-      if (layer.has_bias) results[k] = sums[0].clone();
+      if (layer.has_bias) results[k] = result(sums.dz, C);
       return grad;
     }
-    // Batch statistics cancel the bias, so its gradient in training mode is exactly 0.
-    if (layer.has_bias)
-      results[k++] = layer.training ? at::zeros({sums.size(1)}, options) : at::mul(above.scale, sums[0]);
-    if (layer.has_bn_weight) results[k++] = sums[1].clone();
-    if (layer.has_bn_bias) results[k++] = sums[0].clone();
+    if (layer.has_bias) {
+      // Batch statistics cancel the bias, so its gradient in training mode is exactly 0.
+      const Tensor bias = result(sums.dz, C);
+      for (int64_t c = 0; c < C; ++c) floats(bias)[c] = layer.training ? 0.0f : above.scale[c] * sums.dz[c];
+      results[k++] = bias;
+    }
+    if (layer.has_bn_weight) results[k++] = result(sums.dz_xhat, C);
+    if (layer.has_bn_bias) results[k++] = result(sums.dz, C);
     // The results above stay this process's, like the gradients of all parameters.
     int64_t values = rows_of(above.raw).outer;
-    if (layer.training && layer.together) values = add_over_processes(group, sums, values);
-    const Tensor coefficients = at::empty({3, sums.size(1)}, options);
-    grad.a = coefficients[0], grad.b = coefficients[1], grad.c = coefficients[2];
+    if (layer.training && layer.together) values = add_over_processes(group, at::from_blob(sums.dz, {2, C}, options), values);
+    grad.a = rows.take(C), grad.b = rows.take(C), grad.c = rows.take(C);
     grad.y = above.raw;
-    cpu::backward_coefficients<float>(sums.size(1), values, layer.training, floats(above.scale),
-                                      floats(above.mean), floats(above.invstd), floats(sums[0]), floats(sums[1]),
-                                      floats(grad.a), floats(grad.b), floats(grad.c));
+    cpu::backward_coefficients<float>(C, values, layer.training, above.scale, above.mean, above.invstd, sums.dz, sums.dz_xhat,
+                                      grad.a, grad.b, grad.c);
     return grad;
   };
   // From the gradient of layer i's activation to that of its raw output, by passes of their own.
@@ -539,27 +583,26 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
     RECORD_FUNCTION("fastgan::bn_act_backward", {});
     const Lazy& above = inputs[i + 1];
     const int64_t C = grad.size(1);
-    const Tensor sums = at::zeros({2, C}, options), dz = empty_image_like(grad);
+    const Sums sums = take_sums(C);
+    const Tensor dz = empty_image_like(grad);
     const Tensor workspace = at::empty({cpu::bn_act_workspace_size(rows_of(grad))}, options);
     if (!above.raw.defined()) {  // the last layer, which kept its output instead
       const Tensor kept = dense_channels_last(output);
       on_images(grad, [&](const auto& kernels, const auto& data) {
-        kernels.act_backward(rows_of(grad), data(grad), data(kept), above.activation, data(dz), floats(sums[0]),
-                             floats(workspace));
+        kernels.act_backward(rows_of(grad), data(grad), data(kept), above.activation, data(dz), sums.dz, floats(workspace));
       });
       return finish_layer(i, dz, sums);
     }
-    const Tensor one = at::ones({C}, options), zero = at::zeros({C}, options);
-    const bool bn = above.scale.defined();
-    const Tensor scale = bn ? above.scale : one, shift = bn ? above.shift : zero;
+    const bool bn = above.scale != nullptr;
+    const std::vector<float> ones(bn ? 0 : C, 1.0f), zeros(bn ? 0 : C);
+    const float *scale = bn ? above.scale : ones.data(), *shift = bn ? above.shift : zeros.data();
     on_images(grad, [&](const auto& kernels, const auto& data) {
-      kernels.bn_act_backward_reduce(rows_of(grad), data(grad), data(above.raw), floats(scale), floats(shift),
-                                     floats(bn ? above.mean : zero), floats(bn ? above.invstd : one), above.activation,
-                                     floats(sums[0]), floats(sums[1]), floats(workspace));
+      kernels.bn_act_backward_reduce(rows_of(grad), data(grad), data(above.raw), scale, shift, bn ? above.mean : zeros.data(),
+                                     bn ? above.invstd : ones.data(), above.activation, sums.dz, sums.dz_xhat,
+                                     floats(workspace));
       const LazyGrad lazy = finish_layer(i, dz, sums);
-      kernels.bn_act_backward_apply(rows_of(grad), data(grad), data(above.raw), floats(scale), floats(shift),
-                                    floats(bn ? lazy.a : one), floats(bn ? lazy.b : zero), floats(bn ? lazy.c : zero),
-                                    above.activation, data(dz));
+      kernels.bn_act_backward_apply(rows_of(grad), data(grad), data(above.raw), scale, shift, bn ? lazy.a : ones.data(),
+                                    bn ? lazy.b : zeros.data(), bn ? lazy.c : zeros.data(), above.activation, data(dz));
     });
     return LazyGrad{dz};
   };
@@ -597,20 +640,21 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
     }
     if (!want_input) continue;
     const Tensor grad_input = empty_image_like(below.raw);
-    const Tensor sums = at::zeros({2, below.raw.size(1)}, options);
+    Sums sums{};
     cpu::ConvEpilogue e;
     e.out = image_data(grad_input);
     if (i > 0) {
+      sums = take_sums(below.raw.size(1));
       e.mode = cpu::ConvEpilogue::Mode::gradient;
       e.activation = below.activation.kind;
       e.negative_slope = static_cast<float>(below.activation.negative_slope);
       e.y = image_data(below.raw);
-      e.scale = floats(below.scale);
-      e.shift = floats(below.shift);
-      e.y_mean = floats(below.mean);
-      e.y_invstd = floats(below.invstd);
-      e.sum_dz = floats(sums[0]);
-      e.sum_dz_xhat = below.mean.defined() ? floats(sums[1]) : nullptr;
+      e.scale = below.scale;
+      e.shift = below.shift;
+      e.y_mean = below.mean;
+      e.y_invstd = below.invstd;
+      e.sum_dz = sums.dz;
+      e.sum_dz_xhat = below.mean != nullptr ? sums.dz_xhat : nullptr;
     }
     run_loop(g, layer.transposed ? cpu::Conv4x4s2Loop::down : cpu::Conv4x4s2Loop::up, grad.operand(), weight, e);
     if (i == 0) results[0] = grad_input;
@@ -736,9 +780,10 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
       const LayerParameters& p = split[i];
       x = aten_convolution(layer, x, p.weight, p.bias.defined() ? OptionalTensor(p.bias) : std::nullopt);
       if (layer.has_batch_norm) {
-        const Tensor mean_invstd = statistics_view(statistics, plan.layers[i]);
-        x = differentiable_batch_norm(x, p.bn_weight, p.bn_bias, mean_invstd[0], mean_invstd[1], layer.training,
-                                      layer.eps);
+        const Geometry& g = plan.layers[i];
+        const Tensor mean = statistics.narrow(0, g.statistics_offset, g.channels);
+        const Tensor invstd = statistics.narrow(0, g.statistics_offset + g.channels, g.channels);
+        x = differentiable_batch_norm(x, p.bn_weight, p.bn_bias, mean, invstd, layer.training, layer.eps);
       }
       x = activate(x, layer.activation, layer.negative_slope);
     }
