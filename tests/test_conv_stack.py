@@ -164,6 +164,27 @@ def test_gradients_added_in_place(autocast):
     assert torch.equal(seen[0], alone) and torch.equal(weight.grad, before + alone)
 
 
+@pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="no compiled kernels")
+def test_kept_memory_is_counted_and_never_shared():
+    """csrc/ops/kept_memory.cpp: results that live share no memory, and PyTorch's profiler sees what is given out and returned."""
+    network = fastgan.fuse(nn.Sequential(down(16, 32), nn.LeakyReLU(0.2)))
+    images = [torch.randn(64, 16, 32, 32).to(memory_format=torch.channels_last) for _ in range(4)]  # 2 MiB a result
+    with torch.no_grad():
+        expected = [network[1](network[0](x)) for x in images]
+        for _ in range(3):  # from the second time on in memory that was kept
+            results = [network(x) for x in images]
+            assert len({result.data_ptr() for result in results}) == len(images)
+            for result, value in zip(results, expected):
+                torch.testing.assert_close(result, value, rtol=1e-4, atol=1e-5)
+        del result, results
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            kept = network(images[0])
+    assert sum(event.self_cpu_memory_usage for event in profiler.key_averages()) == kept.nbytes
+    before = kept.clone()
+    kept.resize_(128, 32, 16, 16)  # to twice its memory
+    assert torch.equal(kept.as_strided(before.shape, before.stride()), before)
+
+
 def test_opcheck_and_fake_shapes():
     for name in ("discriminator", "generator", "batch norm at the end"):
         network, x = build(name)

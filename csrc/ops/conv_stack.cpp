@@ -24,10 +24,6 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
-#if __has_include(<sys/mman.h>)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <utility>
 #include <vector>
@@ -35,6 +31,7 @@
 #include "../cpu/bn_act.h"
 #include "../cpu/conv4x4s2.h"
 #include "../cpu/from_pixel.h"
+#include "kept_memory.h"
 
 namespace fastgan {
 
@@ -98,27 +95,13 @@ cpu::BnActShape rows_of(const Tensor& t) {  // [N, C, H, W] in channels_last
   return {t.size(0) * t.size(2) * t.size(3), t.size(1), 1};
 }
 
-// Large tensors are fresh from the operating system at every call: in large pages that costs a fraction of the faults.
-Tensor in_large_pages(const Tensor& t) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = uintptr_t(1) << 21;
-  const auto data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t begin = (data + kPage - 1) / kPage * kPage, end = (data + t.nbytes()) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  return t;
-}
-
 Tensor empty_image(const Tensor& like, int64_t batch, int64_t channels, int64_t height, int64_t width) {
-  return in_large_pages(
-      at::empty({batch, channels, height, width}, like.options().memory_format(at::MemoryFormat::ChannelsLast)));
+  return empty_kept({batch, channels, height, width}, like.scalar_type(), true);
 }
 
 Tensor empty_image_like(const Tensor& t) { return empty_image(t, t.size(0), t.size(1), t.size(2), t.size(3)); }
 
-Tensor bytes(size_t count) {
-  return in_large_pages(at::empty({static_cast<int64_t>(count)}, at::TensorOptions().dtype(at::kByte)));
-}
+Tensor bytes(size_t count) { return empty_kept({static_cast<int64_t>(count)}, at::kByte); }
 
 // Numbers by channel that live as long as a call, zero to begin with: rows of plain memory, since a tensor each, and a view of each
 // of its rows, would take longer than what is computed of them.
@@ -393,7 +376,7 @@ std::pair<Tensor, Tensor> plain_backward(const StackLayer& layer, const Geometry
                         input.size(3));
   if (want_weight && runs_from_pixel(g, weight, dy)) {
     RECORD_FUNCTION("fastgan::from_pixel_weight_gradient", {});
-    grad_weight = at::empty(weight.sizes(), float_options());
+    grad_weight = empty_kept(weight.sizes(), at::kFloat);
     const cpu::FromPixelShape shape = from_pixel_shape(g, weight);
     const int threads = at::get_num_threads();
     const Tensor workspace = bytes(cpu::from_pixel_workspace_bytes(shape, threads));
@@ -417,7 +400,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
   auto split = split_parameters(stack, parameters);
   const Plan plan = make_plan(stack, split, input);
   const auto options = float_options();
-  const Tensor raw = in_large_pages(at::empty({save_for_backward ? plan.raw_size : 0}, options.dtype(input.scalar_type())));
+  const Tensor raw = empty_kept({save_for_backward ? plan.raw_size : 0}, input.scalar_type());
   const Tensor statistics = at::empty({plan.statistics_size}, options);
   int64_t channels = 0;
   for (const Geometry& g : plan.layers) channels += g.channels;
@@ -628,7 +611,7 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
     if (want_weight) {
       const size_t k = first_parameter[i];
       const bool add = k < held.size() && held[k].defined();
-      const Tensor grad_weight = add ? held[k] : at::empty(weight.sizes(), options);
+      const Tensor grad_weight = add ? held[k] : empty_kept(weight.sizes(), at::kFloat);
       const int threads = at::get_num_threads();
       const Tensor workspace =
           bytes(cpu::conv4x4s2_workspace_bytes(g.shape, cpu::Conv4x4s2Loop::weight_gradient, threads));
