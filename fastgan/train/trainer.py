@@ -129,8 +129,6 @@ class Trainer:
         self.program = [sys.argv[0]]
         self.device = config.torch_device
         self.ranks.require_devices(self.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
@@ -188,6 +186,8 @@ class Trainer:
                 checkpoint is intact.
             KeyboardInterrupt, SystemExit: the run was interrupted and saved.
         """
+        if self.device.type == "cpu":
+            keep_freed_memory()
         steps_per_epoch = len(self.batches)
         checkpoint_every = self.config.checkpoint_every or steps_per_epoch
         progress = Progress(self.step, self.total_steps, hidden=not self.ranks.main)
