@@ -26,7 +26,6 @@ struct WeightStrides {
 };
 
 // Packed weights: [parity pair][output block][input chunk][panel][chunk channels][4 taps][kPanel]
-
 struct PackedWeights {
   int64_t input_channels, output_channels;  // the latter rounded up to whole panels
   explicit PackedWeights(const Geometry& g)
