@@ -32,27 +32,16 @@ constexpr int64_t kGradientSmall = 128;
 constexpr int64_t kGradientPixels = 16;     // small pixels summed between loads of the sums
 constexpr int64_t kGradientTasks = 8;
 
-int64_t strip_start(int64_t all, int64_t strip, int64_t strips) { return all / strips * strip + min64(strip, all % strips); }
-
 // ---- down and up
 
-struct ForwardPlan {
-  bool up;
-  int64_t batch, groups;
-  int64_t input_height, input_width, input_channels, input_lines;
-  int64_t output_height, output_width, output_channels, output_lines;
+struct ForwardPlan : LoopShape {
+  int64_t groups, input_lines, output_lines;
   int64_t rows;       // down: of the output; up: pairs of output rows
   int64_t strips, strip_rows, splits;
   int64_t taps;       // rows and columns of the kernel that meet at one output: 4, or 2 in each phase of up
   int64_t stage_pixels, result_pixels;
 
-  ForwardPlan(const Conv4x4s2Shape& s, Conv4x4s2Loop loop) : up(loop == Conv4x4s2Loop::up), batch(s.batch) {
-    input_height = up ? s.small_height : s.large_height;
-    input_width = up ? s.small_width : s.large_width;
-    input_channels = up ? s.small_channels : s.large_channels;
-    output_height = up ? s.large_height : s.small_height;
-    output_width = up ? s.large_width : s.small_width;
-    output_channels = up ? s.large_channels : s.small_channels;
+  ForwardPlan(const Conv4x4s2Shape& s, Conv4x4s2Loop loop) : LoopShape(s, loop) {
     input_lines = ceil_div(input_channels, kChannels);
     output_lines = ceil_div(output_channels, kChannels);
     taps = up ? 2 : 4;
@@ -86,7 +75,7 @@ struct ForwardPlan {
   int64_t partials_bytes() const {
     return round_up(2 * tasks() * output_channels * static_cast<int64_t>(sizeof(float)), ScratchSlots::kAlignment);
   }
-  int64_t first_output_row(int64_t strip) const { return min64(output_height, (up ? 2 : 1) * strip_start(rows, strip, strips)); }
+  int64_t first_output_row(int64_t strip) const { return min64(output_height, (up ? 2 : 1) * part_start(rows, strip, strips)); }
 };
 
 // stage[end - from][staged_width][input_lines][16 images][32]
@@ -143,7 +132,7 @@ void run_forward(const ForwardPlan& p, const ConvOperand& input, const bfloat16*
   parallel_for(p.splits * p.tasks(), [&](int64_t task) {
     const int64_t part = task % p.tasks(), split = task / p.tasks(), strip = part % p.strips;
     const int64_t first_image = part / p.strips * kTileRows, images = min64(kTileRows, p.batch - first_image);
-    const int64_t t0 = strip_start(p.rows, strip, p.strips), t1 = strip_start(p.rows, strip + 1, p.strips);
+    const int64_t t0 = part_start(p.rows, strip, p.strips), t1 = part_start(p.rows, strip + 1, p.strips);
     const int64_t y0 = p.first_output_row(strip), y1 = p.first_output_row(strip + 1);
     const int64_t from = max64(0, p.up ? t0 - 1 : 2 * t0 - 1), end = min64(p.input_height, p.up ? t1 + 1 : 2 * t1 + 1);
     const ScratchSlots::Lease lease(slots);
@@ -178,9 +167,8 @@ void run_forward(const ForwardPlan& p, const ConvOperand& input, const bfloat16*
 }
 
 // A task packs the 16 taps of 32 input and 32 output channels.
-void pack_forward(const Conv4x4s2Shape& shape, const ForwardPlan& p, const float* weight, bfloat16* packed) {
-  // weight[small][large][16]: strides of an input and of an output channel
-  const int64_t input_stride = p.up ? shape.large_channels * 16 : 16, output_stride = p.up ? 16 : shape.large_channels * 16;
+void pack_forward(const ForwardPlan& p, const float* weight, bfloat16* packed) {
+  const int64_t input_stride = p.weight_input_stride(), output_stride = p.weight_output_stride();
   parallel_for(p.output_lines * p.input_lines, [&](int64_t task) {
     const int64_t output = task / p.input_lines, input = task % p.input_lines;
     for (int64_t tile = 0; tile < 2; ++tile)
@@ -339,7 +327,7 @@ int64_t conv4x4s2_bf16_packed_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop l
 }
 
 void conv4x4s2_bf16_pack(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* weight, void* packed) {
-  pack_forward(shape, ForwardPlan(shape, loop), weight, static_cast<bfloat16*>(packed));
+  pack_forward(ForwardPlan(shape, loop), weight, static_cast<bfloat16*>(packed));
 }
 
 int64_t conv4x4s2_bf16_workspace_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, int threads) {

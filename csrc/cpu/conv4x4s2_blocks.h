@@ -11,21 +11,10 @@ constexpr int64_t kChunk = 64;         // reduction channels transformed and mul
 constexpr int64_t kOutputBlock = 128;  // output channels of a task
 constexpr int kPairs = kPoints * kPoints;
 
-// down, and the data side of weight_gradient, read the large tensor in steps of 2; up reads the small one in steps of 1.
-struct Geometry {
-  bool up;
-  int64_t batch, step;
-  int64_t input_height, input_width, input_channels;
-  int64_t output_height, output_width, output_channels;
+struct Geometry : LoopShape {
+  int64_t step;  // from an output to the next, in inputs
 
-  Geometry(const Conv4x4s2Shape& s, Conv4x4s2Loop loop) : up(loop == Conv4x4s2Loop::up), batch(s.batch), step(up ? 1 : 2) {
-    input_height = up ? s.small_height : s.large_height;
-    input_width = up ? s.small_width : s.large_width;
-    input_channels = up ? s.small_channels : s.large_channels;
-    output_height = up ? s.large_height : s.small_height;
-    output_width = up ? s.large_width : s.small_width;
-    output_channels = up ? s.large_channels : s.small_channels;
-  }
+  Geometry(const Conv4x4s2Shape& s, Conv4x4s2Loop loop) : LoopShape(s, loop), step(up ? 1 : 2) {}
 
   int64_t row_phases() const { return up ? 2 : 1; }
 
@@ -34,14 +23,10 @@ struct Geometry {
   int64_t phase_columns(int64_t phase) const { return up ? (output_width - phase + 1) / 2 : output_width; }
 
   Axis row_axis(int64_t parity, int64_t strip, int64_t strips) const {
-    const int64_t all = phase_rows(parity), first = strip_start(all, strip, strips);
-    return Axis(first, strip_start(all, strip + 1, strips) - first, step, parity, input_height);
+    const int64_t all = phase_rows(parity), first = part_start(all, strip, strips);
+    return Axis(first, part_start(all, strip + 1, strips) - first, step, parity, input_height);
   }
   Axis column_axis(int64_t parity) const { return Axis(0, phase_columns(parity), step, parity, input_width); }
-
-  static int64_t strip_start(int64_t all, int64_t strip, int64_t strips) {
-    return all / strips * strip + min64(strip, all % strips);
-  }
 };
 
 int64_t output_blocks(const Geometry& g) { return ceil_div(g.output_channels, kOutputBlock); }
@@ -71,9 +56,9 @@ struct Blocks {
     stage_pixels = kPoints * (width + 1);
   }
   int64_t count() const { return strips * batches; }
-  int64_t first_image(int64_t block) const { return Geometry::strip_start(batch, block % batches, batches); }
+  int64_t first_image(int64_t block) const { return part_start(batch, block % batches, batches); }
   int64_t image_count(int64_t block) const {
-    return Geometry::strip_start(batch, block % batches + 1, batches) - first_image(block);
+    return part_start(batch, block % batches + 1, batches) - first_image(block);
   }
   int64_t strip(int64_t block) const { return block / batches; }
 

@@ -18,6 +18,30 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// The first of `all` rows or images that part number `part` of `parts` nearly equal ones takes.
+inline int64_t part_start(int64_t all, int64_t part, int64_t parts) { return all / parts * part + min64(part, all % parts); }
+
+// A shape as a loop sees it: down, and the data side of weight_gradient, read the large tensor, up reads the small one.
+struct LoopShape {
+  bool up;
+  int64_t batch;
+  int64_t input_height, input_width, input_channels;
+  int64_t output_height, output_width, output_channels;
+
+  LoopShape(const Conv4x4s2Shape& s, Conv4x4s2Loop loop) : up(loop == Conv4x4s2Loop::up), batch(s.batch) {
+    input_height = up ? s.small_height : s.large_height;
+    input_width = up ? s.small_width : s.large_width;
+    input_channels = up ? s.small_channels : s.large_channels;
+    output_height = up ? s.large_height : s.small_height;
+    output_width = up ? s.large_width : s.small_width;
+    output_channels = up ? s.large_channels : s.small_channels;
+  }
+
+  // weight[small][large][16]: floats from an input channel to the next, and from an output channel
+  int64_t weight_input_stride() const { return up ? output_channels * 16 : 16; }
+  int64_t weight_output_stride() const { return up ? 16 : input_channels * 16; }
+};
+
 // ---- operands
 
 // dst[0, channels) = the operand's elements at `offset`, channels c0 and up; channels is a multiple of kLanes.

@@ -190,7 +190,7 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
   merge_partials(epilogue, partials, g.row_phases() * blocks.count(), g.output_channels, [&](int64_t part) {
     const int64_t block = part % blocks.count(), strip = blocks.strip(block), rows = g.phase_rows(part / blocks.count());
     return blocks.image_count(block) * g.output_width *
-           (Geometry::strip_start(rows, strip + 1, blocks.strips) - Geometry::strip_start(rows, strip, blocks.strips));
+           (part_start(rows, strip + 1, blocks.strips) - part_start(rows, strip, blocks.strips));
   });
 }
 

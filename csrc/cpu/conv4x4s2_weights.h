@@ -18,13 +18,6 @@ namespace {
 
 constexpr int64_t kStreamed = 1 << 18;  // floats of packed weights that are written past the cache
 
-// weight[small][large][16]: floats from an input channel to the next, and from an output channel
-struct WeightStrides {
-  int64_t input, output;
-  explicit WeightStrides(const Geometry& g)
-      : input(g.up ? g.output_channels * 16 : 16), output(g.up ? 16 : g.input_channels * 16) {}
-};
-
 // Packed weights: [parity pair][output block][input chunk][panel][chunk channels][4 taps][kPanel]
 struct PackedWeights {
   int64_t input_channels, output_channels;  // the latter rounded up to whole panels
@@ -42,7 +35,7 @@ struct PackedWeights {
 void pack_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* weight, float* packed) {
   const Geometry g(shape, loop);
   const PackedWeights to(g);
-  const WeightStrides strides(g);
+  const int64_t input_stride = g.weight_input_stride(), output_stride = g.weight_output_stride();
   const int64_t panels = to.output_channels / kPanel, chunks = ceil_div(g.input_channels, kChunk);
   const bool past_cache = to.size() >= kStreamed;
   parallel_for(panels * chunks, [&](int64_t task) {
@@ -56,23 +49,23 @@ void pack_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* wei
     for (int64_t first = 0; first < chunk; first += kGathered) {
       const int64_t count = min64(kGathered, chunk - first);
       for (int64_t i = 0; i < count; ++i) {
-        const float* w = weight + (c0 + first + i) * strides.input + k * strides.output;
+        const float* w = weight + (c0 + first + i) * input_stride + k * output_stride;
         for (int64_t column = 0; column < columns; ++column)
-          __builtin_prefetch(w + kAhead * strides.input + column * strides.output);
+          __builtin_prefetch(w + kAhead * input_stride + column * output_stride);
         if (kPanel % kSide == 0 && kLanes >= kSide && columns == kPanel) {
           for (int t = 0; t < 16; t += kSide)
             for (int64_t column = 0; column < kPanel; column += kSide) {
               Side<float> square[kSide];
 #pragma GCC unroll 8
               for (int j = 0; j < kSide; ++j)
-                __builtin_memcpy(square + j, w + (column + j) * strides.output + t, sizeof square[j]);
+                __builtin_memcpy(square + j, w + (column + j) * output_stride + t, sizeof square[j]);
               transpose<float>(square);
 #pragma GCC unroll 8
               for (int j = 0; j < kSide; ++j) __builtin_memcpy(&taps[i][t + j][column], square + j, sizeof square[j]);
             }
         } else {
           for (int64_t column = 0; column < columns; ++column)
-            for (int t = 0; t < 16; ++t) taps[i][t][column] = w[column * strides.output + t];
+            for (int t = 0; t < 16; ++t) taps[i][t][column] = w[column * output_stride + t];
         }
       }
       for (int a = 0; a < 2; ++a)
@@ -149,13 +142,14 @@ inline void transpose_taps(const float* weight, int64_t stride, float* const* ta
 // The taps of one panel: [channels][4][kPanel]. `row` and `column` are those of the first tap; up meets the four in the opposite
 // order.
 template <int kRow, int kColumn>
-void gather_panel(const float* weight, const WeightStrides& strides, bool up, int64_t channels, float* taps) {
+void gather_panel(const Geometry& g, const float* weight, int64_t channels, float* taps) {
+  const int64_t input_stride = g.weight_input_stride(), output_stride = g.weight_output_stride();
   constexpr int64_t kTogether = kLanes > kSide ? kLanes : kSide;
-  for (int64_t i = 0; i < channels; ++i, weight += strides.input)
+  for (int64_t i = 0; i < channels; ++i, weight += input_stride)
     for (int64_t column = 0; column < kPanel; column += kTogether) {
       float* to[4];
-      for (int t = 0; t < 4; ++t) to[t] = taps + (i * 4 + (up ? 3 - t : t)) * kPanel + column;
-      transpose_taps<kRow, kColumn>(weight + column * strides.output, strides.output, to);
+      for (int t = 0; t < 4; ++t) to[t] = taps + (i * 4 + (g.up ? 3 - t : t)) * kPanel + column;
+      transpose_taps<kRow, kColumn>(weight + column * output_stride, output_stride, to);
     }
 }
 
@@ -165,10 +159,9 @@ struct WeightTaps {
   bool gathered;
   const float* data;
   PackedWeights packed;
-  WeightStrides strides;
 
   WeightTaps(const Geometry& geometry, const Blocks& blocks, const float* weight)
-      : g(geometry), gathered(gathers_weights(geometry, blocks)), data(weight), packed(geometry), strides(geometry) {}
+      : g(geometry), gathered(gathers_weights(geometry, blocks)), data(weight), packed(geometry) {}
 
   // Floats of memory that panel() needs
   int64_t memory() const { return gathered ? 4 * min64(kChunk, g.input_channels) * kPanel : 0; }
@@ -177,12 +170,12 @@ struct WeightTaps {
   const float* panel(int64_t a, int64_t b, int64_t k0, int64_t k, int64_t c0, float* memory) const {
     const int64_t chunk = packed.chunk_channels(c0);
     if (!gathered) return data + packed.offset(a * 2 + b, k0, c0) + k * 4 * chunk;
-    const float* weight = data + c0 * strides.input + (k0 + k) * strides.output;
+    const float* weight = at(k0 + k, c0);
     switch (g.up ? 3 - (a * 2 + b) : a * 2 + b) {
-      case 0: gather_panel<0, 0>(weight, strides, g.up, chunk, memory); break;
-      case 1: gather_panel<0, 1>(weight, strides, g.up, chunk, memory); break;
-      case 2: gather_panel<1, 0>(weight, strides, g.up, chunk, memory); break;
-      default: gather_panel<1, 1>(weight, strides, g.up, chunk, memory); break;
+      case 0: gather_panel<0, 0>(g, weight, chunk, memory); break;
+      case 1: gather_panel<0, 1>(g, weight, chunk, memory); break;
+      case 2: gather_panel<1, 0>(g, weight, chunk, memory); break;
+      default: gather_panel<1, 1>(g, weight, chunk, memory); break;
     }
     return memory;
   }
@@ -193,7 +186,13 @@ struct WeightTaps {
     if (!gathered) return {panel(a, b, k0, k, c0, nullptr) + 4 * kPanel * chunk, kLineFloats, kLineFloats * chunk, kPanel / 4};
     k += kPanel;
     if (k == packed.block_channels(k0)) k = 0, c0 = c0 + kChunk < g.input_channels ? c0 + kChunk : 0;
-    return {data + c0 * strides.input + (k0 + k) * strides.output, strides.input, strides.output, kPanel};
+    return {at(k0 + k, c0), g.weight_input_stride(), g.weight_output_stride(), kPanel};
+  }
+
+ private:
+  // A tap of the weight itself, of an output and an input channel
+  const float* at(int64_t output, int64_t input) const {
+    return data + input * g.weight_input_stride() + output * g.weight_output_stride();
   }
 };
 

@@ -123,7 +123,7 @@ class ChannelRows {
 
 // The tensor between two layers: activation(scale * raw + shift) without ever being stored.
 struct Lazy {
-  Tensor raw;                                     // [N, C, H, W], channels_last
+  Tensor raw;                                // [N, C, H, W], channels_last
   float *scale = nullptr, *shift = nullptr;  // [C], or null without batch norm
   float *mean = nullptr, *invstd = nullptr;  // [C], or null
   cpu::ActivationSpec activation{Activation::identity, 0.0};
@@ -158,7 +158,7 @@ struct Lazy {
 // The gradient of a convolution's raw output: grad, or a * grad + b * y + c where batch norm's backward is still to
 // be applied.
 struct LazyGrad {
-  Tensor grad;                                           // [N, C, H, W], channels_last
+  Tensor grad;                                     // [N, C, H, W], channels_last
   float *a = nullptr, *b = nullptr, *c = nullptr;  // [C], or null
   Tensor y;
 
@@ -546,7 +546,7 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
     }
     if (layer.has_bias) {
       // Batch statistics cancel the bias, so its gradient in training mode is exactly 0.
-      const Tensor bias = result(sums.dz, C);
+      const Tensor bias = at::empty({C}, options);
       for (int64_t c = 0; c < C; ++c) floats(bias)[c] = layer.training ? 0.0f : above.scale[c] * sums.dz[c];
       results[k++] = bias;
     }
