@@ -196,6 +196,8 @@ def extension(cuda):
     arguments = {"cxx": ["-O2", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]}
     if cuda:
         arguments["nvcc"] = ["-O3", "--expt-relaxed-constexpr"]
+        if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]:
+            arguments["nvcc"].append("-DFASTGAN_WGMMA")  # csrc/cuda/wgmma.cuh
     return (CUDAExtension if cuda else CppExtension)("fastgan._C", sources(cuda), extra_compile_args=arguments)
 
 

@@ -8,6 +8,7 @@
 
 #include "conv4x4s2_gather.cuh"
 #include "conv4x4s2_weight.cuh"
+#include "conv4x4s2_wgmma.cuh"
 
 namespace fastgan::cuda {
 namespace {
@@ -58,6 +59,37 @@ bool uses_large_tile(int64_t rows, int64_t columns, int64_t repeats, DataType ty
 
 bool gather_uses_large_tile(const Conv4x4Args& args, const Product& product) {
   return uses_large_tile(product.rows, product.columns, product.phases, args.type, args.math, args.multiprocessors);
+}
+
+// Whether this build has code for Hopper's warpgroup products, and the current device runs it.
+bool has_warpgroup_products() {
+#if defined(FASTGAN_WGMMA)
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+#else
+  return false;
+#endif
+}
+
+constexpr int kWarpgroupRows = 128;
+#ifndef FASTGAN_STAGES
+#define FASTGAN_STAGES 5
+#define FASTGAN_STAGES64 6
+#endif
+
+bool is_whole_blocks(int64_t channels) { return channels % 64 == 0; }
+
+// Columns of a warpgroup's tile, 0 where the loops do not take it: 128, or 64 where that gives blocks to multiprocessors without any.
+int gather_warpgroup_columns(const Conv4x4Args& args, const Product& product) {
+  const bool down = args.direction == Conv4x4Direction::down;
+  const int64_t channels = down ? args.geometry.large_channels : args.geometry.small_channels;
+  if (args.type == DataType::float32 || args.prologue.kind != Conv4x4Prologue::Kind::none || !is_whole_blocks(channels) ||
+      product.columns <= 32 || product.rows <= SmallTile::kRows || !is_aligned16(args.input) || !has_warpgroup_products()) {
+    return 0;
+  }
+  const int64_t blocks = divide_up(product.rows, kWarpgroupRows) * divide_up(product.columns, 128) * product.phases;
+  return product.columns <= 64 || blocks * 2 <= args.multiprocessors ? 64 : 128;
 }
 
 bool aligned_prologue(const Conv4x4Prologue& p) {
@@ -141,22 +173,32 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(PackParams p) {
 
 struct Split {
   int64_t splits, pixels_per_split;
-  bool large_tile;
+  bool large_tile, warpgroups;
 };
 
-// Enough blocks for two on every multiprocessor, but no split shorter than eight stages.
+bool weight_gradient_uses_warpgroups(const Conv4x4WeightGradientArgs& args) {
+  const Conv4x4Geometry& g = args.geometry;
+  constexpr auto kNone = Conv4x4Prologue::Kind::none;
+  return args.type != DataType::float32 && args.small_prologue.kind == kNone && args.large_prologue.kind == kNone &&
+         g.small_channels > 64 && is_whole_blocks(g.small_channels) && is_whole_blocks(g.large_channels) &&
+         is_aligned16(args.small) && is_aligned16(args.large) && has_warpgroup_products();
+}
+
+// Enough blocks for two on every multiprocessor (of warpgroups: for one), but no split shorter than eight stages.
 Split split_of(const Conv4x4WeightGradientArgs& args) {
   const Conv4x4Geometry& g = args.geometry;
   const int64_t rows = g.small_channels, columns = kTaps * g.large_channels;
-  const int64_t pixels = g.batch * g.small_height * g.small_width, stage = kDepthBytes / size_of(args.type);
-  const auto blocks_wanted = int64_t{args.multiprocessors} * 2;
-  const int64_t most = std::max<int64_t>(1, pixels / (8 * stage));
   Split split{};
-  split.large_tile = uses_large_tile(rows, columns, most, args.type, args.math, args.multiprocessors);
+  split.warpgroups = weight_gradient_uses_warpgroups(args);
+  const int64_t pixels = g.batch * g.small_height * g.small_width;
+  const int64_t stage = split.warpgroups ? 64 : kDepthBytes / size_of(args.type);
+  const int64_t most = std::max<int64_t>(1, pixels / (8 * stage));
+  split.large_tile = split.warpgroups || uses_large_tile(rows, columns, most, args.type, args.math, args.multiprocessors);
   const int64_t tile_rows = split.large_tile ? LargeTile::kRows : SmallTile::kRows;
   const int64_t tile_columns = split.large_tile ? LargeTile::kColumns : SmallTile::kColumns;
   const int64_t tiles = divide_up(rows, tile_rows) * divide_up(columns, tile_columns);
-  const int64_t splits = std::clamp<int64_t>(divide_up(blocks_wanted, tiles), 1, std::min<int64_t>(most, 1024));
+  const int64_t wanted = split.warpgroups ? args.multiprocessors / tiles : divide_up(int64_t{args.multiprocessors} * 2, tiles);
+  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::min<int64_t>(most, 1024));
   split.pixels_per_split = divide_up(divide_up(pixels, splits), stage) * stage;
   split.splits = divide_up(pixels, split.pixels_per_split);
   return split;
@@ -215,7 +257,8 @@ cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs& args, cudaStream_t stre
 
 StatisticsTiles conv4x4s2_statistics_shape(const Conv4x4Args& args) {
   const Product product = product_of(args.geometry, args.direction);
-  const int64_t tile_rows = gather_uses_large_tile(args, product) ? LargeTile::kRows : SmallTile::kRows;
+  const bool large = gather_warpgroup_columns(args, product) != 0 || gather_uses_large_tile(args, product);
+  const int64_t tile_rows = large ? LargeTile::kRows : SmallTile::kRows;
   StatisticsTiles tiles;
   tiles.rows_per_count = product.from_pixel ? kTaps : 1;
   tiles.tiles = product.phases * divide_up(product.rows, tile_rows) * tiles.rows_per_count;
@@ -254,15 +297,31 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
   const size_t pair_bytes = static_cast<size_t>(size_of(args.type)) * 2;
   p.paired_output = p.columns % 2 == 0 && reinterpret_cast<uintptr_t>(args.output) % pair_bytes == 0 &&
                     reinterpret_cast<uintptr_t>(args.epilogue.y) % pair_bytes == 0;
+  const auto set_tiles = [&](int64_t rows, int64_t columns) {
+    p.row_tiles = static_cast<int>(divide_up(product.rows, rows));
+    p.column_tiles = static_cast<int>(divide_up(product.columns, columns));
+    return dim3(static_cast<unsigned>(p.row_tiles) * static_cast<unsigned>(p.column_tiles), 1,
+                static_cast<unsigned>(product.phases));
+  };
+#if defined(FASTGAN_WGMMA)
+  if (const int columns = gather_warpgroup_columns(args, product)) {
+    const dim3 grid = set_tiles(kWarpgroupRows, columns);
+    const auto run = [&](auto math) {
+      using M = decltype(math);
+      if (columns == 64) {
+        return launch(gather_warpgroup_kernel<M, 64, FASTGAN_STAGES64>, grid, 256, warpgroup_shared_bytes<64, FASTGAN_STAGES64>(), stream, p);
+      }
+      return launch(gather_warpgroup_kernel<M, 128, FASTGAN_STAGES>, grid, 256, warpgroup_shared_bytes<128, FASTGAN_STAGES>(), stream, p);
+    };
+    return args.type == DataType::bfloat16 ? run(Bfloat16Math{}) : run(Float16Math{});
+  }
+#endif
   const bool direct = args.prologue.kind == Conv4x4Prologue::Kind::none && p.input.aligned;
   return dispatch_math(args.type, args.math, [&](auto math) {
     using M = decltype(math);
     return dispatch_tile<M>(gather_uses_large_tile(args, product), [&](auto tile) {
       using Tile = decltype(tile);
-      p.row_tiles = static_cast<int>(divide_up(product.rows, Tile::kRows));
-      p.column_tiles = static_cast<int>(divide_up(product.columns, Tile::kColumns));
-      const dim3 grid(static_cast<unsigned>(p.row_tiles) * static_cast<unsigned>(p.column_tiles), 1,
-                      static_cast<unsigned>(product.phases));
+      const dim3 grid = set_tiles(Tile::kRows, Tile::kColumns);
       return launch(direct ? gather_kernel<M, Tile, true> : gather_kernel<M, Tile, false>, grid, Tile::kThreads,
                     gather_shared_bytes<Tile>(), stream, p);
     });
@@ -293,17 +352,28 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
   p.window_step = g.stride;
   p.window_origin = g.stride == 2 ? -1 : 0;
   p.partial = static_cast<float*>(args.workspace);
-  const cudaError_t error = dispatch_math(args.type, args.math, [&](auto math) {
+  const auto set_tiles = [&](int64_t rows, int64_t columns) {
+    p.row_tiles = static_cast<int>(divide_up(p.small.columns, rows));
+    p.column_tiles = static_cast<int>(divide_up(p.large.columns, columns));
+    return dim3(static_cast<unsigned>(p.row_tiles * p.column_tiles), 1, static_cast<unsigned>(split.splits));
+  };
+  const auto run = [&](auto math) {
     using M = decltype(math);
+#if defined(FASTGAN_WGMMA)
+    if constexpr (sizeof(typename M::Type) == 2) {
+      if (split.warpgroups) {
+        return launch(weight_gradient_warpgroup_kernel<M, 128, FASTGAN_STAGES>, set_tiles(kWarpgroupRows, 128), 256,
+                      warpgroup_shared_bytes<128, FASTGAN_STAGES>(), stream, p);
+      }
+    }
+#endif
     return dispatch_tile<M>(split.large_tile, [&](auto tile) {
       using Tile = decltype(tile);
-      p.row_tiles = static_cast<int>(divide_up(p.small.columns, Tile::kRows));
-      p.column_tiles = static_cast<int>(divide_up(p.large.columns, Tile::kColumns));
-      const dim3 grid(static_cast<unsigned>(p.row_tiles * p.column_tiles), 1, static_cast<unsigned>(split.splits));
-      return launch(weight_gradient_kernel<M, Tile>, grid, Tile::kThreads, weight_gradient_shared_bytes<M, Tile>(),
-                    stream, p);
+      return launch(weight_gradient_kernel<M, Tile>, set_tiles(Tile::kRows, Tile::kColumns), Tile::kThreads,
+                    weight_gradient_shared_bytes<M, Tile>(), stream, p);
     });
-  });
+  };
+  const cudaError_t error = dispatch_math(args.type, args.math, run);
   if (error != cudaSuccess) return error;
   const WeightReduceParams reduce{p.partial,        static_cast<int>(split.splits),
                                   g.small_channels, g.large_channels,

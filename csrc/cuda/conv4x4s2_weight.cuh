@@ -22,6 +22,26 @@ struct WeightGradientParams {
   float* partial;  // [splits, small.columns, large.columns]
 };
 
+// What this block has summed, into its own partial result.
+template <typename Tile>
+__device__ __forceinline__ void store_partial(const WeightGradientParams& p, const Accumulators<Tile>& sums, int first_row,
+                                              int first_column) {
+  float* partial = p.partial + int64_t{blockIdx.z} * p.small.columns * p.large.columns;
+#pragma unroll
+  for (int i = 0; i < Tile::kRowTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::kColumnTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = first_row + sums.row(i, e), column = first_column + sums.column(j, e);
+        if (row < p.small.columns && column < p.large.columns) {
+          partial[int64_t{row} * p.large.columns + column] = sums.values[i][j][e];
+        }
+      }
+    }
+  }
+}
+
 // Two resident blocks of the small tile are enough to ask for: with more the compiler spills.
 template <typename Math, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) weight_gradient_kernel(WeightGradientParams p) {
@@ -89,20 +109,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) weight_g
     if (more) store_stage(stages + current * kStageBytes, pixel + kPixels);
   }
 
-  float* partial = p.partial + int64_t{blockIdx.z} * p.small.columns * p.large.columns;
-#pragma unroll
-  for (int i = 0; i < Tile::kRowTiles; ++i) {
-#pragma unroll
-    for (int j = 0; j < Tile::kColumnTiles; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int row = first_row + sums.row(i, e), column = first_column + sums.column(j, e);
-        if (row < p.small.columns && column < p.large.columns) {
-          partial[int64_t{row} * p.large.columns + column] = sums.values[i][j][e];
-        }
-      }
-    }
-  }
+  store_partial<Tile>(p, sums, first_row, first_column);
 }
 
 template <typename Math, typename Tile>

@@ -389,6 +389,18 @@ int main(int argc, char** argv) {
     run(c);
   }
 
+  // Channels in 64s and nothing to do while loading: Hopper's warpgroup products where the device has them.
+  for (const Case& c : {Case{halving(3, 16, 14, 128, 64), bf16, exact, true, false}, Case{halving(2, 11, 17, 192, 128), f16, exact, true, false},
+                        Case{halving(21, 14, 16, 128, 192), bf16, exact, false, false}, Case{pixel(70, 128, 64), bf16, exact, false, false}}) {
+    if (cases == most) break;
+    for (const Epilogue epilogue : {Epilogue::store, Epilogue::statistics, Epilogue::bias_activation, Epilogue::activation_backward}) {
+      check_direction(c, Conv4x4Direction::down, Prologue::none, epilogue);
+      check_direction(c, Conv4x4Direction::up, Prologue::none, epilogue);
+    }
+    check_weight_gradient(c, Prologue::none, Prologue::none);
+    ++cases;
+  }
+
   // What the kernels do not take must be refused, not computed wrongly.
   const auto expect_refused = [&](const char* what, bool supported) {
     if (supported) std::printf("FAILED %s is not refused\n", what), ++failures;

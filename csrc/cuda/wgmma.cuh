@@ -1,0 +1,109 @@
+// Hopper's warpgroup products: D[64, N] += A[64, 16] B[16, N], A and B of 16-bit numbers in shared memory, D in the registers of four
+// warps, which go on while the tensor cores work. Only code for sm_90a has them (FASTGAN_WGMMA: some target of this build is).
+//
+// Both operands lie in rows of 128 bytes, eight rows to 1024 aligned bytes, the 16-byte pieces of row r in the order
+// piece ^ (r % 8): "128-byte swizzle". A row is either 64 consecutive numbers of the summed dimension (kDepthInner), or one number of it
+// for 64 consecutive rows of A or columns of B. PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate".
+#pragma once
+
+#include "device.cuh"
+
+#if !defined(FASTGAN_CUDA_HOST)
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FASTGAN_WGMMA_TARGET 1
+#endif
+
+namespace fastgan::cuda {
+
+constexpr int kSwizzledRowBytes = 128, kSwizzledGroupBytes = 1024;
+
+__device__ __forceinline__ int swizzled_offset(int row, int piece) {
+  return row * kSwizzledRowBytes + (piece ^ row % 8) * 16;
+}
+
+// Of a matrix whose first row is at `address`. Along the rows (of A) or columns (of B): 8 of them a group where the summed dimension is
+// inner; else 64 of them in a row, and the next 64 `block_bytes` further on.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int block_bytes) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  return kSwizzle128 | uint64_t{kSwizzledGroupBytes >> 4} << 32 | uint64_t(block_bytes >> 4) << 16 | (address & 0x3ffffu) >> 4;
+}
+
+// Stores of this thread to shared memory, by cp.async too, are seen by the products that are started after the next barrier.
+__device__ __forceinline__ void fence_shared_for_products() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void products_begin() {
+#if defined(FASTGAN_WGMMA_TARGET)
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void products_commit() {
+#if defined(FASTGAN_WGMMA_TARGET)
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+template <int kPendingGroups>
+__device__ __forceinline__ void products_wait() {
+#if defined(FASTGAN_WGMMA_TARGET)
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPendingGroups) : "memory");
+#endif
+}
+
+#define FASTGAN_FRAGMENT(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+#define FASTGAN_FRAGMENTS8(j)                                                                                   \
+  FASTGAN_FRAGMENT(j), FASTGAN_FRAGMENT(j + 1), FASTGAN_FRAGMENT(j + 2), FASTGAN_FRAGMENT(j + 3),               \
+      FASTGAN_FRAGMENT(j + 4), FASTGAN_FRAGMENT(j + 5), FASTGAN_FRAGMENT(j + 6), FASTGAN_FRAGMENT(j + 7)
+#define FASTGAN_REGISTERS32                                                                                     \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "   \
+  "%23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTGAN_REGISTERS64                                                                                     \
+  FASTGAN_REGISTERS32                                                                                           \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
+  "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// c[j] are columns 8 j to 8 j + 7 of D as in mma.m16n8: the layout of Accumulators for a tile of one warp a 16 rows.
+template <bool kDepthInner>
+__device__ __forceinline__ void multiply_warpgroup(float (&c)[8][4], uint64_t a, uint64_t b, BFloat16) {
+#if defined(FASTGAN_WGMMA_TARGET)
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" FASTGAN_REGISTERS32 "}, %32, %33, 1, 1, 1, %34, %34;"
+               : FASTGAN_FRAGMENTS8(0)
+               : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
+#endif
+}
+template <bool kDepthInner>
+__device__ __forceinline__ void multiply_warpgroup(float (&c)[8][4], uint64_t a, uint64_t b, Half) {
+#if defined(FASTGAN_WGMMA_TARGET)
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" FASTGAN_REGISTERS32 "}, %32, %33, 1, 1, 1, %34, %34;"
+               : FASTGAN_FRAGMENTS8(0)
+               : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
+#endif
+}
+template <bool kDepthInner>
+__device__ __forceinline__ void multiply_warpgroup(float (&c)[16][4], uint64_t a, uint64_t b, BFloat16) {
+#if defined(FASTGAN_WGMMA_TARGET)
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" FASTGAN_REGISTERS64 "}, %64, %65, 1, 1, 1, %66, %66;"
+               : FASTGAN_FRAGMENTS8(0), FASTGAN_FRAGMENTS8(8)
+               : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
+#endif
+}
+template <bool kDepthInner>
+__device__ __forceinline__ void multiply_warpgroup(float (&c)[16][4], uint64_t a, uint64_t b, Half) {
+#if defined(FASTGAN_WGMMA_TARGET)
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" FASTGAN_REGISTERS64 "}, %64, %65, 1, 1, 1, %66, %66;"
+               : FASTGAN_FRAGMENTS8(0), FASTGAN_FRAGMENTS8(8)
+               : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
+#endif
+}
+
+#undef FASTGAN_FRAGMENT
+#undef FASTGAN_FRAGMENTS8
+#undef FASTGAN_REGISTERS32
+#undef FASTGAN_REGISTERS64
+
+}  // namespace fastgan::cuda
+
+#endif
