@@ -73,9 +73,24 @@ bool has_warpgroup_products() {
 }
 
 constexpr int kWarpgroupRows = 128;
-#ifndef FASTGAN_STAGES
-#define FASTGAN_STAGES 5
-#define FASTGAN_STAGES64 6
+#if VARIANT == 1
+#define V128 128, 3, 2
+#define S128 128, 3
+#define V64 64, 3, 2
+#define S64 64, 3
+#define WST 3
+#elif VARIANT == 2
+#define V128 128, 5, 1
+#define S128 128, 5
+#define V64 64, 6, 1
+#define S64 64, 6
+#define WST 4
+#else
+#define V128 128, 4, 1
+#define S128 128, 4
+#define V64 64, 4, 2
+#define S64 64, 4
+#define WST 4
 #endif
 
 bool is_whole_blocks(int64_t channels) { return channels % 64 == 0; }
@@ -84,8 +99,10 @@ bool is_whole_blocks(int64_t channels) { return channels % 64 == 0; }
 int gather_warpgroup_columns(const Conv4x4Args& args, const Product& product) {
   const bool down = args.direction == Conv4x4Direction::down;
   const int64_t channels = down ? args.geometry.large_channels : args.geometry.small_channels;
+  const int64_t output_channels = down ? args.geometry.small_channels : args.geometry.large_channels;
   if (args.type == DataType::float32 || args.prologue.kind != Conv4x4Prologue::Kind::none || !is_whole_blocks(channels) ||
-      product.columns <= 32 || product.rows <= SmallTile::kRows || !is_aligned16(args.input) || !has_warpgroup_products()) {
+      output_channels % 8 != 0 || product.columns <= 32 || product.rows <= SmallTile::kRows || !is_aligned16(args.input) ||
+      !is_aligned16(args.output) || !is_aligned16(args.epilogue.y) || !has_warpgroup_products()) {
     return 0;
   }
   const int64_t blocks = divide_up(product.rows, kWarpgroupRows) * divide_up(product.columns, 128) * product.phases;
@@ -195,7 +212,7 @@ Split split_of(const Conv4x4WeightGradientArgs& args) {
   const int64_t most = std::max<int64_t>(1, pixels / (8 * stage));
   split.large_tile = split.warpgroups || uses_large_tile(rows, columns, most, args.type, args.math, args.multiprocessors);
   const int64_t tile_rows = split.large_tile ? LargeTile::kRows : SmallTile::kRows;
-  const int64_t tile_columns = split.large_tile ? LargeTile::kColumns : SmallTile::kColumns;
+  const int64_t tile_columns = split.warpgroups ? 256 : split.large_tile ? LargeTile::kColumns : SmallTile::kColumns;
   const int64_t tiles = divide_up(rows, tile_rows) * divide_up(columns, tile_columns);
   const int64_t wanted = split.warpgroups ? args.multiprocessors / tiles : divide_up(int64_t{args.multiprocessors} * 2, tiles);
   const int64_t splits = std::clamp<int64_t>(wanted, 1, std::min<int64_t>(most, 1024));
@@ -309,9 +326,9 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
     const auto run = [&](auto math) {
       using M = decltype(math);
       if (columns == 64) {
-        return launch(gather_warpgroup_kernel<M, 64, FASTGAN_STAGES64>, grid, 256, warpgroup_shared_bytes<64, FASTGAN_STAGES64>(), stream, p);
+        return launch(gather_warpgroup_kernel<M, V64>, grid, 256, warpgroup_shared_bytes<S64>(), stream, p);
       }
-      return launch(gather_warpgroup_kernel<M, 128, FASTGAN_STAGES>, grid, 256, warpgroup_shared_bytes<128, FASTGAN_STAGES>(), stream, p);
+      return launch(gather_warpgroup_kernel<M, V128>, grid, 256, warpgroup_shared_bytes<S128>(), stream, p);
     };
     return args.type == DataType::bfloat16 ? run(Bfloat16Math{}) : run(Float16Math{});
   }
@@ -362,8 +379,8 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
 #if defined(FASTGAN_WGMMA)
     if constexpr (sizeof(typename M::Type) == 2) {
       if (split.warpgroups) {
-        return launch(weight_gradient_warpgroup_kernel<M, 128, FASTGAN_STAGES>, set_tiles(kWarpgroupRows, 128), 256,
-                      warpgroup_shared_bytes<128, FASTGAN_STAGES>(), stream, p);
+        return launch(weight_gradient_warpgroup_kernel<M, WST>, set_tiles(WeightTile::kRows, WeightTile::kColumns), 256,
+                      weight_shared_bytes<WST>(), stream, p);
       }
     }
 #endif

@@ -34,6 +34,8 @@ __device__ __forceinline__ void* shared_memory() {
 }
 
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
+// The same, and for how many threads `predicate` holds.
+__device__ __forceinline__ int block_barrier_count(bool predicate) { return __syncthreads_count(predicate); }
 
 // Launches on the stream and reports the launch's own error; nothing here synchronises or allocates.
 template <typename Args>

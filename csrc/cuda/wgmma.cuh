@@ -34,6 +34,15 @@ __device__ __forceinline__ void fence_shared_for_products() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// As copy_async, but by way of the first-level cache, for what is read again soon.
+__device__ __forceinline__ void copy_async_cached(void* shared, const void* global, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void products_begin() {
 #if defined(FASTGAN_WGMMA_TARGET)
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -64,6 +73,7 @@ __device__ __forceinline__ void products_wait() {
   FASTGAN_REGISTERS32                                                                                           \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
   "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FASTGAN_REGISTERS128 FASTGAN_REGISTERS64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // c[j] are columns 8 j to 8 j + 7 of D as in mma.m16n8: the layout of Accumulators for a tile of one warp a 16 rows.
 template <bool kDepthInner>
@@ -99,10 +109,28 @@ __device__ __forceinline__ void multiply_warpgroup(float (&c)[16][4], uint64_t a
 #endif
 }
 
+template <bool kDepthInner>
+__device__ __forceinline__ void multiply_warpgroup(float (&c)[32][4], uint64_t a, uint64_t b, BFloat16) {
+#if defined(FASTGAN_WGMMA_TARGET)
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" FASTGAN_REGISTERS128 "}, %128, %129, 1, 1, 1, %130, %130;"
+               : FASTGAN_FRAGMENTS8(0), FASTGAN_FRAGMENTS8(8), FASTGAN_FRAGMENTS8(16), FASTGAN_FRAGMENTS8(24)
+               : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
+#endif
+}
+template <bool kDepthInner>
+__device__ __forceinline__ void multiply_warpgroup(float (&c)[32][4], uint64_t a, uint64_t b, Half) {
+#if defined(FASTGAN_WGMMA_TARGET)
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" FASTGAN_REGISTERS128 "}, %128, %129, 1, 1, 1, %130, %130;"
+               : FASTGAN_FRAGMENTS8(0), FASTGAN_FRAGMENTS8(8), FASTGAN_FRAGMENTS8(16), FASTGAN_FRAGMENTS8(24)
+               : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
+#endif
+}
+
 #undef FASTGAN_FRAGMENT
 #undef FASTGAN_FRAGMENTS8
 #undef FASTGAN_REGISTERS32
 #undef FASTGAN_REGISTERS64
+#undef FASTGAN_REGISTERS128
 
 }  // namespace fastgan::cuda
 
