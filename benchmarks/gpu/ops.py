@@ -92,7 +92,8 @@ def measure_layer(layer, batch, device, results):
     row = {"layer": name, "batch": batch, "error": error, "forward_flops": flops(layer, batch), "times": times}
     results.add(row)
     ratio = {
-        way: times[f"pytorch {way}"]["median_s"] / times[f"fastgan {way}"]["median_s"] for way in ("forward", "backward")
+        way: times[f"pytorch {way}"]["median_s"] / times[f"fastgan {way}"]["median_s"]
+        for way in ("forward", "backward")
     }
     print(
         f"{name:32s} batch {batch:5d}  forward {times['fastgan forward']['median_s'] * 1e6:8.1f} us "
