@@ -13,6 +13,10 @@ Configurations (--configurations, all by default):
 
 A configuration that no longer fits --seconds is left out and said so. With --profile nothing is timed: the kernels of
 one step are listed.
+
+Memory is what a configuration adds to the process. Peak: most bytes allocated during a step (for a captured one, during
+the capture), as a multiple of plain PyTorch's with the same numbers. Kept: what stays reserved between steps; scratch
+memory of the graphs that torch.compile makes itself is in this figure alone.
 """
 
 import argparse
@@ -156,13 +160,11 @@ def prepare(device, case, name, steps):
 def losses_agree(device, case, dtype, tolerance):
     """Losses of three steps, fused against plain, with the same seed and at most 16 images."""
     case = (*case[:2], min(case[2], 16))
-    torch.backends.cudnn.benchmark = False  # not worth a search for this batch size
     plain, fused = Step(device, case, EAGER[dtype]), Step(device, case, f"fastgan {dtype}")
     for _ in range(3):
         for ours, theirs in zip(fused(), plain()):
             if not abs(ours.item() - theirs.item()) <= tolerance * (abs(theirs.item()) + 0.05):
                 raise ValueError(f"fused loss {ours.item():.5f}, plain {theirs.item():.5f}")
-    torch.backends.cudnn.benchmark = True
 
 
 def dtype_of(name):
@@ -172,19 +174,22 @@ def dtype_of(name):
 def run_case(text, names, arguments, results, slowest, begin):
     case = tuple(int(number) for number in text.split("x"))
     batch, device = case[2], torch.device(arguments.device)
-    for dtype, tolerance in (("tf32", 0.02), ("bf16", 0.05)):
+    for dtype, tolerance in (("tf32", 0.02), ("bf16", 0.08)):
         fused = [name for name in names if name.startswith("fastgan") and dtype_of(name) == dtype]
         agreed = not fused
         with results.surviving(f"{text} fastgan {dtype} against plain"):
+            torch.backends.cudnn.benchmark = False  # not worth a search for a smaller batch
             if fused:
                 losses_agree(device, case, dtype, tolerance)
             agreed = True
+        torch.backends.cudnn.benchmark = True
         if not agreed:
             names = [name for name in names if name not in fused]
     ready, memory = {}, {}
     for name in names:
         gone, before = time.monotonic() - begin, time.monotonic()
-        expected = max(COMPILE_SECONDS.get(name, 0), slowest.get(name.split()[0], 0))
+        expected = 0 if name.removesuffix(GRAPH) in ready else slowest.get(name.split()[0], 0)
+        expected = max(expected, COMPILE_SECONDS.get(name, 0))
         if gone + expected > arguments.seconds:
             print(
                 f"{text} {name}: left out, {gone:.0f} s of {arguments.seconds:.0f} s are gone and it may take "
@@ -254,7 +259,7 @@ def profile(device, text, name, steps=3, most=40):
     rows = [
         (event.self_device_time_total if cuda else event.self_cpu_time_total, event.count, event.key)
         for event in profiler.key_averages()
-        if event.device_type == on_device and not event.is_user_annotation
+        if event.device_type == on_device and not getattr(event, "is_user_annotation", False)
     ]
     rows.sort(reverse=True)
     total = sum(row[0] for row in rows) / steps
@@ -305,7 +310,8 @@ def main():
             with results.surviving(text):
                 run_case(text, chosen, arguments, results, slowest, begin)
         if device.type == "cuda":
-            torch._dynamo.reset()
+            if any(name in COMPILE_MODES for name in chosen):
+                torch.compiler.reset()
             gc.collect()
             torch.cuda.empty_cache()
     print(f"{time.monotonic() - begin:.0f} s")
