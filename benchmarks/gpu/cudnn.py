@@ -1,6 +1,6 @@
 """The bar for the three main loops: cuDNN's convolutions of the 64-px DCGAN, and fastgan's own, each direction alone.
 
-    python benchmarks/gpu/cudnn.py --output cudnn.json [--device cuda] [--batch 128 1024] [--seconds 40]
+    python benchmarks/gpu/cudnn.py --output cudnn.json [--device cuda] [--batch 128 1024] [--seconds 40] [--cudnn-only]
 
 Channels_last; bfloat16, and float32 by TF32 for the stride-2 layers at the first batch size. cuDNN chooses its
 algorithm by measurement. Calls are timed inside CUDA graphs, so that the host's launches stay out of the figures; one
@@ -14,13 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from ops import LAYERS, flops, stride_and_padding
+from layers import LAYERS, flops, stride_and_padding
 from timing import Results, captured, check, compare, relative_error, seconds_per_call
-
-try:
-    import fastgan  # noqa: F401  registers torch.ops.fastgan
-except ImportError as error:
-    print(f"no fastgan, cuDNN alone: {error}")
 
 DIRECTIONS = ("forward", "input gradient", "weight gradient")
 DTYPES = {"bf16": (torch.bfloat16, 2e-2), "tf32": (torch.float32, 5e-3)}  # and how far two results may be apart
@@ -61,7 +56,17 @@ def candidates_of(layer, batch, device, dtype):
     return dict(zip(DIRECTIONS, cudnn)), dict(zip(DIRECTIONS, ours)), lambda: fastgan_backward(False, False)
 
 
-def measure(layer, batch, device, dtype_name, results):
+def registered():
+    """True if fastgan's operators are there."""
+    try:
+        import fastgan  # noqa: F401, PLC0415
+    except ImportError as error:
+        print(f"cuDNN alone: {error}")
+        return False
+    return True
+
+
+def measure(layer, batch, device, dtype_name, with_fastgan, results):
     transposed, in_channels, out_channels, size = layer
     name = f"{'T' if transposed else 'C'} {in_channels}->{out_channels} @{size}"
     dtype, bound = DTYPES[dtype_name]
@@ -71,12 +76,15 @@ def measure(layer, batch, device, dtype_name, results):
         with results.surviving(f"cuDNN {name} batch {batch} {dtype_name} {direction}"):
             cudnn[direction]()  # chooses the algorithm
             ready["cudnn", direction] = cudnn[direction]
+        if not with_fastgan:
+            continue
         with results.surviving(f"fastgan {name} batch {batch} {dtype_name} {direction}"):
             errors[direction] = check(relative_error(ours[direction](), cudnn[direction]()), bound)
             ready["fastgan", direction] = ours[direction]
-    with results.surviving(f"fastgan {name} batch {batch} {dtype_name} act pass"):
-        act_pass()
-        ready["fastgan", "act pass"] = act_pass
+    if with_fastgan:
+        with results.surviving(f"fastgan {name} batch {batch} {dtype_name} act pass"):
+            act_pass()
+            ready["fastgan", "act pass"] = act_pass
     slowest = max(seconds_per_call(call, device, 2) for call in ready.values())
     calls = 1 if device.type == "cpu" else min(20, max(4, int(1e-3 / slowest)))
     graphs = {}
@@ -111,7 +119,9 @@ def main():
     parser.add_argument("--batch", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--seconds", type=float, default=40, help="leave out the layers that do not fit into this")
+    parser.add_argument("--cudnn-only", action="store_true", help="leave fastgan out")
     arguments = parser.parse_args()
+    with_fastgan = not arguments.cudnn_only and registered()
     begin, device = time.monotonic(), torch.device(arguments.device)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
@@ -131,7 +141,7 @@ def main():
             print(f"{len(cases) - done} of {len(cases)} left out: {arguments.seconds:.0f} s are gone", flush=True)
             break
         with results.surviving(f"{layer} batch {batch} {dtype_name}"):
-            measure(layer, batch, device, dtype_name, results)
+            measure(layer, batch, device, dtype_name, with_fastgan, results)
     print(f"{time.monotonic() - begin:.0f} s")
     results.exit()
 
