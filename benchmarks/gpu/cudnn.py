@@ -59,7 +59,7 @@ def candidates_of(layer, batch, device, dtype):
 def registered():
     """True if fastgan's operators are there."""
     try:
-        import fastgan  # noqa: F401, PLC0415
+        import fastgan  # noqa: F401
     except ImportError as error:
         print(f"cuDNN alone: {error}")
         return False
