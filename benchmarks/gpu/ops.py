@@ -1,6 +1,6 @@
 """Every layer of the 64-px DCGAN and the CatGAN loss: fused against PyTorch, forward and backward, each its own time.
 
-    python benchmarks/gpu/ops.py --output ops.json [--device cuda] [--batch 128 1024]
+    python benchmarks/gpu/ops.py --output ops.json [--device cuda] [--batch 128 1024] [--rows 1000000]
 
 Layers run in channels_last bfloat16; cuDNN may choose its algorithm by measurement. Each result is checked against the
 peer before it is timed.
@@ -11,23 +11,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import compare, write
+from layers import LAYERS, flops, stride_and_padding
+from timing import Results, captured, check, compare, relative_error
 
 import fastgan
-
-# (transposed, in channels, out channels, input size): generator, then discriminator; base 64, 64 px, RGB
-LAYERS = [
-    (True, 100, 512, 1), (True, 512, 256, 4), (True, 256, 128, 8), (True, 128, 64, 16), (True, 64, 3, 32),
-    (False, 3, 64, 64), (False, 64, 128, 32), (False, 128, 256, 16), (False, 256, 512, 8), (False, 512, 1, 4),
-]  # fmt: skip
 
 
 def layer_case(layer, batch, device, dtype):
     """The fused call, PyTorch's, and the tensors whose gradients are wanted."""
     transposed, in_channels, out_channels, size = layer
-    stride, padding = (1, 0) if 1 in (size, out_channels) and size in (1, 4) else (2, 1)
+    stride, padding = stride_and_padding(layer)
     shape = (in_channels, out_channels, 4, 4) if transposed else (out_channels, in_channels, 4, 4)
-    make = dict(device=device, dtype=dtype)
+    make = {"device": device, "dtype": dtype}
     x = torch.randn(batch, in_channels, size, size, **make).contiguous(memory_format=torch.channels_last)
     w = (torch.randn(*shape, **make) * 0.02).contiguous(memory_format=torch.channels_last)
     gamma, beta = torch.rand(out_channels, device=device) + 0.5, torch.randn(out_channels, device=device)
@@ -37,7 +32,7 @@ def layer_case(layer, batch, device, dtype):
     if not normalised:
         activation = {3: "tanh", 1: "identity"}.get(out_channels, "leaky_relu")
         tensors = tensors[:2]
-    where = dict(stride=stride, padding=padding)
+    where = {"stride": stride, "padding": padding}
     name = "conv_transpose2d" if transposed else "conv2d"
 
     def fused(x, w, *bn):
@@ -59,10 +54,6 @@ def layer_case(layer, batch, device, dtype):
     return fused, plain, tensors, f"{name} {in_channels}->{out_channels} {size}px"
 
 
-def relative_error(ours, theirs):
-    return ((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30)).item()
-
-
 def forward_and_backward(function, tensors):
     """Two calls: forward alone; backward alone, from one kept graph."""
     output = function(*tensors)
@@ -75,84 +66,98 @@ def forward_and_backward(function, tensors):
     return forward, lambda: torch.autograd.grad(output, tensors, grad, retain_graph=True)
 
 
-def flops(layer, batch):
-    transposed, in_channels, out_channels, size = layer
-    small = size if transposed else max(1, size // 2 if size != 4 or out_channels != 1 else 1)
-    return 2 * 16 * batch * small * small * in_channels * out_channels
+def measure_layer(layer, batch, device, results):
+    fused, plain, tensors, name = layer_case(layer, batch, device, torch.bfloat16)
+    error = check(relative_error(fused(*tensors), plain(*tensors)), 0.03)
+    calls = {}
+    for peer, function in (("fastgan", fused), ("pytorch", plain)):
+        calls[f"{peer} forward"], calls[f"{peer} backward"] = forward_and_backward(function, tensors)
+    times = compare(calls, device)
+    row = {"layer": name, "batch": batch, "error": error, "forward_flops": flops(layer, batch), "times": times}
+    results.add(row)
+    ratio = {
+        way: times[f"pytorch {way}"]["median_s"] / times[f"fastgan {way}"]["median_s"]
+        for way in ("forward", "backward")
+    }
+    print(
+        f"{name:32s} batch {batch:5d}  forward {times['fastgan forward']['median_s'] * 1e6:8.1f} us "
+        f"x{ratio['forward']:.2f}   backward {times['fastgan backward']['median_s'] * 1e6:8.1f} us "
+        f"x{ratio['backward']:.2f}",
+        flush=True,
+    )
 
 
-def layers(arguments, device):
-    results = []
-    for batch in arguments.batch:
-        for layer in LAYERS:
-            fused, plain, tensors, name = layer_case(layer, batch, device, torch.bfloat16)
-            error = relative_error(fused(*tensors), plain(*tensors))
-            if not error < 0.03:
-                raise SystemExit(f"{name}, batch {batch}: fused and PyTorch differ by {error:.3g}")
-            calls = {}
-            for peer, function in (("fastgan", fused), ("pytorch", plain)):
-                calls[f"{peer} forward"], calls[f"{peer} backward"] = forward_and_backward(function, tensors)
-            times = compare(calls, device)
-            row = {"layer": name, "batch": batch, "error": error, "forward_flops": flops(layer, batch), "times": times}
-            results.append(row)
-            ratio = {
-                way: times[f"pytorch {way}"]["median_s"] / times[f"fastgan {way}"]["median_s"]
-                for way in ("forward", "backward")
-            }
-            print(
-                f"{name:32s} batch {batch:5d}  forward {times['fastgan forward']['median_s'] * 1e6:8.1f} us "
-                f"x{ratio['forward']:.2f}   backward {times['fastgan backward']['median_s'] * 1e6:8.1f} us "
-                f"x{ratio['backward']:.2f}",
-                flush=True,
-            )
-    return results
+def copy_bandwidth(device, size):
+    """Bytes a second, read and written, of a copy that no cache holds."""
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / compare({"copy": lambda: target.copy_(source)}, device)["copy"]["median_s"]
 
 
-def entropies(device, shapes):
-    def plain(logits):
-        log_p = F.log_softmax(logits.float(), 1)
-        p = log_p.exp()
-        q = p.mean(0)
-        return -(p * log_p).sum(1).mean(), -torch.xlogy(q, q).sum()
+def plain_entropies(logits):
+    log_p = F.log_softmax(logits, 1)
+    p = log_p.exp()
+    q = p.mean(0)
+    return -(p * log_p).sum(1).mean(), -torch.xlogy(q, q).sum()
 
-    results = []
-    for rows, classes in shapes:
-        logits = torch.randn(rows, classes, device=device, requires_grad=True)
-        error = max(relative_error(a, b) for a, b in zip(fastgan.ops.softmax_entropy(logits), plain(logits)))
-        if not error < 1e-4:
-            raise SystemExit(f"softmax_entropy [{rows}, {classes}]: fused and PyTorch differ by {error:.3g}")
 
-        def both(function, logits=logits):
-            conditional, marginal = function(logits)
-            return torch.autograd.grad(conditional - marginal, logits)
+def measure_entropies(rows, classes, device, bandwidth, results, graph=False):
+    """CatGAN's loss, forward and backward together, and the share of the copy bandwidth that its bytes reach."""
+    logits = torch.randn(rows, classes, device=device, requires_grad=True)
 
-        times = compare({"fastgan": lambda: both(fastgan.ops.softmax_entropy), "pytorch": lambda: both(plain)}, device)
-        seconds = times["fastgan"]["median_s"]
-        moved = 3 * logits.numel() * logits.element_size()  # logits read twice, gradient written
-        results.append(
-            {"layer": f"softmax_entropy [{rows}, {classes}]", "error": error, "bytes": moved, "times": times}
-        )
-        print(
-            f"softmax_entropy [{rows}, {classes}] forward + backward {seconds * 1e6:.1f} us "
-            f"({moved / seconds / 1e12:.2f} TB/s) x{times['pytorch']['median_s'] / seconds:.2f}",
-            flush=True,
-        )
-    return results
+    def loss_and_gradient(function):
+        conditional, marginal = function(logits)
+        return conditional, marginal, *torch.autograd.grad(conditional - marginal, logits)
+
+    candidates = {
+        "fastgan": lambda: loss_and_gradient(fastgan.ops.softmax_entropy),
+        "pytorch": lambda: loss_and_gradient(plain_entropies),
+    }
+    error = check(max(relative_error(*pair) for pair in zip(*(call() for call in candidates.values()))), 1e-4)
+    inside = 20 if graph else 1
+    if graph:
+        candidates = {name: captured(call, device, inside) for name, call in candidates.items()}
+    times = compare(candidates, device, inside=inside)
+    seconds = times["fastgan"]["median_s"]
+    moved = 3 * logits.numel() * logits.element_size()  # logits read twice, gradient written
+    name = f"softmax_entropy [{rows}, {classes}]" + (" in a graph" if graph else "")
+    share = moved / seconds / bandwidth
+    results.add(
+        {"layer": name, "error": error, "bytes": moved, "share_of_copy": share, "copy": bandwidth, "times": times}
+    )
+    print(
+        f"{name:40s} forward + backward {seconds * 1e6:8.1f} us  {moved / seconds / 1e12:.3f} TB/s = {share:.0%} of a "
+        f"copy's {bandwidth / 1e12:.2f}  PyTorch {times['pytorch']['median_s'] * 1e6:.1f} us "
+        f"x{times['pytorch']['median_s'] / seconds:.2f}",
+        flush=True,
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batch", type=int, nargs="+", default=[128, 1024])
+    parser.add_argument("--batch", type=int, nargs="*", default=[128, 1024], help="of the layers; none: the loss alone")
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the largest entropy")
+    parser.add_argument("--copy-bytes", type=int, default=1 << 31, help="size of the copy that gives the bandwidth")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
-    results = layers(arguments, device)
-    results += entropies(device, [(100, 10), (arguments.rows, 10), (arguments.rows, 1000)])
-    write(arguments.output, results)
+    results = Results(arguments.output)
+    bandwidth = copy_bandwidth(device, arguments.copy_bytes)
+    for rows, classes, graph in (
+        (100, 10, False),
+        (100, 10, True),
+        (arguments.rows, 10, False),
+        (arguments.rows, 1000, False),
+    ):
+        with results.surviving(f"softmax_entropy [{rows}, {classes}]"):
+            measure_entropies(rows, classes, device, bandwidth, results, graph)
+    for batch in arguments.batch:
+        for layer in LAYERS:
+            with results.surviving(f"{layer} batch {batch}"):
+                measure_layer(layer, batch, device, results)
+    results.exit()
 
 
 if __name__ == "__main__":

@@ -1,60 +1,121 @@
 #!/usr/bin/env bash
-# One command for a machine with a GPU: builds, tests, sanitizes and measures fastgan. About ten minutes on 16 cores and
-# an H200. Needs nvcc and a CUDA build of PyTorch in `python3`; no network.
+# One command for a machine with a GPU: builds, tests, sanitizes and measures fastgan, without a network. Needs a CUDA
+# build of PyTorch in `python3`, and nvcc for what is built.
 #
-#     benchmarks/gpu/run.sh OUT_DIR
+#     benchmarks/gpu/run.sh OUT_DIR [STEP...]
 #
-# OUT_DIR gets a log a step, results as JSON, and summary.txt. A step that fails or runs out of time does not stop the
-# ones after it.
+# Steps, all by default and always in this order, with the seconds each may take:
+#     environment  60      what machine this is
+#     install     300      builds fastgan and installs it; FASTGAN_WHEEL=path installs that wheel instead. Leave the step
+#                          out to measure what is installed already
+#     native      200 + 60 the kernels' own tests, without PyTorch (built beside install)
+#     sanitize    60       compute-sanitizer over them (built if native is left out)
+#     pytest      150      the CUDA tests
+#     cudnn       70       each direction of each convolution against cuDNN's
+#     ops         90       each layer, and CatGAN's loss
+#     train_step  260      whole training steps
+#     profile     60       the kernels of a step: PROFILE, a configuration (default "fastgan bf16")
+#
+# CUDNN_OPTIONS, OPS_OPTIONS, TRAIN_STEP_OPTIONS, PROFILE_OPTIONS: what these scripts are given besides.
+# OUT_DIR gets summary.txt, logs.txt and the results as JSON: at most five files. A step that fails or runs out of time
+# does not stop the ones after it.
 set -u -o pipefail
 cd "$(dirname "$0")/../.."
-out=$(mkdir -p "${1:?usage: benchmarks/gpu/run.sh OUT_DIR}" && cd "$1" && pwd)
+here=$PWD
+out=$(mkdir -p "${1:?usage: benchmarks/gpu/run.sh OUT_DIR [STEP...]}" && cd "$1" && pwd)
+shift
+known="environment install native sanitize pytest cudnn ops train_step profile"
+wanted=" ${*:-$known} "
+for name in $wanted; do
+  [[ " $known " == *" $name "* ]] || { echo "run.sh: no step '$name'; there are: $known" >&2; exit 2; }
+done
+wheel=${FASTGAN_WHEEL:+$(realpath "$FASTGAN_WHEEL")}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-architecture=$(python3 -c 'import torch; c = torch.cuda.get_device_capability(); print("%d%d%s" % (*c, "a" if c[0] == 9 else ""))')
+stems="bn_act softmax_entropy conv4x4s2"
+export PYTHONUNBUFFERED=1
+
+wants() { [[ "$wanted" == *" $1 "* ]]; }
 
 step() {  # name, seconds at most, command: runs it, keeps its log, notes how it ended
-  local name=$1 limit=$2 begin=$SECONDS code=0
+  local name=$1 limit=$2 begin=$SECONDS code=0 log="$work/$1.log"
   shift 2
-  timeout "$limit" "$@" > "$out/$name.log" 2>&1 || code=$?
+  timeout "$limit" "$@" > "$log" 2>&1 || code=$?
   local ended="ok"
   [ $code -ne 0 ] && ended="exit $code"
   [ $code -eq 124 ] && ended="stopped after $limit s"
-  printf '%-32s %-22s %4d s  %s\n' "$name" "$ended" $((SECONDS - begin)) "$(tail -n 1 "$out/$name.log" | cut -c1-120)" |
-    tee -a "$out/summary.txt"
+  {
+    flock 9  # steps run side by side
+    { echo "==== $name: $ended"; tail -c 1000000 "$log"; } >> "$out/logs.txt"
+    printf '%-24s %-20s %4d s  %s\n' "$name" "$ended" $((SECONDS - begin)) "$(tail -n 1 "$log" | cut -c1-120)" |
+      tee -a "$out/summary.txt"
+  } 9> "$work/lock"
+  return $code
+}
+
+shown_step() {  # as step, and its log is shown too
+  step "$@"
+  cut -c1-200 "$work/$1.log" | tail -n 120
+}
+
+architecture() {  # of this machine's GPU, as nvcc names it
+  python3 -c 'import torch; c = torch.cuda.get_device_capability(); print("%d%d%s" % (*c, "a" if c[0] == 9 else ""))'
 }
 
 environment() {
-  nvidia-smi && nvcc --version && python3 -m torch.utils.collect_env && git log -1 --format='%H %cd'
-}
-
-build_native_test() {  # the kernels' own tests, no PyTorch
-  nvcc -std=c++17 -O3 -gencode="arch=compute_$architecture,code=sm_$architecture" -lineinfo -x cu "csrc/cuda/$1.cu" \
-    "tests/native/cuda/test_$1.cpp" -o "$work/$1"
+  nvidia-smi
+  nvcc --version
+  python3 -m torch.utils.collect_env
+  git log -1 --format='%H %cd'
 }
 
 install() {
-  MAX_JOBS=16 TORCH_CUDA_ARCH_LIST="${architecture:0:1}.${architecture:1}" FASTGAN_CUDA=1 \
-    python3 -m pip install --no-build-isolation --no-deps .
+  local arch
+  if [ -n "$wheel" ]; then
+    python3 -m pip install --no-deps --no-index --force-reinstall "$wheel"
+  else
+    arch=$(architecture | sed 's/[0-9]a\?$/.&/')  # 90a: 9.0a
+    MAX_JOBS=16 TORCH_CUDA_ARCH_LIST="$arch" FASTGAN_CUDA=1 \
+      python3 -m pip install --no-build-isolation --no-deps .
+  fi && cd / && python3 -c 'import fastgan; print(fastgan.__version__, fastgan.__file__)'
 }
 
+build_native() {
+  nvcc -std=c++17 -O3 -gencode="arch=compute_$2,code=sm_$2" -lineinfo -x cu "csrc/cuda/$1.cu" \
+    "tests/native/cuda/test_$1.cpp" -o "$work/$1"
+}
+
+export -f environment install build_native architecture
+export work wheel here
+
 : > "$out/summary.txt"
-step environment 60 environment
-step install 300 install &
-for stem in bn_act softmax_entropy conv4x4s2; do step "build_$stem" 200 build_native_test "$stem" & done
+: > "$out/logs.txt"
+wants environment && step environment 60 bash -c environment
+wants install && step install 300 bash -c install &
+if wants native || wants sanitize; then
+  arch=$(architecture)
+  for stem in $stems; do step "build_$stem" 200 bash -c "build_native $stem $arch" & done
+fi
 wait
-for stem in bn_act softmax_entropy conv4x4s2; do step "native_$stem" 60 "$work/$stem"; done
-for tool in memcheck racecheck; do
-  for stem in bn_act softmax_entropy conv4x4s2; do
-    step "${tool}_$stem" 60 compute-sanitizer --tool $tool --error-exitcode 1 "$work/$stem" 6 &
+wants native && for stem in $stems; do step "native_$stem" 60 "$work/$stem"; done
+if wants sanitize; then
+  for tool in memcheck racecheck; do
+    for stem in $stems; do
+      step "${tool}_$stem" 60 compute-sanitizer --tool $tool --error-exitcode 1 "$work/$stem" 6 &
+    done
   done
-done
-wait
+  wait
+fi
 # From another folder, so that the installed package is the one that is imported.
-here=$PWD
 cd "$work"
-step pytest_cuda 150 python3 -m pytest -o addopts= -q -k cuda -p no:cacheprovider "$here/tests" \
+wants pytest && step pytest 150 python3 -m pytest -o addopts= -q -k cuda -p no:cacheprovider "$here/tests" \
   --ignore="$here/tests/test_cuda_host.py" --ignore="$here/tests/test_cuda_compile.py"
-step ops 120 python3 "$here/benchmarks/gpu/ops.py" --output "$out/ops.json"
-step train_step 240 python3 "$here/benchmarks/gpu/train_step.py" --output "$out/train_step.json" --seconds 210
+measure="$here/benchmarks/gpu"
+wants cudnn && shown_step cudnn 70 python3 "$measure/cudnn.py" --output "$out/cudnn.json" ${CUDNN_OPTIONS:-}
+wants ops && shown_step ops 90 python3 "$measure/ops.py" --output "$out/ops.json" ${OPS_OPTIONS:-}
+wants train_step && shown_step train_step 260 \
+  python3 "$measure/train_step.py" --output "$out/train_step.json" --seconds 210 ${TRAIN_STEP_OPTIONS:-}
+wants profile && shown_step profile 60 \
+  python3 "$measure/train_step.py" --profile "${PROFILE:-fastgan bf16}" ${PROFILE_OPTIONS:-}
+echo
 cat "$out/summary.txt"

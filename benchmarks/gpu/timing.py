@@ -5,6 +5,7 @@ import platform
 import statistics
 import subprocess
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,15 +24,73 @@ def machine() -> dict:
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cudnn"] = torch.backends.cudnn.version()
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        facts["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        facts["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     return facts
 
 
-def write(path: Path, results: list[dict]) -> None:
-    path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
+class Results:
+    """Rows and failures of one benchmark, written as they come: what ends it early loses only what was not yet run."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows, self.failures, self.machine = path, [], [], machine()
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        self.write()
+
+    def write(self) -> None:
+        content = {"machine": self.machine, "results": self.rows, "failures": self.failures}
+        self.path.write_text(json.dumps(content, indent=1))
+
+    @contextmanager
+    def surviving(self, name: str):
+        """A failure inside is printed and kept; the benchmark goes on."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            message = f"{name}: {type(error).__name__}: {str(error).strip()[:300]}"
+            print(f"FAILED {message}", flush=True)
+            self.failures.append(message)
+            self.write()
+
+    def exit(self) -> None:
+        raise SystemExit(f"{len(self.failures)} failed" if self.failures else 0)
 
 
-def _seconds(function, device: torch.device, calls: int) -> float:
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    ours, theirs = (t.double() if t.numel() < 1 << 26 else t.float() for t in (ours, theirs))
+    return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item()
+
+
+def check(error: float, bound: float) -> float:
+    if not error < bound:
+        raise ValueError(f"differs from the peer by {error:.3g}, at most {bound:g} is allowed")
+    return error
+
+
+def captured(function, device: torch.device, calls: int = 1):
+    """So many calls as one CUDA graph; calling the result replays it. On a CPU: a plain loop."""
+    if device.type == "cpu":
+
+        def repeated():
+            for _ in range(calls):
+                function()
+
+        return repeated
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is set up once, as cuDNN's choice of an algorithm, cannot be captured
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    return graph.replay
+
+
+def seconds_per_call(function, device: torch.device, calls: int) -> float:
     if device.type == "cpu":
         begin = time.perf_counter()
         for _ in range(calls):
@@ -46,21 +105,23 @@ def _seconds(function, device: torch.device, calls: int) -> float:
     return begin.elapsed_time(end) / 1e3 / calls
 
 
-def compare(candidates: dict, device: torch.device, rounds: int = 15, target_seconds: float = 0.02) -> dict:
+def compare(
+    candidates: dict, device: torch.device, rounds: int = 9, target_seconds: float = 0.01, inside: int = 1
+) -> dict:
     """Median and spread of each candidate's seconds a call.
 
     Candidates are taken in turn, so that a change of clock or temperature meets all of them. One round calls each as
-    often as fits target_seconds.
+    often as fits target_seconds. inside: what is timed are so many calls in one, as captured() makes them.
     """
     calls = {}
     for name, function in candidates.items():
         for _ in range(3):
             function()
-        calls[name] = max(1, int(target_seconds / max(_seconds(function, device, 3), 1e-7)))
+        calls[name] = max(1, int(target_seconds / max(seconds_per_call(function, device, 3), 1e-7)))
     samples = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, function in candidates.items():
-            samples[name].append(_seconds(function, device, calls[name]))
+            samples[name].append(seconds_per_call(function, device, calls[name]) / inside)
     return {
         name: {
             "median_s": statistics.median(values),
