@@ -197,7 +197,7 @@ def extension(cuda):
     if cuda:
         arguments["nvcc"] = ["-O3", "--expt-relaxed-constexpr"]
         if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]:
-            arguments["nvcc"].append("-DFASTGAN_WGMMA")  # csrc/cuda/wgmma.cuh
+            arguments["nvcc"].append("-DFASTGAN_HOPPER")  # csrc/cuda/hopper.cuh
     return (CUDAExtension if cuda else CppExtension)("fastgan._C", sources(cuda), extra_compile_args=arguments)
 
 

@@ -8,7 +8,7 @@
 
 #include "conv4x4s2_gather.cuh"
 #include "conv4x4s2_weight.cuh"
-#include "conv4x4s2_wgmma.cuh"
+#include "conv4x4s2_hopper.cuh"
 
 namespace fastgan::cuda {
 namespace {
@@ -61,9 +61,9 @@ bool gather_uses_large_tile(const Conv4x4Args& args, const Product& product) {
   return uses_large_tile(product.rows, product.columns, product.phases, args.type, args.math, args.multiprocessors);
 }
 
-// Whether this build has code for Hopper's warpgroup products, and the current device runs it.
-bool has_warpgroup_products() {
-#if defined(FASTGAN_WGMMA)
+// Whether this build has code for Hopper, and the current device runs it.
+bool runs_hopper_code() {
+#if defined(FASTGAN_HOPPER)
   int device = 0, major = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
@@ -72,42 +72,48 @@ bool has_warpgroup_products() {
 #endif
 }
 
-constexpr int kWarpgroupRows = 128;
-#if VARIANT == 1
-#define V128 128, 3, 2
-#define S128 128, 3
-#define V64 64, 3, 2
-#define S64 64, 3
-#define WST 3
-#elif VARIANT == 2
-#define V128 128, 5, 1
-#define S128 128, 5
-#define V64 64, 6, 1
-#define S64 64, 6
-#define WST 4
+constexpr int kHopperRows = 128;
+
+#if !defined(FASTGAN_HOPPER)
+int hopper_gather_columns(const Conv4x4Args&, const Product&) { return 0; }
+bool hopper_takes_weight_gradient(const Conv4x4WeightGradientArgs&) { return false; }
 #else
-#define V128 128, 4, 1
-#define S128 128, 4
-#define V64 64, 4, 2
-#define S64 64, 4
-#define WST 4
-#endif
+bool is_whole_blocks(int64_t channels) { return channels % kBoxChannels == 0; }
 
-bool is_whole_blocks(int64_t channels) { return channels % 64 == 0; }
-
-// Columns of a warpgroup's tile, 0 where the loops do not take it: 128, or 64 where that gives blocks to multiprocessors without any.
-int gather_warpgroup_columns(const Conv4x4Args& args, const Product& product) {
+// Columns of a tile of gather_box_kernel, 0 where it does not take these arguments: as many as leave no multiprocessor without a block.
+int hopper_gather_columns(const Conv4x4Args& args, const Product& product) {
   const bool down = args.direction == Conv4x4Direction::down;
   const int64_t channels = down ? args.geometry.large_channels : args.geometry.small_channels;
   const int64_t output_channels = down ? args.geometry.small_channels : args.geometry.large_channels;
+  const int64_t step = down ? args.geometry.stride : 1;
+  const PixelBox box(kHopperRows, product.grid_height, product.grid_width);
   if (args.type == DataType::float32 || args.prologue.kind != Conv4x4Prologue::Kind::none || !is_whole_blocks(channels) ||
       output_channels % 8 != 0 || product.columns <= 32 || product.rows <= SmallTile::kRows || !is_aligned16(args.input) ||
-      !is_aligned16(args.output) || !is_aligned16(args.epilogue.y) || !has_warpgroup_products()) {
+      !is_aligned16(args.output) || !is_aligned16(args.epilogue.y) || !box || box.width * step > 256 || box.height * step > 256 ||
+      !runs_hopper_code()) {
     return 0;
   }
-  const int64_t blocks = divide_up(product.rows, kWarpgroupRows) * divide_up(product.columns, 128) * product.phases;
-  return product.columns <= 64 || blocks * 2 <= args.multiprocessors ? 64 : 128;
+  const auto blocks = [&](int64_t columns) {
+    return divide_up(product.rows, kHopperRows) * divide_up(product.columns, columns) * product.phases;
+  };
+  if (product.columns <= 64 || blocks(128) * 2 <= args.multiprocessors) return 64;
+#if VARIANT == 1
+  return product.columns % 256 == 0 && blocks(256) >= args.multiprocessors - 8 ? 256 : 128;
+#else
+  return 128;
+#endif
 }
+
+bool hopper_takes_weight_gradient(const Conv4x4WeightGradientArgs& args) {
+  const Conv4x4Geometry& g = args.geometry;
+  constexpr auto kNone = Conv4x4Prologue::Kind::none;
+  const PixelBox box(kStagePixels, g.small_height, g.small_width);
+  return args.type != DataType::float32 && args.small_prologue.kind == kNone && args.large_prologue.kind == kNone &&
+         g.small_channels > 64 && is_whole_blocks(g.small_channels) && is_whole_blocks(g.large_channels) &&
+         is_aligned16(args.small) && is_aligned16(args.large) && box && box.width * g.stride <= 256 &&
+         box.height * g.stride <= 256 && runs_hopper_code();
+}
+#endif
 
 bool aligned_prologue(const Conv4x4Prologue& p) {
   return is_aligned16(p.scale) && is_aligned16(p.shift) && is_aligned16(p.y) && is_aligned16(p.a) &&
@@ -190,36 +196,89 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(PackParams p) {
 
 struct Split {
   int64_t splits, pixels_per_split;
-  bool large_tile, warpgroups;
+  bool large_tile, hopper;
 };
 
-bool weight_gradient_uses_warpgroups(const Conv4x4WeightGradientArgs& args) {
-  const Conv4x4Geometry& g = args.geometry;
-  constexpr auto kNone = Conv4x4Prologue::Kind::none;
-  return args.type != DataType::float32 && args.small_prologue.kind == kNone && args.large_prologue.kind == kNone &&
-         g.small_channels > 64 && is_whole_blocks(g.small_channels) && is_whole_blocks(g.large_channels) &&
-         is_aligned16(args.small) && is_aligned16(args.large) && has_warpgroup_products();
-}
-
-// Enough blocks for two on every multiprocessor (of warpgroups: for one), but no split shorter than eight stages.
+// Enough blocks for two on every multiprocessor (Hopper's loop: for one), but no split shorter than eight stages.
 Split split_of(const Conv4x4WeightGradientArgs& args) {
   const Conv4x4Geometry& g = args.geometry;
   const int64_t rows = g.small_channels, columns = kTaps * g.large_channels;
   Split split{};
-  split.warpgroups = weight_gradient_uses_warpgroups(args);
+  split.hopper = hopper_takes_weight_gradient(args);
   const int64_t pixels = g.batch * g.small_height * g.small_width;
-  const int64_t stage = split.warpgroups ? 64 : kDepthBytes / size_of(args.type);
+  const int64_t stage = split.hopper ? 64 : kDepthBytes / size_of(args.type);
   const int64_t most = std::max<int64_t>(1, pixels / (8 * stage));
-  split.large_tile = split.warpgroups || uses_large_tile(rows, columns, most, args.type, args.math, args.multiprocessors);
+  split.large_tile = split.hopper || uses_large_tile(rows, columns, most, args.type, args.math, args.multiprocessors);
   const int64_t tile_rows = split.large_tile ? LargeTile::kRows : SmallTile::kRows;
-  const int64_t tile_columns = split.warpgroups ? 256 : split.large_tile ? LargeTile::kColumns : SmallTile::kColumns;
+  const int64_t tile_columns = split.hopper ? 256 : split.large_tile ? LargeTile::kColumns : SmallTile::kColumns;
   const int64_t tiles = divide_up(rows, tile_rows) * divide_up(columns, tile_columns);
-  const int64_t wanted = split.warpgroups ? args.multiprocessors / tiles : divide_up(int64_t{args.multiprocessors} * 2, tiles);
+  const int64_t wanted = split.hopper ? args.multiprocessors / tiles : divide_up(int64_t{args.multiprocessors} * 2, tiles);
   const int64_t splits = std::clamp<int64_t>(wanted, 1, std::min<int64_t>(most, 1024));
   split.pixels_per_split = divide_up(divide_up(pixels, splits), stage) * stage;
   split.splits = divide_up(pixels, split.pixels_per_split);
   return split;
 }
+
+#if defined(FASTGAN_HOPPER)
+cudaError_t launch_gather_box(const Conv4x4Args& args, const Product& product, const GatherParams& gather, dim3 grid, int columns,
+                              cudaStream_t stream) {
+  const bool down = args.direction == Conv4x4Direction::down;
+  const Conv4x4Geometry& g = args.geometry;
+  const PixelBox box(kHopperRows, product.grid_height, product.grid_width);
+  const auto pixels = [](int64_t value) { return static_cast<uint64_t>(value); };
+  const int cluster = gather.row_tiles % 2 == 0 ? 2 : 1;
+  GatherBoxParams params;
+  params.gather = gather;
+  cudaError_t error = make_box_map(
+      params.windows, args.type, args.input,
+      {pixels(gather.input.channels), pixels(gather.input.width), pixels(gather.input.height), pixels(g.batch)},
+      {kBoxChannels, static_cast<uint32_t>(box.width), static_cast<uint32_t>(box.height), static_cast<uint32_t>(box.images)},
+      down ? static_cast<uint32_t>(g.stride) : 1);
+  if (error != cudaSuccess) return error;
+  error = make_box_map(params.weights, args.type, args.packed_weight,
+                       {pixels(gather.depth_padded), pixels(product.phases * product.columns), 1, 1},
+                       {kBoxChannels, static_cast<uint32_t>(columns / cluster), 1, 1}, 1);
+  if (error != cudaSuccess) return error;
+  // One block a multiprocessor gets all of its shared memory as stages; of more blocks two live together.
+  const bool one_wave = int64_t{grid.x} * grid.z <= args.multiprocessors;
+  const auto run = [&](auto math) {
+    using M = decltype(math);
+    const auto start = [&](auto kernel, size_t shared_bytes) { return launch(kernel, grid, 256, shared_bytes, stream, params); };
+    if (cluster == 1) {
+      return columns == 64 ? start(gather_box_kernel<M, 64, 4, 2, 1>, GatherPipeline<64, 4, 1>::shared_bytes())
+                           : start(gather_box_kernel<M, 128, 3, 2, 1>, GatherPipeline<128, 3, 1>::shared_bytes());
+    }
+    if (columns == 256) return start(gather_box_kernel<M, 256, 4, 1, 2>, GatherPipeline<256, 4, 2>::shared_bytes());
+    if (columns == 64) {
+      return one_wave ? start(gather_box_kernel<M, 64, 8, 1, 2>, GatherPipeline<64, 8, 2>::shared_bytes())
+                      : start(gather_box_kernel<M, 64, 4, 2, 2>, GatherPipeline<64, 4, 2>::shared_bytes());
+    }
+    return one_wave ? start(gather_box_kernel<M, 128, 6, 1, 2>, GatherPipeline<128, 6, 2>::shared_bytes())
+                    : start(gather_box_kernel<M, 128, 3, 2, 2>, GatherPipeline<128, 3, 2>::shared_bytes());
+  };
+  return args.type == DataType::bfloat16 ? run(Bfloat16Math{}) : run(Float16Math{});
+}
+
+template <typename M>
+cudaError_t launch_weight_gradient_box(const Conv4x4WeightGradientArgs& args, const WeightGradientParams& gradient, dim3 grid,
+                                       cudaStream_t stream) {
+  const Conv4x4Geometry& g = args.geometry;
+  const PixelBox box(kStagePixels, g.small_height, g.small_width);
+  const auto pixels = [](int64_t value) { return static_cast<uint64_t>(value); };
+  WeightBoxParams params;
+  params.gradient = gradient;
+  cudaError_t error = make_box_map(params.small, args.type, args.small, {pixels(g.small_channels), pixels(gradient.pixels), 1, 1},
+                                   {64, kStagePixels, 1, 1}, 1);
+  if (error != cudaSuccess) return error;
+  error = make_box_map(
+      params.large, args.type, args.large,
+      {pixels(g.large_channels), pixels(g.large_width), pixels(g.large_height), pixels(g.batch)},
+      {64, static_cast<uint32_t>(box.width), static_cast<uint32_t>(box.height), static_cast<uint32_t>(box.images)},
+      static_cast<uint32_t>(g.stride));
+  if (error != cudaSuccess) return error;
+  return launch(weight_gradient_box_kernel<M, 4, 2>, grid, 256, WeightPipeline<4, 2>::shared_bytes(), stream, params);
+}
+#endif
 
 bool indices_fit(const Conv4x4Geometry& g) {
   const int64_t pixels = g.batch * (g.large_height + 1) * (g.large_width + 1);
@@ -274,7 +333,7 @@ cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs& args, cudaStream_t stre
 
 StatisticsTiles conv4x4s2_statistics_shape(const Conv4x4Args& args) {
   const Product product = product_of(args.geometry, args.direction);
-  const bool large = gather_warpgroup_columns(args, product) != 0 || gather_uses_large_tile(args, product);
+  const bool large = hopper_gather_columns(args, product) != 0 || gather_uses_large_tile(args, product);
   const int64_t tile_rows = large ? LargeTile::kRows : SmallTile::kRows;
   StatisticsTiles tiles;
   tiles.rows_per_count = product.from_pixel ? kTaps : 1;
@@ -320,17 +379,9 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
     return dim3(static_cast<unsigned>(p.row_tiles) * static_cast<unsigned>(p.column_tiles), 1,
                 static_cast<unsigned>(product.phases));
   };
-#if defined(FASTGAN_WGMMA)
-  if (const int columns = gather_warpgroup_columns(args, product)) {
-    const dim3 grid = set_tiles(kWarpgroupRows, columns);
-    const auto run = [&](auto math) {
-      using M = decltype(math);
-      if (columns == 64) {
-        return launch(gather_warpgroup_kernel<M, V64>, grid, 256, warpgroup_shared_bytes<S64>(), stream, p);
-      }
-      return launch(gather_warpgroup_kernel<M, V128>, grid, 256, warpgroup_shared_bytes<S128>(), stream, p);
-    };
-    return args.type == DataType::bfloat16 ? run(Bfloat16Math{}) : run(Float16Math{});
+#if defined(FASTGAN_HOPPER)
+  if (const int columns = hopper_gather_columns(args, product)) {
+    return launch_gather_box(args, product, p, set_tiles(kHopperRows, columns), columns, stream);
   }
 #endif
   const bool direct = args.prologue.kind == Conv4x4Prologue::Kind::none && p.input.aligned;
@@ -376,11 +427,10 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
   };
   const auto run = [&](auto math) {
     using M = decltype(math);
-#if defined(FASTGAN_WGMMA)
+#if defined(FASTGAN_HOPPER)
     if constexpr (sizeof(typename M::Type) == 2) {
-      if (split.warpgroups) {
-        return launch(weight_gradient_warpgroup_kernel<M, WST>, set_tiles(WeightTile::kRows, WeightTile::kColumns), 256,
-                      weight_shared_bytes<WST>(), stream, p);
+      if (split.hopper) {
+        return launch_weight_gradient_box<M>(args, p, set_tiles(WeightTile::kRows, WeightTile::kColumns), stream);
       }
     }
 #endif

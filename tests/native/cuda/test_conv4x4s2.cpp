@@ -16,11 +16,12 @@ struct Case {
   Conv4x4Math math;
   bool large_tile;  // by pretending that the device has one multiprocessor
   bool misaligned;  // activations one element past a 16-byte boundary
+  int device_multiprocessors = 0;  // pretended, in place of what large_tile says
 
   int64_t small_size() const { return g.batch * g.small_height * g.small_width * g.small_channels; }
   int64_t large_size() const { return g.batch * g.large_height * g.large_width * g.large_channels; }
   int64_t weight_size() const { return g.small_channels * g.large_channels * 16; }
-  int multiprocessors() const { return large_tile ? 1 : 1000000; }
+  int multiprocessors() const { return device_multiprocessors ? device_multiprocessors : large_tile ? 1 : 1000000; }
   // One rounding of each operand (none for exact float32), float32 sums, one rounding of the result.
   double tolerance() const {
     return math == Conv4x4Math::tf32 && type == DataType::float32 ? 1.5e-3 : 1e-5 + 2 * rounding_of(type);
@@ -389,9 +390,14 @@ int main(int argc, char** argv) {
     run(c);
   }
 
-  // Channels in 64s and nothing to do while loading: Hopper's warpgroup products where the device has them.
-  for (const Case& c : {Case{halving(3, 16, 14, 128, 64), bf16, exact, true, false}, Case{halving(2, 11, 17, 192, 128), f16, exact, true, false},
-                        Case{halving(21, 14, 16, 128, 192), bf16, exact, false, false}, Case{pixel(70, 128, 64), bf16, exact, false, false}}) {
+  // Channels in 64s and nothing to do while loading: Hopper's own loops where the device has them, on grids that boxes of 128 and 64
+  // pixels fit and, at the beginning, on others.
+  for (const Case& c :
+       {Case{halving(3, 16, 14, 128, 64), bf16, exact, true, false}, Case{halving(2, 11, 17, 192, 128), f16, exact, true, false},
+        Case{halving(3, 16, 16, 128, 64), bf16, exact, true, false}, Case{halving(9, 8, 8, 256, 64), f16, exact, true, false},
+        Case{halving(2, 32, 8, 192, 128), bf16, exact, false, false}, Case{halving(9, 8, 9, 128, 192), f16, exact, false, false},
+        Case{halving(4, 16, 16, 128, 128), bf16, exact, false, false, 3}, Case{halving(17, 8, 8, 128, 64), bf16, exact, false, false, 20},
+        Case{pixel(70, 128, 64), bf16, exact, false, false}, Case{pixel(250, 128, 64), f16, exact, true, false}}) {
     if (cases == most) break;
     for (const Epilogue epilogue : {Epilogue::store, Epilogue::statistics, Epilogue::bias_activation, Epilogue::activation_backward}) {
       check_direction(c, Conv4x4Direction::down, Prologue::none, epilogue);

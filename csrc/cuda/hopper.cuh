@@ -1,26 +1,80 @@
-// Hopper's warpgroup products: D[64, N] += A[64, 16] B[16, N], A and B of 16-bit numbers in shared memory, D in the registers of four
-// warps, which go on while the tensor cores work. Only code for sm_90a has them (FASTGAN_WGMMA: some target of this build is).
+// What Hopper (sm_90a) has and others have not: copies of boxes of a tensor into shared memory by the tensor memory accelerator, barriers
+// that count their bytes, clusters of blocks that receive one copy together, and warpgroup products. FASTGAN_HOPPER: this build has
+// code for it.
 //
-// Both operands lie in rows of 128 bytes, eight rows to 1024 aligned bytes, the 16-byte pieces of row r in the order
+// Warpgroup products are D[64, N] += A[64, 16] B[16, N], A and B of 16-bit numbers in shared memory, D in the registers of four warps,
+// which go on while the tensor cores work. Both operands lie in rows of 128 bytes, eight rows to 1024 aligned bytes, the 16-byte pieces of row r in the order
 // piece ^ (r % 8): "128-byte swizzle". A row is either 64 consecutive numbers of the summed dimension (kDepthInner), or one number of it
 // for 64 consecutive rows of A or columns of B. PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate".
 #pragma once
 
 #include "device.cuh"
 
-#if !defined(FASTGAN_CUDA_HOST)
+#if defined(FASTGAN_HOPPER)
+#include <cuda.h>
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define FASTGAN_WGMMA_TARGET 1
+#define FASTGAN_HOPPER_TARGET 1
 #endif
 
 namespace fastgan::cuda {
 
 constexpr int kSwizzledRowBytes = 128, kSwizzledGroupBytes = 1024;
 
-__device__ __forceinline__ int swizzled_offset(int row, int piece) {
-  return row * kSwizzledRowBytes + (piece ^ row % 8) * 16;
+// ---- copies and barriers -------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
+// After barrier_init, before other blocks or copies use the barriers.
+__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// One arrival, and so many bytes of copies to wait for.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// At the barrier that lies at the same place in block `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(rank)
+      : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(barrier), "r"(parity)
+      : "memory");
+}
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Boxes of a tensor map, in whose order of dimensions `at` is; what lies outside of the tensor is 0.
+__device__ __forceinline__ void copy_box(uint32_t shared, const CUtensorMap& map, const int (&at)[4], uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
+      :
+      : "r"(shared), "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(barrier)
+      : "memory");
+}
+// To the same place in every block of `blocks`, a bit each, and counted at the barrier of each.
+__device__ __forceinline__ void copy_box_to_cluster(uint32_t shared, const CUtensorMap& map, const int (&at)[4], uint32_t barrier,
+                                                    uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
+      :
+      : "r"(shared), "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
+// ---- warpgroup products --------------------------------------------------------------------------------------------
 
 // Of a matrix whose first row is at `address`. Along the rows (of A) or columns (of B): 8 of them a group where the summed dimension is
 // inner; else 64 of them in a row, and the next 64 `block_bytes` further on.
@@ -29,35 +83,21 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int bloc
   return kSwizzle128 | uint64_t{kSwizzledGroupBytes >> 4} << 32 | uint64_t(block_bytes >> 4) << 16 | (address & 0x3ffffu) >> 4;
 }
 
-// Stores of this thread to shared memory, by cp.async too, are seen by the products that are started after the next barrier.
-__device__ __forceinline__ void fence_shared_for_products() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// As copy_async, but by way of the first-level cache, for what is read again soon.
-__device__ __forceinline__ void copy_async_cached(void* shared, const void* global, bool valid) {
-  const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;"
-               :
-               : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(bytes)
-               : "memory");
-}
-
 __device__ __forceinline__ void products_begin() {
-#if defined(FASTGAN_WGMMA_TARGET)
+#if defined(FASTGAN_HOPPER_TARGET)
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
 
 __device__ __forceinline__ void products_commit() {
-#if defined(FASTGAN_WGMMA_TARGET)
+#if defined(FASTGAN_HOPPER_TARGET)
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
 
 template <int kPendingGroups>
 __device__ __forceinline__ void products_wait() {
-#if defined(FASTGAN_WGMMA_TARGET)
+#if defined(FASTGAN_HOPPER_TARGET)
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPendingGroups) : "memory");
 #endif
 }
@@ -78,7 +118,7 @@ __device__ __forceinline__ void products_wait() {
 // c[j] are columns 8 j to 8 j + 7 of D as in mma.m16n8: the layout of Accumulators for a tile of one warp a 16 rows.
 template <bool kDepthInner>
 __device__ __forceinline__ void multiply_warpgroup(float (&c)[8][4], uint64_t a, uint64_t b, BFloat16) {
-#if defined(FASTGAN_WGMMA_TARGET)
+#if defined(FASTGAN_HOPPER_TARGET)
   asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" FASTGAN_REGISTERS32 "}, %32, %33, 1, 1, 1, %34, %34;"
                : FASTGAN_FRAGMENTS8(0)
                : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
@@ -86,7 +126,7 @@ __device__ __forceinline__ void multiply_warpgroup(float (&c)[8][4], uint64_t a,
 }
 template <bool kDepthInner>
 __device__ __forceinline__ void multiply_warpgroup(float (&c)[8][4], uint64_t a, uint64_t b, Half) {
-#if defined(FASTGAN_WGMMA_TARGET)
+#if defined(FASTGAN_HOPPER_TARGET)
   asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" FASTGAN_REGISTERS32 "}, %32, %33, 1, 1, 1, %34, %34;"
                : FASTGAN_FRAGMENTS8(0)
                : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
@@ -94,7 +134,7 @@ __device__ __forceinline__ void multiply_warpgroup(float (&c)[8][4], uint64_t a,
 }
 template <bool kDepthInner>
 __device__ __forceinline__ void multiply_warpgroup(float (&c)[16][4], uint64_t a, uint64_t b, BFloat16) {
-#if defined(FASTGAN_WGMMA_TARGET)
+#if defined(FASTGAN_HOPPER_TARGET)
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" FASTGAN_REGISTERS64 "}, %64, %65, 1, 1, 1, %66, %66;"
                : FASTGAN_FRAGMENTS8(0), FASTGAN_FRAGMENTS8(8)
                : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
@@ -102,7 +142,7 @@ __device__ __forceinline__ void multiply_warpgroup(float (&c)[16][4], uint64_t a
 }
 template <bool kDepthInner>
 __device__ __forceinline__ void multiply_warpgroup(float (&c)[16][4], uint64_t a, uint64_t b, Half) {
-#if defined(FASTGAN_WGMMA_TARGET)
+#if defined(FASTGAN_HOPPER_TARGET)
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" FASTGAN_REGISTERS64 "}, %64, %65, 1, 1, 1, %66, %66;"
                : FASTGAN_FRAGMENTS8(0), FASTGAN_FRAGMENTS8(8)
                : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
@@ -111,7 +151,7 @@ __device__ __forceinline__ void multiply_warpgroup(float (&c)[16][4], uint64_t a
 
 template <bool kDepthInner>
 __device__ __forceinline__ void multiply_warpgroup(float (&c)[32][4], uint64_t a, uint64_t b, BFloat16) {
-#if defined(FASTGAN_WGMMA_TARGET)
+#if defined(FASTGAN_HOPPER_TARGET)
   asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" FASTGAN_REGISTERS128 "}, %128, %129, 1, 1, 1, %130, %130;"
                : FASTGAN_FRAGMENTS8(0), FASTGAN_FRAGMENTS8(8), FASTGAN_FRAGMENTS8(16), FASTGAN_FRAGMENTS8(24)
                : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
@@ -119,7 +159,7 @@ __device__ __forceinline__ void multiply_warpgroup(float (&c)[32][4], uint64_t a
 }
 template <bool kDepthInner>
 __device__ __forceinline__ void multiply_warpgroup(float (&c)[32][4], uint64_t a, uint64_t b, Half) {
-#if defined(FASTGAN_WGMMA_TARGET)
+#if defined(FASTGAN_HOPPER_TARGET)
   asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" FASTGAN_REGISTERS128 "}, %128, %129, 1, 1, 1, %130, %130;"
                : FASTGAN_FRAGMENTS8(0), FASTGAN_FRAGMENTS8(8), FASTGAN_FRAGMENTS8(16), FASTGAN_FRAGMENTS8(24)
                : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
