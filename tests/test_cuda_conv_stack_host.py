@@ -13,7 +13,10 @@ import pytest
 import torch
 from test_conv_stack import down, stack_call, up
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.cpp_extension import include_paths, library_paths
+
+from fastgan import _extension
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
@@ -218,6 +221,28 @@ def forward(operators, network, x, save):
     call = stack_call(network, x)
     parameters = [p.detach() for p in call.parameters]
     return operators.conv_stack_forward(call.input, parameters, list(call.running), call.layers, call.numbers, save)
+
+
+@pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="no compiled kernels")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fake_kernels_give_the_shapes_of_the_operators(operators, name):
+    network, x = build(name, layout=torch.channels_last)
+    call = stack_call(network, x)
+    parameters, running = [p.detach() for p in call.parameters], list(call.running)
+    mask = [(i + 1) % 3 for i in range(1 + len(parameters))]
+
+    def run(operators, x, parameters, running):
+        results = []
+        for save in (False, True):
+            results += operators.conv_stack_forward(x, parameters, running, call.layers, call.numbers, save)
+        grad, saved = torch.empty_like(results[3]), results[3:]
+        results += operators.conv_stack_backward(grad, x, parameters, *saved, call.layers, call.numbers, mask)
+        return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in results]
+
+    expected = run(operators, x, parameters, running)
+    with FakeTensorMode():
+        fakes = [[torch.empty_strided(t.shape, t.stride(), device="cuda") for t in ts] for ts in ([x], parameters, running)]
+        assert run(torch.ops.fastgan, fakes[0][0], *fakes[1:]) == expected
 
 
 def test_mean_and_invstd_stand_where_the_second_derivative_reads_them(operators):
