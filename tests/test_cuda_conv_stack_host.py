@@ -223,6 +223,20 @@ def forward(operators, network, x, save):
     return operators.conv_stack_forward(call.input, parameters, list(call.running), call.layers, call.numbers, save)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_memory_is_read_before_it_is_written(operators, name, dtype):
+    network, x = build(name)
+    expected = host_step(operators, copy.deepcopy(network), x, dtype)
+    torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    try:
+        found = host_step(operators, network, x, dtype)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="no compiled kernels")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_fake_kernels_give_the_shapes_of_the_operators(operators, name):
