@@ -20,7 +20,8 @@ from fastgan import _extension
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
-    "csrc/ops/cuda_conv_stack.cpp", "csrc/ops/conv_stack_layers.cpp", "csrc/cuda/bn_act.cu",
+    "csrc/ops/cuda_conv_stack.cpp", "csrc/ops/cuda_conv_stack_plan.cpp", "csrc/ops/conv_stack_layers.cpp",
+    "csrc/cuda/bn_act.cu",
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc/cuda").glob("conv4x4s2*.cu")),
     "csrc/cuda/host/fibers.cpp", "tests/native/cuda/conv_stack.cpp",
 ]  # fmt: skip

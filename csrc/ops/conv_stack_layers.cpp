@@ -49,7 +49,8 @@ bool invertible(const StackLayer& layer) {
 
 WantedGradients wanted_gradients(const std::vector<StackLayer>& stack, at::IntArrayRef output_mask) {
   WantedGradients wanted{{1}, 0};
-  for (const StackLayer& layer : stack) wanted.first_parameter.push_back(wanted.first_parameter.back() + layer.parameter_count());
+  for (const StackLayer& layer : stack)
+    wanted.first_parameter.push_back(wanted.first_parameter.back() + layer.parameter_count());
   const auto wants_any = [&](int64_t i) {
     for (size_t k = wanted.first_parameter[i]; k < wanted.first_parameter[i + 1]; ++k)
       if (output_mask[k]) return true;

@@ -17,118 +17,19 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <utility>
-
-#include "conv_stack.h"
-#include "cuda_conv4x4s2.h"
+#include "cuda_conv_stack_plan.h"
 
 namespace fastgan {
 namespace {
 
 using cuda::Conv4x4Direction;
 using cuda::Conv4x4Epilogue;
-using cuda::Conv4x4Geometry;
 
 constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
-
-float* floats(const Tensor& t) { return t.defined() ? t.mutable_data_ptr<float>() : nullptr; }
 
 Tensor empty_floats(const Tensor& like, int64_t size) {
   return at::empty({size}, like.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
 }
-
-struct LayerPlan {
-  Conv4x4Geometry geometry;
-  Conv4x4Direction forward, backward;
-  std::array<int64_t, 4> sizes;  // of the output, [N, C, H, W]
-  cuda::ActivationSpec activation;
-  // Where the raw output, the activated output and (mean, invstd) stand in what is saved, in elements; -1: nowhere.
-  int64_t raw_offset = -1, activated_offset = -1, statistics_offset = -1;
-
-  int64_t channels() const { return sizes[1]; }
-  int64_t values() const { return sizes[0] * sizes[2] * sizes[3]; }  // a channel
-  cuda::BnActShape shape() const { return {values(), channels(), 1}; }
-};
-
-struct Plan {
-  std::vector<LayerPlan> layers;
-  int64_t saved_size = 0;       // elements of raw and activated outputs
-  int64_t statistics_size = 0;  // of mean and invstd; as many of scale and shift follow in the same order
-  int64_t most_channels = 0;
-};
-
-// fastgan/ops/conv_stack.py counts the same sizes.
-Plan make_plan(const std::vector<StackLayer>& stack, const std::vector<LayerParameters>& split, const Tensor& input) {
-  Plan plan;
-  const int64_t N = input.size(0);
-  int64_t C = input.size(1), H = input.size(2), W = input.size(3);
-  const auto take = [&](int64_t elements) {
-    constexpr int64_t kAligned = 32;  // elements: at least 64 bytes
-    return std::exchange(plan.saved_size, plan.saved_size + (elements + kAligned - 1) / kAligned * kAligned);
-  };
-  for (size_t i = 0; i < stack.size(); ++i) {
-    const StackLayer& layer = stack[i];
-    const Tensor& weight = split[i].weight;
-    const bool last = i + 1 == stack.size();
-    const LayerSizes out = output_sizes(layer, weight, H, W);
-    LayerPlan p;
-    p.geometry = layer.transposed ? Conv4x4Geometry{N, H, W, C, out.height, out.width, out.channels}
-                                  : Conv4x4Geometry{N, out.height, out.width, out.channels, H, W, C};
-    p.geometry.stride = static_cast<int>(layer.stride[0]);
-    p.forward = layer.transposed ? Conv4x4Direction::up : Conv4x4Direction::down;
-    p.backward = layer.transposed ? Conv4x4Direction::down : Conv4x4Direction::up;
-    const auto both = [](const int64_t(&pair)[2], int64_t value) { return pair[0] == value && pair[1] == value; };
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        weight.size(2) == 4 && weight.size(3) == 4 && weight.size(layer.transposed ? 0 : 1) == C &&
-            ((both(layer.stride, 2) && both(layer.padding, 1)) || (both(layer.stride, 1) && both(layer.padding, 0))) &&
-            conv4x4s2_supported(p.geometry, p.forward) && conv4x4s2_supported(p.geometry, p.backward),
-        "conv_stack: the CUDA kernels take kernel 4 with stride 2 and padding 1, or from or to one pixel; layer ", i,
-        " has weight ", weight.sizes(), " for an input of ", C, " x ", H, " x ", W);
-    const bool from_output = layer.activation == Activation::identity || layer.activation == Activation::relu || last;
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        layer.has_batch_norm ||
-            ((from_output || layer.activation == Activation::leaky_relu) && invertible(layer)),
-        "conv_stack: the activation of layer ", i, " needs batch norm before it on CUDA");
-    TORCH_CHECK_NOT_IMPLEMENTED(!layer.together, "conv_stack: the CUDA kernels take no process_group");
-    TORCH_CHECK_VALUE(!layer.has_batch_norm || layer.training || layer.has_running, "conv_stack: layer ", i,
-                      " has no running statistics to normalise by");
-    C = out.channels, H = out.height, W = out.width;
-    p.sizes = {N, C, H, W};
-    p.activation = {layer.activation, static_cast<float>(layer.negative_slope)};
-    if (layer.has_batch_norm) {
-      p.raw_offset = take(N * C * H * W);
-      p.statistics_offset = std::exchange(plan.statistics_size, plan.statistics_size + 2 * C);
-    }
-    if (!last) p.activated_offset = take(N * C * H * W);
-    plan.most_channels = std::max(plan.most_channels, C);
-    plan.layers.push_back(p);
-  }
-  return plan;
-}
-
-// What batch norm of a layer normalises by, [C] each, in what is saved.
-struct Statistics {
-  float *mean, *invstd, *scale, *shift;
-  Statistics(const Tensor& statistics, const Plan& plan, const LayerPlan& layer)
-      : mean(floats(statistics) + layer.statistics_offset),
-        invstd(mean + layer.channels()),
-        scale(mean + plan.statistics_size),
-        shift(scale + layer.channels()) {}
-};
-
-// The pointers to images that lie one after the other.
-class Saved {
- public:
-  explicit Saved(const Tensor& memory)
-      : data_(static_cast<char*>(memory.mutable_data_ptr())), bytes_(static_cast<int64_t>(memory.element_size())) {}
-  void* raw(const LayerPlan& layer) const { return data_ + layer.raw_offset * bytes_; }
-  void* activated(const LayerPlan& layer) const { return data_ + layer.activated_offset * bytes_; }
-
- private:
-  char* data_;
-  int64_t bytes_;
-};
 
 // Memory that one launch after the other uses, as large as the largest of them has asked for.
 class Workspace {

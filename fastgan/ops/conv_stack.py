@@ -76,7 +76,9 @@ class StackCall:
             uses_batch and process_group is None and batch * new_size[0] * new_size[1] == 1
         ):
             return False
-        if self._cuda and (not self._cuda_takes(conv, new_size, process_group) or bn is not None and not (uses_batch or running)):
+        if self._cuda and not self._cuda_takes(conv, new_size, process_group):
+            return False
+        if self._cuda and bn is not None and not uses_batch and len(running) == 0:
             return False
         if self._cuda and bn is None and activation not in ("identity", "relu"):
             # Only the output is kept, from which the derivative is taken: by its sign where a layer follows.
@@ -94,13 +96,13 @@ class StackCall:
         present = [p is not None for p in parameters[1:]]
         self.process_group = process_group or self.process_group
         statistics = uses_batch if process_group is None else 2
-        flags = [present[0], bn is not None, present[1], present[2], bool(running), statistics]
+        flags = [present[0], bn is not None, present[1], present[2], len(running) > 0, statistics]
         self.layers += [int(transposed), *conv.stride, *conv.padding, *map(int, flags), _ACTIVATION_CODES[activation]]
         self.numbers += [momentum, bn.eps if bn is not None else 0.0, negative_slope]
         return True
 
     def _cuda_takes(self, conv, new_size, process_group):
-        """The rule of make_plan() in csrc/ops/cuda_conv_stack.cpp."""
+        """The rule of make_plan() in csrc/ops/cuda_conv_stack_plan.cpp."""
         if self._complete or process_group is not None or tuple(conv.weight.shape[2:]) != (4, 4):
             return False
         weight, small, large = conv.weight, new_size, self.shape[2:]
@@ -139,7 +141,7 @@ if _extension.has_kernels("cpu"):
 
     def _plan(input, parameters, layers, numbers):
         """(shape of the output, elements of raw outputs, elements of statistics), as make_plan in csrc/ops/conv_stack.cpp
-        and in cuda_conv_stack.cpp."""
+        and in cuda_conv_stack_plan.cpp."""
         cuda = input.device.type == "cuda"
         shape, position, raw_size, statistics_size = tuple(input.shape), 0, 0, 0
         count = len(layers) // _INTEGERS
