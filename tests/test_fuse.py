@@ -88,7 +88,7 @@ def assert_same(plain, fused, x, modes=(True, False), rtol=1e-4, atol=1e-5):
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=name)
 
 
-def train(generator, discriminator, steps, device, seed=1):
+def train(generator, discriminator, steps, device="cpu", seed=1):
     """DCGAN training as in PyTorch's example. Returns the losses."""
     generator.to(device), discriminator.to(device)
     optimizers = [torch.optim.Adam(m.parameters(), 2e-4, betas=(0.5, 0.999)) for m in (discriminator, generator)]
