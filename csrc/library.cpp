@@ -80,7 +80,8 @@ TORCH_LIBRARY(fastgan, m) {
 
   // A whole run of layers; csrc/ops/conv_stack.h says how a layer is written into layers and numbers.
   // parameters: weight [, bias] [, bn_weight] [, bn_bias] of each layer; running: mean and variance of those that
-  // have them. forward: (output, raw outputs, statistics), the last two with shape [0] unless save_for_backward.
+  // have them. forward: (output, what is saved of images, and of statistics), the last two with shape [0] unless
+  // save_for_backward; what stands where in them, the device's backward knows.
   // backward: gradients of input and parameters; shape [0] where output_mask says false.
   m.def(
       "conv_stack(Tensor input, Tensor[] parameters, Tensor(a!)[] running, int[] layers, float[] numbers, "

@@ -1,4 +1,4 @@
-"""conv_stack: a whole Sequential as one operator (what fuse() runs on the CPU) against the plain layers."""
+"""conv_stack: a whole Sequential as one operator (what fuse() runs) against the plain layers."""
 
 import contextlib
 import copy
@@ -47,8 +47,11 @@ NETWORKS = {
     "channels that fit no tile": (lambda: [down(5, 24), nn.ReLU(), down(24, 32), nn.ReLU(), down(32, 16)], (3, 5, 32, 32)),
 }  # fmt: skip
 
+# Those with other kernels, or a derivative that the output alone does not give, run layer by layer on CUDA.
+NOT_ON_CUDA = {"negative slope below 0 at the end", "odd sizes 28 to 7", "7 to 28", "other kernels between"}
 
-def build(name, seed=0):
+
+def build(name, seed=0, device="cpu"):
     torch.manual_seed(seed)
     layers, shape = NETWORKS[name]
     network = nn.Sequential(*layers())
@@ -56,7 +59,11 @@ def build(name, seed=0):
         if isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.normal_(module.weight, 1.0, 0.3)
             nn.init.normal_(module.bias, 0.0, 0.3)
-    return network, torch.randn(shape)
+    return network.to(device), torch.randn(shape).to(device)
+
+
+def is_one_operator(name, device):
+    return device.type == "cpu" or name not in NOT_ON_CUDA
 
 
 def stack_call(network, x):
@@ -74,20 +81,21 @@ def stack_call(network, x):
 def step(network, x, grad_seed=1):
     x = x.clone().requires_grad_()
     output = network(x)
-    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(grad_seed)).to(output.dtype)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(grad_seed)).to(output)
     return [output.detach(), *torch.autograd.grad(output, [x, *network.parameters()], grad)]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("training", [True, False])
-def test_error_against_float64_is_at_most_four_times_pytorchs(name, training):
-    network, x = build(name)
+def test_error_against_float64_is_at_most_four_times_pytorchs(name, training, device):
+    network, x = build(name, device=device)
     network(x)  # running statistics other than their initial values
     network.train(training)
     fused = fastgan.fuse(copy.deepcopy(network))
     exact = step(copy.deepcopy(network).double(), x.double())
     plain, ours = step(network, x), step(fused, x)
-    assert stack_call(network, x).gains  # else fuse() would not use the operator here
+    if _extension.has_kernels(device.type):
+        assert ("conv_stack" in kernels_of(lambda: copy.deepcopy(fused)(x))) == is_one_operator(name, device)
     # Rounding goes by the largest value of its kind: outputs, or gradients (some are 0 but for rounding).
     largest = [exact[0].abs().max().item(), max(g.abs().max().item() for g in exact[1:])]
     for i, (e, p, o) in enumerate(zip(exact, plain, ours)):
@@ -98,8 +106,8 @@ def test_error_against_float64_is_at_most_four_times_pytorchs(name, training):
 
 
 @pytest.mark.parametrize("name", ["generator", "discriminator", "other kernels between"])
-def test_gradient_penalty_through_the_stack(name):
-    network, x = build(name)
+def test_gradient_penalty_through_the_stack(name, device):
+    network, x = build(name, device=device)
     fused = fastgan.fuse(copy.deepcopy(network))
     results = []
     for module in (network, fused):
@@ -113,13 +121,13 @@ def test_gradient_penalty_through_the_stack(name):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * scale)
 
 
-def test_frozen_layers_get_no_gradient_and_do_not_disturb_the_others():
-    network, x = build("discriminator")
+def test_frozen_layers_get_no_gradient_and_do_not_disturb_the_others(device):
+    network, x = build("discriminator", device=device)
     expected = step(network, x)
     fused = fastgan.fuse(copy.deepcopy(network)).requires_grad_(False)
     inputs = x.clone().requires_grad_()
     output = fused(inputs)
-    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
     torch.testing.assert_close(torch.autograd.grad(output, inputs, grad)[0], expected[1], rtol=1e-4, atol=1e-6)
     fused[-1].requires_grad_(True)  # only the last layer learns, the input needs no gradient
     (gradient,) = torch.autograd.grad(fused(x), fused[-1].weight, grad)
@@ -185,9 +193,9 @@ def test_kept_memory_is_counted_and_never_shared():
     assert torch.equal(kept.as_strided(before.shape, before.stride()), before)
 
 
-def test_opcheck_and_fake_shapes():
+def test_opcheck_and_fake_shapes(device):
     for name in ("discriminator", "generator", "batch norm at the end"):
-        network, x = build(name)
+        network, x = build(name, device=device)
         call = stack_call(network, x.requires_grad_())
         arguments = (call.input, call.parameters, list(call.running), call.layers, call.numbers)
         torch.library.opcheck(torch.ops.fastgan.conv_stack, arguments)
@@ -196,6 +204,48 @@ def test_opcheck_and_fake_shapes():
                 torch.library.opcheck(
                     torch.ops.fastgan.conv_stack_forward, (*arguments, save), test_utils=("test_schema", "test_faketensor")
                 )
+
+
+ONE, EACH = ["conv_stack"], ["conv_act", "conv_bn_act"]
+
+
+@pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="no compiled kernels")
+@pytest.mark.parametrize("layers, autocast, expected", [
+    (lambda: [down(3, 5), nn.ReLU(), down(5, 7, True), nn.BatchNorm2d(7), nn.Tanh()], None, ONE),
+    (lambda: [down(3, 5), nn.ReLU(), down(5, 7), nn.BatchNorm2d(7), nn.Tanh()], torch.bfloat16, ONE),
+    (lambda: [down(3, 5), nn.ReLU(), down(5, 7), nn.BatchNorm2d(7), nn.Tanh()], torch.float16, ONE),
+    (lambda: [down(3, 5), nn.LeakyReLU(0.2), down(5, 7), nn.BatchNorm2d(7), nn.LeakyReLU(-0.2)], None, ONE),
+    (lambda: [down(3, 5), nn.LeakyReLU(-0.2), down(5, 7), nn.BatchNorm2d(7)], None, EACH[1:]),
+    (lambda: [down(3, 5), nn.Tanh(), down(5, 7), nn.BatchNorm2d(7)], None, EACH),
+    (lambda: [down(3, 5), nn.BatchNorm2d(5), nn.Tanh(), nn.Conv2d(5, 7, 4, 1, 0), nn.Sigmoid()], None, ONE),
+    (lambda: [nn.Conv2d(3, 5, 4, 1, 0), nn.ReLU(), down(5, 7), nn.BatchNorm2d(7)], None, EACH),
+    (lambda: [down(3, 5), nn.ReLU(), nn.Conv2d(5, 7, 3), nn.BatchNorm2d(7)], None, EACH),
+])  # fmt: skip
+def test_which_runs_are_one_operator_on_cuda(monkeypatch, layers, autocast, expected):
+    """fuse() on fake tensors, without a GPU."""
+    monkeypatch.setattr(_extension, "_DEVICES", frozenset({"cpu", "cuda"}))
+    fused, called = fastgan.fuse(nn.Sequential(*layers())), []
+    state = fused.state_dict()
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.__name__.partition(".")[0])
+            return function(*args, **(kwargs or {}))
+
+    with torch._subclasses.FakeTensorMode(), torch.no_grad(), Recorder():
+        state = {name: torch.empty(t.shape, dtype=t.dtype, device="cuda") for name, t in state.items()}
+        x = torch.empty(4, 3, 8, 8, device="cuda", memory_format=torch.channels_last)
+        before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        try:  # torch.autocast does nothing without a GPU
+            torch.set_autocast_enabled("cuda", autocast is not None)
+            torch.set_autocast_dtype("cuda", autocast or torch.float16)
+            output = torch.func.functional_call(fused, state, x)
+        finally:
+            torch.set_autocast_enabled("cuda", before[0])
+            torch.set_autocast_dtype("cuda", before[1])
+    assert [name.removesuffix("_forward") for name in called if name.endswith("_forward")] == expected
+    assert output.dtype == (autocast or torch.float32) and output.device.type == "cuda"
+    assert expected is not ONE or output.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_runs_are_bit_identical_also_with_another_number_of_threads():
@@ -220,17 +270,19 @@ def kernels_of(call):
     return {event.name.removeprefix("fastgan::") for event in profile.events() if event.name.startswith("fastgan::")}
 
 
-@pytest.mark.skipif(_extension.CPU_ISA not in ("avx512_bf16", "amx"), reason="no bfloat16 loops on this machine")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["generator", "discriminator", "odd sizes 28 to 7", "other kernels between"])
-def test_bfloat16_autocast_error_is_at_most_twice_pytorchs(name):
-    network, x = build(name)
-    x = torch.randn(20, *x.shape[1:])  # the loops want a batch of 16 or more
+def test_autocast_error_is_at_most_twice_pytorchs(name, dtype, device):
+    if device.type == "cpu" and (dtype == torch.float16 or _extension.CPU_ISA not in ("avx512_bf16", "amx")):
+        pytest.skip("no such loops on this machine")
+    network, x = build(name, device=device)
+    x = torch.randn(20, *x.shape[1:], device=device)  # the CPU's loops want a batch of 16 or more
     fused = fastgan.fuse(copy.deepcopy(network))
     exact = step(copy.deepcopy(network).double(), x.double())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert "conv_stack" in kernels_of(lambda: copy.deepcopy(fused)(x))
+    with torch.autocast(device.type, dtype):
+        assert ("conv_stack" in kernels_of(lambda: copy.deepcopy(fused)(x))) == is_one_operator(name, device)
         plain, ours = step(network, x), step(fused, x)
-    assert ours[0].dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in ours[1:])
+    assert ours[0].dtype == dtype and all(g.dtype == torch.float32 for g in ours[1:])
     for i, (e, p, o) in enumerate(zip(exact, plain, ours)):
         theirs, error = ((t.double() - e).norm().item() for t in (p, o))
         assert error <= 2 * theirs + 1e-6 * e.norm().item() + 1e-9, (i, error, theirs)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conv_cases import OPS, dcgan_case
+from test_conv_stack import build, step
 
 import fastgan
 from fastgan import _extension
@@ -35,12 +36,16 @@ LAYERS = {"kernel 4": dict(kernel=4, padding=1), "kernel 3": dict(kernel=3, padd
 
 
 def run_everything(dtype=torch.float32):
-    """Outputs, gradients and running statistics of every operator, as one list of tensors."""
+    """Outputs, gradients and running statistics of every operator and of whole networks, as one list of tensors."""
     results = []
     for op, (function, _) in OPS.items():
         for layer in LAYERS.values():
             output, gradients, running = dcgan_case(op, 16, 32, 16, batch=8, **layer).run(function, dtype, "cuda")
             results += [output, *gradients.values(), *running.values()]
+    for name in ("generator", "discriminator"):
+        network, x = build(name, device="cuda")
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            results += [*step(fastgan.fuse(network), x), *network.buffers()]
     logits = torch.randn(5000, 10, generator=torch.Generator().manual_seed(0)).to("cuda", dtype).requires_grad_()
     labels = torch.arange(5000, device="cuda") % 10
     values = softmax_entropy_cross_entropy(logits, labels)
@@ -60,9 +65,14 @@ def test_no_operator_waits_for_the_device():
     tensors, running = case.make(torch.float32, "cuda")
     logits = torch.randn(50, 10, device="cuda", requires_grad=True)
     labels = torch.zeros(50, dtype=torch.int64, device="cuda")
+    network, images = build("discriminator", device="cuda")
+    network = fastgan.fuse(network)
     with setting(torch.cuda.get_sync_debug_mode, torch.cuda.set_sync_debug_mode, "error"):
         output = OPS[case.op][0](**tensors, **running, **case.options)
         torch.autograd.grad(output.sum(), list(tensors.values()))
+        with torch.autocast("cuda", torch.bfloat16):
+            output = network(images)
+        torch.autograd.grad(output.sum(), list(network.parameters()))
         torch.autograd.grad(sum(softmax_entropy_cross_entropy(logits, labels)), logits)
 
 

@@ -61,7 +61,8 @@ def fused_calls(module, x):
 
 
 def assert_same(plain, fused, x, modes=(True, False), rtol=1e-4, atol=1e-5):
-    """Outputs, gradients and buffers of the two agree, in training and in evaluation mode."""
+    """Outputs, gradients and buffers of the two agree, in training and in evaluation mode, on the device of x."""
+    plain.to(x.device), fused.to(x.device)
     for training in modes:
         plain.train(training), fused.train(training)
         results = []
@@ -87,15 +88,16 @@ def assert_same(plain, fused, x, modes=(True, False), rtol=1e-4, atol=1e-5):
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=name)
 
 
-def train(generator, discriminator, steps, seed=1):
+def train(generator, discriminator, steps, device="cpu", seed=1):
     """DCGAN training as in PyTorch's example. Returns the losses."""
+    generator.to(device), discriminator.to(device)
     optimizers = [torch.optim.Adam(m.parameters(), 2e-4, betas=(0.5, 0.999)) for m in (discriminator, generator)]
     noise = torch.Generator().manual_seed(seed)
     losses = []
     bce = nn.functional.binary_cross_entropy_with_logits
     for _ in range(steps):
-        real = torch.randn(8, 3, 32, 32, generator=noise).tanh()
-        fake = generator(torch.randn(8, 16, 1, 1, generator=noise))
+        real = torch.randn(8, 3, 32, 32, generator=noise).tanh().to(device)
+        fake = generator(torch.randn(8, 16, 1, 1, generator=noise).to(device))
         discriminator.zero_grad()
         on_real, on_fake = discriminator(real), discriminator(fake.detach())
         loss_d = bce(on_real, torch.ones_like(on_real)) + bce(on_fake, torch.zeros_like(on_fake))
@@ -115,10 +117,10 @@ def networks(seed=0):
     return Generator(), Discriminator()
 
 
-def test_fifty_training_steps_give_the_same_losses_and_exchangeable_state_dicts():
+def test_fifty_training_steps_give_the_same_losses_and_exchangeable_state_dicts(device):
     plain = networks()
     fused = [fastgan.fuse(network) for network in networks()]
-    plain_losses, fused_losses = train(*plain, 50), train(*fused, 50)
+    plain_losses, fused_losses = train(*plain, 50, device), train(*fused, 50, device)
     # Rounding grows along a trajectory: tight at first, looser at the end.
     assert fused_losses[:10] == pytest.approx(plain_losses[:10], rel=1e-4)
     assert fused_losses == pytest.approx(plain_losses, rel=2e-2, abs=2e-2)
@@ -130,11 +132,11 @@ def test_fifty_training_steps_give_the_same_losses_and_exchangeable_state_dicts(
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_generator_and_discriminator_agree_in_both_modes(layout):
+def test_generator_and_discriminator_agree_in_both_modes(layout, device):
     generator, discriminator = networks()
-    assert_same(generator, fastgan.fuse(copy.deepcopy(generator)), torch.randn(4, 16, 1, 1))
+    assert_same(generator, fastgan.fuse(copy.deepcopy(generator)), torch.randn(4, 16, 1, 1, device=device))
     discriminator = discriminator.to(memory_format=layout)
-    x = torch.randn(4, 3, 32, 32).contiguous(memory_format=layout)
+    x = torch.randn(4, 3, 32, 32, device=device).contiguous(memory_format=layout)
     assert_same(discriminator, fastgan.fuse(copy.deepcopy(discriminator)), x)
 
 
@@ -143,20 +145,20 @@ def test_generator_and_discriminator_agree_in_both_modes(layout):
     dict(affine=False, track_running_stats=False, momentum=None),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("bias", [True, False])
-def test_every_kind_of_batch_norm(kwargs, bias):
-    plain = nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1, bias=bias), nn.BatchNorm2d(8, **kwargs), nn.LeakyReLU(0.3))
+def test_every_kind_of_batch_norm(kwargs, bias, device):
+    plain = nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1, bias=bias), nn.BatchNorm2d(8, **kwargs), nn.LeakyReLU(0.3)).to(device)
     fused = fastgan.fuse(copy.deepcopy(plain))
     for _ in range(3):
-        x = torch.randn(4, 3, 8, 8)
+        x = torch.randn(4, 3, 8, 8, device=device)
         plain(x), fused(x)
-    assert_same(plain, fused, torch.randn(4, 3, 8, 8))
+    assert_same(plain, fused, torch.randn(4, 3, 8, 8, device=device))
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(True), nn.LeakyReLU(), nn.LeakyReLU(-0.1), nn.Tanh(), nn.Sigmoid(), nn.ELU()])
 @pytest.mark.parametrize("bn", [True, False])
-def test_every_activation(activation, bn):
+def test_every_activation(activation, bn, device):
     plain = nn.Sequential(nn.ConvTranspose2d(3, 8, 4, 2, 1), *([nn.BatchNorm2d(8)] if bn else []), activation)
-    assert_same(plain, fastgan.fuse(copy.deepcopy(plain)), torch.randn(4, 3, 8, 8))
+    assert_same(plain, fastgan.fuse(copy.deepcopy(plain)), torch.randn(4, 3, 8, 8, device=device))
 
 
 def test_nested_shared_and_mixed_children():
@@ -205,11 +207,11 @@ def test_parametrized_and_subclassed_layers_are_left_alone():
     assert fused_calls(fused, torch.randn(4, 3, 12, 12)) == []
 
 
-def test_frozen_parameters_get_no_gradient():
+def test_frozen_parameters_get_no_gradient(device):
     plain = networks()[1]
     for parameter in list(plain.parameters())[::2]:
         parameter.requires_grad_(False)
-    assert_same(plain, fastgan.fuse(copy.deepcopy(plain)), torch.randn(4, 3, 32, 32))
+    assert_same(plain, fastgan.fuse(copy.deepcopy(plain)), torch.randn(4, 3, 32, 32, device=device))
 
 
 def test_not_in_place_leaves_the_module_as_it_was_and_shares_its_parameters():
@@ -255,12 +257,12 @@ def test_functional_call_uses_the_given_parameters():
     )
 
 
-def test_compiles_without_graph_breaks():
+def test_compiles_without_graph_breaks(device):
     torch._dynamo.reset()
     plain = networks()[1]
     fused = fastgan.fuse(copy.deepcopy(plain))
     fused.compile(fullgraph=True, backend="aot_eager")
-    assert_same(plain, fused, torch.randn(4, 3, 32, 32))
+    assert_same(plain, fused, torch.randn(4, 3, 32, 32, device=device))
 
 
 def test_gradient_penalty_through_a_fused_discriminator():

@@ -35,46 +35,10 @@
 
 namespace fastgan {
 
-std::vector<StackLayer> parse_stack(at::IntArrayRef layers, at::ArrayRef<double> numbers) {
-  TORCH_CHECK_VALUE(layers.size() % StackLayer::kIntegers == 0 &&
-                        numbers.size() / StackLayer::kNumbers == layers.size() / StackLayer::kIntegers,
-                    "conv_stack: layers must have ", StackLayer::kIntegers, " integers and numbers ",
-                    StackLayer::kNumbers, " values a layer, got ", layers.size(), " and ", numbers.size());
-  std::vector<StackLayer> stack;
-  for (size_t i = 0; i < layers.size() / StackLayer::kIntegers; ++i) {
-    const int64_t* n = layers.data() + i * StackLayer::kIntegers;
-    const double* f = numbers.data() + i * StackLayer::kNumbers;
-    stack.push_back({n[0] != 0, {n[1], n[2]}, {n[3], n[4]}, n[5] != 0, n[6] != 0, n[7] != 0, n[8] != 0, n[9] != 0,
-                     n[10] != 0, n[10] == 2, static_cast<Activation>(n[11]), f[0], f[1], f[2]});
-  }
-  return stack;
-}
-
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// The parameters of one layer, in the order of StackLayer::parameter_count; undefined where the layer has none.
-struct LayerParameters {
-  Tensor weight, bias, bn_weight, bn_bias;
-};
-
-std::vector<LayerParameters> split_parameters(const std::vector<StackLayer>& stack, at::TensorList parameters) {
-  std::vector<LayerParameters> split;
-  size_t next = 0;
-  for (const StackLayer& layer : stack) {
-    TORCH_CHECK_VALUE(next + layer.parameter_count() <= parameters.size(), "conv_stack: parameters has ",
-                      parameters.size(), " tensors, too few for ", stack.size(), " layers");
-    LayerParameters p;
-    p.weight = parameters[next++];
-    if (layer.has_bias) p.bias = parameters[next++];
-    if (layer.has_bn_weight) p.bn_weight = parameters[next++];
-    if (layer.has_bn_bias) p.bn_bias = parameters[next++];
-    split.push_back(p);
-  }
-  return split;
-}
 
 float* floats(const Tensor& t) { return t.defined() ? t.mutable_data_ptr<float>() : nullptr; }
 void* image_data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
@@ -205,27 +169,14 @@ struct Plan {
 
 bool all_equal(const int64_t (&pair)[2], int64_t value) { return pair[0] == value && pair[1] == value; }
 
-// Whether the derivative can be taken from the activation's output.
-bool invertible(const StackLayer& layer) {
-  return layer.activation != Activation::leaky_relu || layer.negative_slope >= 0;
-}
-
 Geometry geometry(const StackLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W, const Tensor& weight,
                   at::ScalarType image_dtype) {
   const int64_t kh = weight.size(2), kw = weight.size(3);
+  const LayerSizes out = output_sizes(layer, weight, H, W);
   Geometry g;
-  g.batch = N;
-  if (layer.transposed) {
-    g.channels = weight.size(1);
-    g.height = (H - 1) * layer.stride[0] - 2 * layer.padding[0] + kh;
-    g.width = (W - 1) * layer.stride[1] - 2 * layer.padding[1] + kw;
-    g.shape = {N, g.height, g.width, g.channels, H, W, C};
-  } else {
-    g.channels = weight.size(0);
-    g.height = (H + 2 * layer.padding[0] - kh) / layer.stride[0] + 1;
-    g.width = (W + 2 * layer.padding[1] - kw) / layer.stride[1] + 1;
-    g.shape = {N, H, W, C, g.height, g.width, g.channels};
-  }
+  g.batch = N, g.channels = out.channels, g.height = out.height, g.width = out.width;
+  g.shape = layer.transposed ? cpu::Conv4x4s2Shape{N, g.height, g.width, g.channels, H, W, C}
+                             : cpu::Conv4x4s2Shape{N, H, W, C, g.height, g.width, g.channels};
   g.shape.dtype = image_dtype == at::kBFloat16 ? cpu::ConvDType::bfloat16 : cpu::ConvDType::float32;
   const bool unpadded = all_equal(layer.padding, 0);
   g.path = Path::aten;
@@ -489,14 +440,14 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
   int64_t channels = 0;
   for (const Geometry& g : plan.layers) channels += g.channels;
   ChannelRows rows(7 * channels);
-  // What each layer's input was, and where its parameters stand in the results.
-  std::vector<Lazy> inputs(count + 1);
-  std::vector<size_t> first_parameter(count + 1, 1);
+  const WantedGradients wanted = wanted_gradients(stack, output_mask);
+  const std::vector<size_t>& first_parameter = wanted.first_parameter;
+  const int64_t lowest = wanted.lowest;
+  std::vector<Lazy> inputs(count + 1);  // what each layer's input was
   inputs[0] = Lazy{dense_channels_last(input)};
   for (int64_t i = 0; i < count; ++i) {
     LayerParameters& p = split[i];
     p.weight = p.weight.contiguous();
-    first_parameter[i + 1] = first_parameter[i] + stack[i].parameter_count();
     Lazy& next = inputs[i + 1];
     if (plan.layers[i].raw_offset >= 0) next.raw = raw_view(raw, plan.layers[i]);
     next.activation = {stack[i].activation, stack[i].negative_slope};
@@ -507,16 +458,6 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
     next.scale = rows.take(C), next.shift = rows.take(C);
     cpu::fold_scale_shift<float>(C, next.mean, next.invstd, floats(p.bn_weight), floats(p.bn_bias), next.scale, next.shift);
   }
-  // The lowest layer whose parameters, or input, want a gradient.
-  int64_t lowest = 0;
-  const auto wants_any = [&](int64_t i) {
-    for (size_t k = first_parameter[i]; k < first_parameter[i + 1]; ++k)
-      if (output_mask[k]) return true;
-    return false;
-  };
-  if (!output_mask[0])
-    while (lowest + 1 < count && !wants_any(lowest)) ++lowest;
-
   std::vector<Tensor> results(output_mask.size());
 
   const auto result = [&](const float* row, int64_t size) {
@@ -723,7 +664,7 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
     }
     // Empty in backward(), which gives every leaf its gradient; torch.autograd.grad wants them returned.
     const auto* only = torch::autograd::get_current_graph_task_exec_info();
-    if (adds_in_place && only != nullptr && only->empty()) {
+    if (adds_in_place && input.is_cpu() && only != nullptr && only->empty()) {
       std::vector<Tensor> held(mask.size());
       for (size_t i = 1; i < mask.size(); ++i)
         if (mask[i]) held[i] = held_gradient(parameters[i - 1]);
@@ -756,16 +697,17 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
                                      at::IntArrayRef layers, at::ArrayRef<double> numbers) {
     const auto stack = parse_stack(layers, numbers);
     const auto split = split_parameters(stack, parameters);
-    const Plan plan = make_plan(stack, split, input);
+    int64_t offset = 0;  // of a layer's mean and invstd: the same on every device
     Tensor x = input;
     for (size_t i = 0; i < stack.size(); ++i) {
       const StackLayer& layer = stack[i];
       const LayerParameters& p = split[i];
       x = aten_convolution(layer, x, p.weight, p.bias.defined() ? OptionalTensor(p.bias) : std::nullopt);
       if (layer.has_batch_norm) {
-        const Geometry& g = plan.layers[i];
-        const Tensor mean = statistics.narrow(0, g.statistics_offset, g.channels);
-        const Tensor invstd = statistics.narrow(0, g.statistics_offset + g.channels, g.channels);
+        const int64_t channels = x.size(1);
+        const Tensor mean = statistics.narrow(0, offset, channels);
+        const Tensor invstd = statistics.narrow(0, offset + channels, channels);
+        offset += 2 * channels;
         x = differentiable_batch_norm(x, p.bn_weight, p.bn_bias, mean, invstd, layer.training, layer.eps);
       }
       x = activate(x, layer.activation, layer.negative_slope);

@@ -1,4 +1,4 @@
-// A run of convolution layers as one operator: conv_stack. See conv_stack.cpp.
+// A run of convolution layers as one operator: conv_stack. See conv_stack.cpp, and cuda_conv_stack.cpp for CUDA.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,6 +25,39 @@ struct StackLayer {
 };
 
 std::vector<StackLayer> parse_stack(at::IntArrayRef layers, at::ArrayRef<double> numbers);
+
+// The parameters of one layer, in the order of StackLayer::parameter_count; undefined where the layer has none.
+struct LayerParameters {
+  Tensor weight, bias, bn_weight, bn_bias;
+};
+std::vector<LayerParameters> split_parameters(const std::vector<StackLayer>& stack, at::TensorList parameters);
+
+struct LayerSizes {
+  int64_t channels, height, width;
+};
+// Of a layer's output, for an input of height and width.
+LayerSizes output_sizes(const StackLayer& layer, const Tensor& weight, int64_t height, int64_t width);
+
+// Whether the activation's derivative can be taken from its output.
+bool invertible(const StackLayer& layer);
+
+// What a backward pass has to compute by its output_mask, which is of the input and then of all parameters.
+struct WantedGradients {
+  std::vector<size_t> first_parameter;  // where each layer's parameters begin in the mask; one more is the end
+  int64_t lowest;                       // the lowest layer whose parameters, or input, want a gradient
+};
+WantedGradients wanted_gradients(const std::vector<StackLayer>& stack, at::IntArrayRef output_mask);
+
+// The operators on CUDA, where they are compiled: cuda_conv_stack.cpp.
+std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cuda(const Tensor& input, at::TensorList parameters,
+                                                           at::TensorList running, at::IntArrayRef layers,
+                                                           at::ArrayRef<double> numbers, bool save_for_backward,
+                                                           c10::string_view process_group, int64_t processes);
+std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Tensor& input, at::TensorList parameters,
+                                             const Tensor& output, const Tensor& raw, const Tensor& statistics,
+                                             at::IntArrayRef layers, at::ArrayRef<double> numbers,
+                                             at::IntArrayRef output_mask, c10::string_view process_group,
+                                             int64_t processes);
 
 // Whether backward passes on this thread add weight gradients to those that the parameters hold while they compute them, in
 // place of returning them to be added: for backward() only. Returns what was so before.

@@ -1,13 +1,17 @@
-// What the CUDA operators share: torch's device, stream and dtypes in the terms of csrc/cuda.
+// What the CUDA operators share: torch's device, stream and dtypes in the terms of csrc/cuda. With the host shim
+// (-DFASTGAN_CUDA_HOST) operators are compiled for tensors on the CPU, for tests without a GPU.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+
+#include "../cuda/runtime.h"
+
+#if !defined(FASTGAN_CUDA_HOST)
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-
-#include "../cuda/runtime.h"
+#endif
 
 namespace fastgan {
 
@@ -20,6 +24,22 @@ inline cuda::DataType cuda_type(at::ScalarType dtype) {
   }
 }
 
+#if defined(FASTGAN_CUDA_HOST)
+
+#define C10_CUDA_CHECK(expression) TORCH_CHECK((expression) == cudaSuccess, #expression)
+
+struct DeviceGuard {
+  explicit DeviceGuard(at::Device) {}
+};
+
+inline int multiprocessors() { return 4; }  // few, so that small tests reach the large tiles
+
+inline cudaStream_t current_stream() { return nullptr; }
+
+#else
+
+using DeviceGuard = c10::cuda::CUDAGuard;
+
 // ATen/cuda/CUDAContext.h would give the two below, and ask for the headers of cuSPARSE and cuSOLVER, which small
 // CUDA installations lack.
 inline int multiprocessors() {
@@ -29,6 +49,8 @@ inline int multiprocessors() {
 }
 
 inline cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream(); }
+
+#endif
 
 // Scratch memory from PyTorch's allocator: on the current stream, and capturable in a CUDA graph.
 inline at::Tensor scratch(const at::Tensor& like, size_t bytes) {

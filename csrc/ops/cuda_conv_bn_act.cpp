@@ -4,7 +4,6 @@
 //
 // All launches are on the current stream, allocate through PyTorch and never synchronise: a CUDA graph can capture
 // them.
-#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/native/ConvUtils.h>
 #include <ATen/ops/empty_like.h>
@@ -15,9 +14,8 @@
 #include <c10/util/strides.h>
 #include <torch/library.h>
 
-#include "../cuda/conv4x4s2.h"
 #include "conv_bn_act.h"
-#include "cuda.h"
+#include "cuda_conv4x4s2.h"
 
 namespace fastgan {
 namespace {
@@ -53,11 +51,6 @@ Tensor empty_floats(const Tensor& like, at::IntArrayRef sizes) {
   return at::empty(sizes, like.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
 }
 
-cuda::Conv4x4Math math_of(const Tensor& tensor) {
-  const bool tf32 = tensor.scalar_type() == at::kFloat && at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
-  return tf32 ? cuda::Conv4x4Math::tf32 : cuda::Conv4x4Math::float32;
-}
-
 // Sizes of the convolution's output.
 std::vector<int64_t> output_sizes(const Tensor& input, const Tensor& weight, const ConvLayer& layer) {
   if (!layer.transposed) {
@@ -90,15 +83,6 @@ Conv4x4Direction forward_direction(const ConvLayer& layer) {
 
 Conv4x4Direction backward_direction(const ConvLayer& layer) {
   return layer.transposed ? Conv4x4Direction::down : Conv4x4Direction::up;
-}
-
-// Weights and their gradients keep their memory format: the kernels read and write both.
-at::MemoryFormat weight_format(const Tensor& weight) {
-  return weight.is_contiguous() || !weight.is_contiguous(kChannelsLast) ? at::MemoryFormat::Contiguous : kChannelsLast;
-}
-
-cuda::Conv4x4WeightLayout weight_layout(at::MemoryFormat format) {
-  return format == kChannelsLast ? cuda::Conv4x4WeightLayout::channels_last : cuda::Conv4x4WeightLayout::contiguous;
 }
 
 // One main loop: input (channels_last) through the weight in the given direction into output (channels_last).
@@ -226,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cuda(
     int64_t groups, bool training, double momentum, double eps, c10::string_view activation_name, double negative_slope,
     bool save_for_backward, c10::string_view process_group, int64_t processes) {
   refuse_process_group(process_group);
-  const at::cuda::CUDAGuard device_guard(input.device());
+  const DeviceGuard device_guard(input.device());
   const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
   const cuda::ActivationSpec activation{parse_activation("conv_bn_act_forward", activation_name),
                                         static_cast<float>(negative_slope)};
@@ -309,7 +293,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cuda(
     bool training, c10::string_view activation_name, double negative_slope, std::array<bool, 5> output_mask,
     c10::string_view process_group, int64_t processes) {
   refuse_process_group(process_group);
-  const at::cuda::CUDAGuard device_guard(input.device());
+  const DeviceGuard device_guard(input.device());
   const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
   const cuda::ActivationSpec activation{parse_activation("conv_bn_act_backward", activation_name),
                                         static_cast<float>(negative_slope)};
@@ -394,7 +378,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cuda(
 Tensor conv_act_forward_cuda(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
                              IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
                              int64_t groups, c10::string_view activation_name, double negative_slope) {
-  const at::cuda::CUDAGuard device_guard(input.device());
+  const DeviceGuard device_guard(input.device());
   const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
   const cuda::ActivationSpec activation{parse_activation("conv_act_forward", activation_name),
                                         static_cast<float>(negative_slope)};
@@ -427,7 +411,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_act_backward_cuda(const Tensor& grad_out
                                                           bool transposed, IntArrayRef output_padding, int64_t groups,
                                                           c10::string_view activation_name, double negative_slope,
                                                           std::array<bool, 3> output_mask) {
-  const at::cuda::CUDAGuard device_guard(input.device());
+  const DeviceGuard device_guard(input.device());
   const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
   const cuda::ActivationSpec activation{parse_activation("conv_act_backward", activation_name),
                                         static_cast<float>(negative_slope)};

@@ -36,6 +36,8 @@ _METHODS = {name + end: name for name in ("relu", "tanh", "sigmoid") for end in 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# The autocast dtypes in which a run of layers is one operator.
+_STACK_AUTOCAST = {"cpu": (torch.bfloat16,), "cuda": (torch.bfloat16, torch.float16)}
 # Traces of one module kept for different modes and arguments; a module that needs more runs its own forward.
 _TRACES = 8
 
@@ -396,27 +398,33 @@ class _Norm:
 
 def _run(layers, input):
     """A run of fused layers. What leaves has the memory format that the plain layers would have given it."""
-    if input.device.type != "cpu":
-        for layer in layers:
-            input = layer.run(input)
-        return input
     keeps_channels_last = _is_channels_last(input) or any(_is_channels_last(layer.conv.weight) for layer in layers)
     output = _run_stack(layers, input)
     if output is None:
-        # Between themselves the layers work in channels_last, where ATen's convolutions are faster.
-        output = input.contiguous(memory_format=torch.channels_last)
+        # Between themselves the layers work in channels_last on the CPU, where ATen's convolutions are faster.
+        output = input.contiguous(memory_format=torch.channels_last) if input.is_cpu else input
         for layer in layers:
             output = layer.run(output)
-    return output if keeps_channels_last else output.contiguous()
+        if not input.is_cpu:
+            return output
+    if keeps_channels_last:
+        return output
+    output = output.contiguous()
+    if output.shape[1] == 1 and output.stride(1) == 1:
+        # The bytes are the same in both formats, and only the strides tell the next layer which one it is.
+        output = output.flatten().view(output.shape)
+    return output
 
 
 def _run_stack(layers, input):
     """The whole run as one operator, or None where it does not take these layers or gains nothing."""
-    if torch.is_autocast_enabled("cpu") and input.dtype != torch.float64:
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         # Images in the autocast dtype, parameters as they are: the loops round weights where they read them.
-        if torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        dtype = torch.get_autocast_dtype(device)
+        if dtype not in _STACK_AUTOCAST[device]:
             return None
-        input = input.to(torch.bfloat16)
+        input = input.to(dtype)
     elif input.dtype != torch.float32:
         return None
     stack = StackCall(input)

@@ -1,6 +1,6 @@
-"""A run of convolution layers as one operator: how fuse() executes a Sequential from end to end on the CPU.
+"""A run of convolution layers as one operator: how fuse() executes a Sequential from end to end.
 
-Not public: :func:`fastgan.fuse` decides when it applies. csrc/ops/conv_stack.cpp says what it saves.
+Not public: :func:`fastgan.fuse` decides when it applies. csrc/ops/conv_stack.cpp and cuda_conv_stack.cpp say what it saves.
 """
 
 import contextlib
@@ -15,17 +15,19 @@ from fastgan.ops._conv import ACTIVATIONS, group_arguments
 _ACTIVATION_CODES = {name: code for code, name in enumerate(("identity", "relu", "leaky_relu", "tanh", "sigmoid"))}
 assert set(_ACTIVATION_CODES) == set(ACTIVATIONS)
 _INTEGERS, _NUMBERS = 12, 3  # a layer, as in csrc/ops/conv_stack.h
+_CUDA_PIXELS = 2**31 - 128  # indices_fit() in csrc/cuda/conv4x4s2.cu
 
 
 class StackCall:
     """Collects the arguments of one call, layer by layer.
 
     Args:
-        input: ``[N, C, H, W]``, float32 or bfloat16. Parameters are float32 either way.
+        input: ``[N, C, H, W]``, float32 or bfloat16, on CUDA also float16. Parameters are float32 either way.
 
     Attributes:
         shape: ``[N, C, H, W]`` of the output of the layers added so far.
-        gains: whether one of them runs on fastgan's own loops, without which the call is not worth it.
+        gains: whether one of them runs on fastgan's own loops, without which the call is not worth it; on CUDA no others
+            are taken.
     """
 
     def __init__(self, input):
@@ -33,6 +35,7 @@ class StackCall:
         self.shape = tuple(input.shape)
         self.gains = False
         self.process_group = None
+        self._cuda, self._complete = input.device.type == "cuda", False
         self.parameters, self.running, self.layers, self.numbers = [], [], [], []
 
     def add(self, conv, bn, uses_batch, running, momentum, activation, negative_slope, process_group=None):
@@ -73,21 +76,44 @@ class StackCall:
             uses_batch and process_group is None and batch * new_size[0] * new_size[1] == 1
         ):
             return False
+        if self._cuda and not self._cuda_takes(conv, new_size, process_group):
+            return False
+        if self._cuda and bn is not None and not uses_batch and len(running) == 0:
+            return False
+        if self._cuda and bn is None and activation not in ("identity", "relu"):
+            # Only the output is kept, from which the derivative is taken: by its sign where a layer follows.
+            if activation == "leaky_relu" and negative_slope < 0:
+                return False
+            self._complete = activation != "leaky_relu"
         minimal = tuple(weight.shape[2:]) == (4, 4) and conv.stride == (2, 2) and conv.padding == (1, 1)
         small, large = (channels, out_channels) if transposed else (out_channels, channels)
         if self.input.dtype == torch.bfloat16:  # conv4x4s2_supported in csrc/cpu/conv4x4s2.cpp
             minimal &= _extension.CPU_ISA in ("avx512_bf16", "amx") and batch >= 16
-        self.gains |= minimal and small % 16 == 0 and (large <= 4 or large % 16 == 0)
+        self.gains |= self._cuda or minimal and small % 16 == 0 and (large <= 4 or large % 16 == 0)
         self.shape = (batch, out_channels, *new_size)
         self.parameters += [p for p in parameters if p is not None]
         self.running += running
         present = [p is not None for p in parameters[1:]]
         self.process_group = process_group or self.process_group
         statistics = uses_batch if process_group is None else 2
-        flags = [present[0], bn is not None, present[1], present[2], bool(running), statistics]
+        flags = [present[0], bn is not None, present[1], present[2], len(running) > 0, statistics]
         self.layers += [int(transposed), *conv.stride, *conv.padding, *map(int, flags), _ACTIVATION_CODES[activation]]
         self.numbers += [momentum, bn.eps if bn is not None else 0.0, negative_slope]
         return True
+
+    def _cuda_takes(self, conv, new_size, process_group):
+        """The rule of make_plan() in csrc/ops/cuda_conv_stack_plan.cpp."""
+        if self._complete or process_group is not None or tuple(conv.weight.shape[2:]) != (4, 4):
+            return False
+        weight, small, large = conv.weight, new_size, self.shape[2:]
+        if isinstance(conv, torch.nn.ConvTranspose2d):
+            small, large = large, small
+        if not weight.is_contiguous() and not weight.is_contiguous(memory_format=torch.channels_last):
+            return False
+        if self.shape[0] * (large[0] + 1) * (large[1] + 1) >= _CUDA_PIXELS:
+            return False
+        shape = (conv.stride, conv.padding)
+        return shape == ((2, 2), (1, 1)) or shape == ((1, 1), (0, 0)) and tuple(small) == (1, 1)
 
     def run(self):
         """``[N, C, H, W]``, dtype of input, in channels_last."""
@@ -114,7 +140,9 @@ def gradients_added_in_place():
 if _extension.has_kernels("cpu"):
 
     def _plan(input, parameters, layers, numbers):
-        """(shape of the output, elements of raw outputs, elements of statistics), as make_plan in csrc/ops/conv_stack.cpp."""
+        """(shape of the output, elements of raw outputs, elements of statistics), as make_plan in csrc/ops/conv_stack.cpp
+        and in cuda_conv_stack_plan.cpp."""
+        cuda = input.device.type == "cuda"
         shape, position, raw_size, statistics_size = tuple(input.shape), 0, 0, 0
         count = len(layers) // _INTEGERS
         for i in range(count):
@@ -128,15 +156,18 @@ if _extension.has_kernels("cpu"):
             ]
             shape = (shape[0], weight.shape[1 if transposed else 0], *sides)
             invertible = code != _ACTIVATION_CODES["leaky_relu"] or numbers[i * _NUMBERS + 2] >= 0
-            if i + 1 < count or has_bn or not invertible:
-                raw_size += (math.prod(shape) + 31) // 32 * 32
-            statistics_size += 2 * shape[1] if has_bn else 0
+            if cuda:  # raw and activated outputs; mean, invstd, scale and shift
+                kept, rows = has_bn + (i + 1 < count), 4
+            else:
+                kept, rows = int(i + 1 < count or has_bn or not invertible), 2
+            raw_size += kept * ((math.prod(shape) + 31) // 32 * 32)
+            statistics_size += rows * shape[1] * has_bn
         return shape, raw_size, statistics_size
 
     @torch.library.register_fake("fastgan::conv_stack_forward")
     def _(input, parameters, running, layers, numbers, save_for_backward, process_group="", processes=1):
         shape, raw_size, statistics_size = _plan(input, parameters, layers, numbers)
-        output = input.new_empty(shape).contiguous(memory_format=torch.channels_last)
+        output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
         if not save_for_backward:
             raw_size = statistics_size = 0
         return output, input.new_empty([raw_size]), input.new_empty([statistics_size], dtype=torch.float32)

@@ -1,0 +1,65 @@
+// What the operator conv_stack is on every device: how its layers are written, and what a backward pass has to do.
+#include "conv_stack.h"
+
+namespace fastgan {
+
+std::vector<StackLayer> parse_stack(at::IntArrayRef layers, at::ArrayRef<double> numbers) {
+  TORCH_CHECK_VALUE(layers.size() % StackLayer::kIntegers == 0 &&
+                        numbers.size() / StackLayer::kNumbers == layers.size() / StackLayer::kIntegers,
+                    "conv_stack: layers must have ", StackLayer::kIntegers, " integers and numbers ",
+                    StackLayer::kNumbers, " values a layer, got ", layers.size(), " and ", numbers.size());
+  std::vector<StackLayer> stack;
+  for (size_t i = 0; i < layers.size() / StackLayer::kIntegers; ++i) {
+    const int64_t* n = layers.data() + i * StackLayer::kIntegers;
+    const double* f = numbers.data() + i * StackLayer::kNumbers;
+    stack.push_back({n[0] != 0, {n[1], n[2]}, {n[3], n[4]}, n[5] != 0, n[6] != 0, n[7] != 0, n[8] != 0, n[9] != 0,
+                     n[10] != 0, n[10] == 2, static_cast<Activation>(n[11]), f[0], f[1], f[2]});
+  }
+  return stack;
+}
+
+std::vector<LayerParameters> split_parameters(const std::vector<StackLayer>& stack, at::TensorList parameters) {
+  std::vector<LayerParameters> split;
+  size_t next = 0;
+  for (const StackLayer& layer : stack) {
+    TORCH_CHECK_VALUE(next + layer.parameter_count() <= parameters.size(), "conv_stack: parameters has ",
+                      parameters.size(), " tensors, too few for ", stack.size(), " layers");
+    LayerParameters p;
+    p.weight = parameters[next++];
+    if (layer.has_bias) p.bias = parameters[next++];
+    if (layer.has_bn_weight) p.bn_weight = parameters[next++];
+    if (layer.has_bn_bias) p.bn_bias = parameters[next++];
+    split.push_back(p);
+  }
+  return split;
+}
+
+LayerSizes output_sizes(const StackLayer& layer, const Tensor& weight, int64_t height, int64_t width) {
+  const auto side = [&](int64_t length, size_t axis) {
+    const int64_t kernel = weight.size(2 + static_cast<int64_t>(axis)), padding = 2 * layer.padding[axis];
+    return layer.transposed ? (length - 1) * layer.stride[axis] - padding + kernel
+                            : (length + padding - kernel) / layer.stride[axis] + 1;
+  };
+  return {weight.size(layer.transposed ? 1 : 0), side(height, 0), side(width, 1)};
+}
+
+bool invertible(const StackLayer& layer) {
+  return layer.activation != Activation::leaky_relu || layer.negative_slope >= 0;
+}
+
+WantedGradients wanted_gradients(const std::vector<StackLayer>& stack, at::IntArrayRef output_mask) {
+  WantedGradients wanted{{1}, 0};
+  for (const StackLayer& layer : stack)
+    wanted.first_parameter.push_back(wanted.first_parameter.back() + layer.parameter_count());
+  const auto wants_any = [&](int64_t i) {
+    for (size_t k = wanted.first_parameter[i]; k < wanted.first_parameter[i + 1]; ++k)
+      if (output_mask[k]) return true;
+    return false;
+  };
+  const auto last = static_cast<int64_t>(stack.size()) - 1;
+  if (!output_mask[0])
+    while (wanted.lowest < last && !wants_any(wanted.lowest)) ++wanted.lowest;
+  return wanted;
+}
+
+}  // namespace fastgan

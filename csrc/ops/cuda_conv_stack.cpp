@@ -1,0 +1,384 @@
+// conv_stack on CUDA: a run of 4x4 convolutions [+ batch norm] [+ activation], from end to end in channels_last.
+//
+// A layer with batch norm is a main loop whose epilogue takes the statistics, a merge of its tiles, and one pass for
+// normalisation and activation; a layer without is a main loop alone. Backward, the main loop of the input gradient
+// multiplies by the activation's derivative and sums what batch norm's backward needs of the layer below, so that one
+// merge and one pass remain. Main loops read activated tensors as they lie: on their way to the tensor cores nothing
+// is computed.
+//
+// Saved for backward are, of every layer, the raw output where batch norm follows, and the activated output, which is
+// the operand of the next weight gradient; without batch norm the activation's derivative is taken from it. The last
+// layer's activated output is the operator's. Images are float32, bfloat16 or float16, everything else float32.
+//
+// All launches are on the current stream, allocate through PyTorch and never synchronise: a CUDA graph can capture
+// them.
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "cuda_conv_stack_plan.h"
+
+namespace fastgan {
+namespace {
+
+using cuda::Conv4x4Direction;
+using cuda::Conv4x4Epilogue;
+
+constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
+
+Tensor empty_floats(const Tensor& like, int64_t size) {
+  return at::empty({size}, like.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+}
+
+// Memory that one launch after the other uses, as large as the largest of them has asked for.
+class Workspace {
+ public:
+  explicit Workspace(const Tensor& like) : like_(like) {}
+
+  void* take(size_t bytes) {
+    if (!memory_.defined() || static_cast<size_t>(memory_.numel()) < bytes) memory_ = scratch(like_, bytes);
+    return memory_.mutable_data_ptr();
+  }
+
+  // A tile's sums of dz and, if sums is 2, of dz * xhat.
+  cuda::GradientTiles take_sums(int64_t tiles, int64_t channels, int sums) {
+    if (sums == 0) return {};
+    auto* first = static_cast<float*>(take(sizeof(float) * static_cast<size_t>(sums * tiles * channels)));
+    return {tiles, first, sums == 2 ? first + tiles * channels : nullptr};
+  }
+
+ private:
+  const Tensor& like_;
+  Tensor memory_;
+};
+
+// The launches of one call, on the current stream.
+class Launches {
+ public:
+  explicit Launches(const Tensor& images)
+      : type(cuda_type(images.scalar_type())),
+        stream(current_stream()),
+        tiles(images),
+        math_(math_of(images)),
+        multiprocessors_(multiprocessors()),
+        operands_(images) {}
+
+  // A main loop. The epilogue's tiles are allocated here: for statistics, or `sums` of them for activation_backward.
+  void convolve(const LayerPlan& layer, Conv4x4Direction direction, const Tensor& weight, const void* input,
+                void* output, Conv4x4Epilogue& epilogue, int sums = 0) {
+    cuda::Conv4x4PackArgs pack;
+    pack.geometry = layer.geometry;
+    pack.direction = direction;
+    pack.type = type;
+    pack.math = math_;
+    pack.weight_layout = weight_layout(weight_format(weight));
+    pack.weight = weight.const_data_ptr();
+    pack.packed = operands_.take(conv4x4s2_packed_bytes(pack));
+    C10_CUDA_CHECK(conv4x4s2_pack_launch(pack, stream));
+
+    cuda::Conv4x4Args args;
+    args.geometry = layer.geometry;
+    args.direction = direction;
+    args.type = type;
+    args.math = math_;
+    args.multiprocessors = multiprocessors_;
+    args.input = input;
+    args.packed_weight = pack.packed;
+    args.output = output;
+    args.epilogue = epilogue;
+    const bool down = direction == Conv4x4Direction::down;
+    const int64_t channels = down ? layer.geometry.small_channels : layer.geometry.large_channels;
+    if (epilogue.kind == Conv4x4Epilogue::Kind::statistics) {
+      epilogue.statistics = conv4x4s2_statistics_shape(args);
+      const int64_t rows = epilogue.statistics.tiles, counts = rows / epilogue.statistics.rows_per_count;
+      auto* first = static_cast<float*>(tiles.take(sizeof(float) * static_cast<size_t>(2 * rows * channels + counts)));
+      epilogue.statistics.mean = first;
+      epilogue.statistics.m2 = first + rows * channels;
+      epilogue.statistics.count = first + 2 * rows * channels;
+    } else if (sums > 0) {
+      epilogue.gradients = tiles.take_sums(conv4x4s2_statistics_shape(args).tiles, channels, sums);
+    }
+    args.epilogue = epilogue;
+    C10_CUDA_CHECK(conv4x4s2_launch(args, stream));
+  }
+
+  // In the weight's memory format.
+  Tensor weight_gradient(const LayerPlan& layer, const Tensor& weight, const void* input, const void* dy) {
+    const Tensor grad_weight = at::empty_like(weight);
+    const bool up = layer.forward == Conv4x4Direction::up;
+    cuda::Conv4x4WeightGradientArgs args;
+    args.geometry = layer.geometry;
+    args.type = type;
+    args.math = math_;
+    args.multiprocessors = multiprocessors_;
+    args.small = up ? input : dy;
+    args.large = up ? dy : input;
+    args.weight_layout = weight_layout(weight_format(weight));
+    args.grad_weight = grad_weight.mutable_data_ptr();
+    args.workspace = operands_.take(conv4x4s2_weight_gradient_workspace_bytes(args));
+    C10_CUDA_CHECK(conv4x4s2_weight_gradient_launch(args, stream));
+    return grad_weight;
+  }
+
+  const cuda::DataType type;
+  const cudaStream_t stream;
+  Workspace tiles;
+
+ private:
+  const cuda::Conv4x4Math math_;
+  const int multiprocessors_;
+  Workspace operands_;  // packed weights, or the parts of a weight gradient
+};
+
+// Parameters as the kernels read them: weights in either memory format, arrays dense.
+std::vector<LayerParameters> dense_parameters(std::vector<LayerParameters> split) {
+  for (LayerParameters& p : split) {
+    p.weight = p.weight.contiguous(weight_format(p.weight));
+    for (Tensor* array : {&p.bias, &p.bn_weight, &p.bn_bias})
+      if (array->defined()) *array = array->contiguous();
+  }
+  return split;
+}
+
+Tensor empty_images(const Tensor& like, const LayerPlan& layer) {
+  return at::empty(layer.sizes, like.options().memory_format(kChannelsLast));
+}
+
+}  // namespace
+
+// (output, raw and activated outputs, statistics); the last two have shape [0] unless save_for_backward.
+std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cuda(const Tensor& input, at::TensorList parameters,
+                                                           at::TensorList running, at::IntArrayRef layers,
+                                                           at::ArrayRef<double> numbers, bool save_for_backward,
+                                                           c10::string_view, int64_t) {
+  const DeviceGuard device_guard(input.device());
+  const auto stack = parse_stack(layers, numbers);
+  const auto split = dense_parameters(split_parameters(stack, parameters));
+  const Plan plan = make_plan(stack, split, input);
+  const Tensor images = input.contiguous(kChannelsLast);
+  const auto options = images.options().memory_format(at::MemoryFormat::Contiguous);
+  const Tensor memory = at::empty({save_for_backward ? plan.saved_size : 0}, options);
+  const Tensor statistics = empty_floats(images, 2 * plan.statistics_size);
+  const Saved saved(memory);
+  Launches launches(images);
+
+  Tensor output, unsaved[2];  // of the layer before and of this one
+  const void* x = images.const_data_ptr();
+  size_t next_running = 0;
+  for (size_t i = 0; i < stack.size(); ++i) {
+    const StackLayer& layer = stack[i];
+    const LayerPlan& p = plan.layers[i];
+    void* activated;
+    if (i + 1 == stack.size()) {
+      output = empty_images(images, p);
+      activated = output.mutable_data_ptr();
+    } else if (save_for_backward) {
+      activated = saved.activated(p);
+    } else {
+      unsaved[i % 2] = empty_images(images, p);
+      activated = unsaved[i % 2].mutable_data_ptr();
+    }
+    Conv4x4Epilogue epilogue;
+    epilogue.bias = floats(split[i].bias);
+    if (!layer.has_batch_norm) {
+      epilogue.kind = Conv4x4Epilogue::Kind::bias_activation;
+      epilogue.activation = p.activation;
+      launches.convolve(p, p.forward, split[i].weight, x, activated, epilogue);
+    } else {
+      void* raw = save_for_backward ? saved.raw(p) : activated;
+      epilogue.kind = layer.training ? Conv4x4Epilogue::Kind::statistics : Conv4x4Epilogue::Kind::store;
+      launches.convolve(p, p.forward, split[i].weight, x, raw, epilogue);
+      const Statistics s(statistics, plan, p);
+      cuda::BatchNormForwardArgs merge;
+      merge.channels = p.channels();
+      merge.tiles = epilogue.statistics;
+      merge.count = static_cast<double>(p.values());
+      merge.weight = floats(split[i].bn_weight);
+      merge.bias = floats(split[i].bn_bias);
+      merge.eps = static_cast<float>(layer.eps);
+      merge.momentum = static_cast<float>(layer.momentum);
+      if (layer.has_running) {
+        merge.running_mean = floats(running[next_running++]);
+        merge.running_var = floats(running[next_running++]);
+      }
+      merge.mean = s.mean, merge.invstd = s.invstd, merge.scale = s.scale, merge.shift = s.shift;
+      const auto launch = layer.training ? cuda::batch_norm_forward_launch : cuda::batch_norm_inference_launch;
+      C10_CUDA_CHECK(launch(merge, launches.stream));
+      C10_CUDA_CHECK(cuda::scale_shift_act_launch(
+          {p.shape(), launches.type, raw, s.scale, s.shift, p.activation, activated}, launches.stream));
+    }
+    x = activated;
+  }
+  return {output, memory, save_for_backward ? statistics : empty_floats(images, 0)};
+}
+
+// Gradients of input and of every parameter, with shape [0] where output_mask says false.
+std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Tensor& input, at::TensorList parameters,
+                                             const Tensor& output, const Tensor& raw, const Tensor& statistics,
+                                             at::IntArrayRef layers, at::ArrayRef<double> numbers,
+                                             at::IntArrayRef output_mask, c10::string_view, int64_t) {
+  const DeviceGuard device_guard(input.device());
+  const auto stack = parse_stack(layers, numbers);
+  const auto split = dense_parameters(split_parameters(stack, parameters));
+  const Plan plan = make_plan(stack, split, input);
+  const WantedGradients wanted = wanted_gradients(stack, output_mask);
+  const std::vector<size_t>& first = wanted.first_parameter;
+  const int64_t last = static_cast<int64_t>(stack.size()) - 1;
+  const Saved saved(raw);
+  Launches launches(input);
+  std::vector<Tensor> results(output_mask.size());
+
+  // a, b and c of a layer's batch norm backward, and sums whose gradients nobody wants: of one layer at a time.
+  const Tensor rows = empty_floats(input, 5 * plan.most_channels);
+  const auto row = [&](int64_t i) { return floats(rows) + i * plan.most_channels; };
+
+  const auto wants_weight = [&](int64_t i) { return output_mask[first[i]] != 0; };
+  const auto wants_input = [&](int64_t i) { return i > wanted.lowest || (i == 0 && output_mask[0]); };
+  // The places of a layer's arrays in the results; 0 where there is none, or nobody wants its gradient.
+  struct Arrays {
+    size_t bias, bn_weight, bn_bias;
+  };
+  const auto wanted_arrays = [&](int64_t i) {
+    size_t next = first[i] + 1;
+    const auto place = [&](bool present) { return present && output_mask[next++] ? next - 1 : size_t{0}; };
+    Arrays arrays;
+    arrays.bias = place(stack[i].has_bias);
+    arrays.bn_weight = place(stack[i].has_bn_weight);
+    arrays.bn_bias = place(stack[i].has_bn_bias);
+    return arrays;
+  };
+  // How many sums over a layer's dz are needed: none, of dz, or also of dz * xhat.
+  const auto sums_needed = [&](int64_t i) {
+    const Arrays arrays = wanted_arrays(i);
+    if ((stack[i].has_batch_norm && stack[i].training) || arrays.bn_weight) return 2;
+    return arrays.bias || arrays.bn_bias ? 1 : 0;
+  };
+  // Merges the tiles' sums into the gradients of layer i's arrays, and into a, b and c.
+  const auto merge = [&](int64_t i, const cuda::GradientTiles& tiles) {
+    if (tiles.sum_dz == nullptr) return;
+    const StackLayer& layer = stack[i];
+    const LayerPlan& p = plan.layers[i];
+    const Arrays arrays = wanted_arrays(i);
+    const auto result = [&](size_t place, int64_t otherwise) {
+      if (place == 0) return row(otherwise);
+      results[place] = empty_floats(input, p.channels());
+      return floats(results[place]);
+    };
+    cuda::BatchNormBackwardArgs args;
+    args.channels = p.channels();
+    args.tiles = tiles;
+    args.count = static_cast<double>(p.values());
+    args.training = layer.training;
+    args.sum_dz = result(layer.has_batch_norm ? arrays.bn_bias : arrays.bias, 3);
+    if (tiles.sum_dz_xhat != nullptr) args.sum_dz_xhat = result(arrays.bn_weight, 4);
+    if (layer.has_batch_norm && layer.training) {
+      const Statistics s(statistics, plan, p);
+      args.scale = s.scale, args.mean = s.mean, args.invstd = s.invstd;
+      args.a = row(0), args.b = row(1), args.c = row(2);
+    }
+    C10_CUDA_CHECK(batch_norm_backward_launch(args, launches.stream));
+    if (!layer.has_batch_norm || arrays.bias == 0) return;
+    // Batch statistics cancel the bias, so its gradient in training mode is exactly 0.
+    if (layer.training) {
+      results[arrays.bias] = at::zeros({p.channels()}, rows.options());
+    } else {
+      const Tensor sum_dz = arrays.bn_bias ? results[arrays.bn_bias]
+                                           : rows.narrow(0, 3 * plan.most_channels, p.channels());
+      results[arrays.bias] =
+          at::mul(statistics.narrow(0, plan.statistics_size + p.statistics_offset, p.channels()), sum_dz);
+    }
+  };
+  // Layer i's raw output, and what batch norm's backward applies to dz; in evaluation mode that is scale alone.
+  const auto batch_norm_backward = [&](int64_t i) {
+    const Statistics s(statistics, plan, plan.layers[i]);
+    cuda::BnActBackwardArgs args;
+    args.shape = plan.layers[i].shape();
+    args.type = launches.type;
+    args.input = saved.raw(plan.layers[i]);
+    args.mean = s.mean, args.invstd = s.invstd;
+    args.a = s.scale;
+    if (stack[i].training) args.a = row(0), args.b = row(1), args.c = row(2);
+    return args;
+  };
+
+  // From the gradient of the output to that of the last layer's convolution.
+  const auto last_layer_backward = [&](const Tensor& grad) {
+    const LayerPlan& p = plan.layers[last];
+    const int sums = sums_needed(last);
+    const bool wants_more = wants_weight(last) || wants_input(last);
+    const cuda::GradientTiles tiles = launches.tiles.take_sums(cuda::bn_act_tiles(p.shape()), p.channels(), sums);
+    if (stack[last].has_batch_norm) {
+      const Statistics s(statistics, plan, p);
+      cuda::BnActBackwardArgs args = batch_norm_backward(last);
+      args.grad_output = grad.const_data_ptr();
+      args.scale = s.scale, args.shift = s.shift;
+      args.activation = p.activation;
+      args.tiles = tiles;
+      if (sums > 0) C10_CUDA_CHECK(bn_act_backward_reduce_launch(args, launches.stream));
+      merge(last, tiles);
+      if (!wants_more) return Tensor();
+      const Tensor dy = empty_images(grad, p);
+      args.grad_input = dy.mutable_data_ptr();
+      C10_CUDA_CHECK(bn_act_backward_apply_launch(args, launches.stream));
+      return dy;
+    }
+    if (sums == 0 && p.activation.kind == Activation::identity) return grad;
+    const Tensor dy = empty_images(grad, p), kept = output.contiguous(kChannelsLast);
+    C10_CUDA_CHECK(cuda::act_backward_launch({p.shape(), launches.type, grad.const_data_ptr(), kept.const_data_ptr(),
+                                        p.activation, dy.mutable_data_ptr(), tiles},
+                                       launches.stream));
+    merge(last, tiles);
+    return dy;
+  };
+
+  Tensor dy = last_layer_backward(grad_output.contiguous(kChannelsLast));
+  for (int64_t i = last; i >= wanted.lowest; --i) {
+    const LayerPlan& p = plan.layers[i];
+    const Tensor& weight = split[i].weight;
+    if (wants_weight(i)) {
+      const Tensor images = i == 0 ? input.contiguous(kChannelsLast) : Tensor();
+      const void* x = i == 0 ? images.const_data_ptr() : saved.activated(plan.layers[i - 1]);
+      results[first[i]] = launches.weight_gradient(p, weight, x, dy.const_data_ptr());
+    }
+    if (!wants_input(i)) break;
+    Conv4x4Epilogue epilogue;
+    if (i == 0) {
+      results[0] = at::empty(input.sizes(), input.options().memory_format(kChannelsLast));
+      launches.convolve(p, p.backward, weight, dy.const_data_ptr(), results[0].mutable_data_ptr(), epilogue);
+      break;
+    }
+    const LayerPlan& below = plan.layers[i - 1];
+    const bool has_batch_norm = stack[i - 1].has_batch_norm;
+    const Tensor dz = empty_images(input, below);
+    epilogue.kind = Conv4x4Epilogue::Kind::activation_backward;
+    epilogue.activation = below.activation;
+    epilogue.y = saved.activated(below);
+    if (has_batch_norm) {
+      const Statistics s(statistics, plan, below);
+      epilogue.y = saved.raw(below);
+      epilogue.scale = s.scale, epilogue.shift = s.shift, epilogue.mean = s.mean, epilogue.invstd = s.invstd;
+    }
+    launches.convolve(p, p.backward, weight, dy.const_data_ptr(), dz.mutable_data_ptr(), epilogue, sums_needed(i - 1));
+    merge(i - 1, epilogue.gradients);
+    if (has_batch_norm && (wants_weight(i - 1) || wants_input(i - 1))) {
+      cuda::BnActBackwardArgs args = batch_norm_backward(i - 1);
+      args.grad_output = dz.const_data_ptr();
+      args.grad_input = dz.mutable_data_ptr();
+      C10_CUDA_CHECK(bn_act_backward_apply_launch(args, launches.stream));
+    }
+    dy = dz;
+  }
+  for (size_t k = 0; k < results.size(); ++k)
+    if (!output_mask[k]) results[k] = at::empty({0}, (k == 0 ? input : parameters[k - 1]).options());
+  return results;
+}
+
+#if !defined(FASTGAN_CUDA_HOST)
+TORCH_LIBRARY_IMPL(fastgan, CUDA, m) {
+  m.impl("conv_stack_forward", &conv_stack_forward_cuda);
+  m.impl("conv_stack_backward", &conv_stack_backward_cuda);
+}
+#endif
+
+}  // namespace fastgan

@@ -1,0 +1,60 @@
+// What conv_stack on CUDA runs each layer as, and where it saves what backward needs. See cuda_conv_stack.cpp.
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "conv_stack.h"
+#include "cuda_conv4x4s2.h"
+
+namespace fastgan {
+
+inline float* floats(const Tensor& t) { return t.defined() ? t.mutable_data_ptr<float>() : nullptr; }
+
+struct LayerPlan {
+  cuda::Conv4x4Geometry geometry;
+  cuda::Conv4x4Direction forward, backward;
+  std::array<int64_t, 4> sizes;  // of the output, [N, C, H, W]
+  cuda::ActivationSpec activation;
+  // Where the raw output, the activated output and (mean, invstd) stand in what is saved, in elements; -1: nowhere.
+  int64_t raw_offset = -1, activated_offset = -1, statistics_offset = -1;
+
+  int64_t channels() const { return sizes[1]; }
+  int64_t values() const { return sizes[0] * sizes[2] * sizes[3]; }  // a channel
+  cuda::BnActShape shape() const { return {values(), channels(), 1}; }
+};
+
+struct Plan {
+  std::vector<LayerPlan> layers;
+  int64_t saved_size = 0;       // elements of raw and activated outputs
+  int64_t statistics_size = 0;  // of mean and invstd; as many of scale and shift follow in the same order
+  int64_t most_channels = 0;
+};
+
+// Throws where the kernels do not take a layer. fastgan/ops/conv_stack.py has the same rules, and counts the same sizes.
+Plan make_plan(const std::vector<StackLayer>& stack, const std::vector<LayerParameters>& split, const Tensor& input);
+
+// What batch norm of a layer normalises by, [C] each, in what is saved.
+struct Statistics {
+  float *mean, *invstd, *scale, *shift;
+  Statistics(const Tensor& statistics, const Plan& plan, const LayerPlan& layer)
+      : mean(floats(statistics) + layer.statistics_offset),
+        invstd(mean + layer.channels()),
+        scale(mean + plan.statistics_size),
+        shift(scale + layer.channels()) {}
+};
+
+// The pointers to images that lie one after the other.
+class Saved {
+ public:
+  explicit Saved(const Tensor& memory)
+      : data_(static_cast<char*>(memory.mutable_data_ptr())), bytes_(static_cast<int64_t>(memory.element_size())) {}
+  void* raw(const LayerPlan& layer) const { return data_ + layer.raw_offset * bytes_; }
+  void* activated(const LayerPlan& layer) const { return data_ + layer.activated_offset * bytes_; }
+
+ private:
+  char* data_;
+  int64_t bytes_;
+};
+
+}  // namespace fastgan
