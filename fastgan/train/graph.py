@@ -178,10 +178,10 @@ class GraphedStep:
         if self._calls == WARM_UP:
             return self._rehearse(batch, latents, number)
         latents = list(latents)
-        if self._values is None:
+        if not self.captured:
             self._capture(batch, latents)
         inputs = _tensors(batch, latents)
-        if self._values is None or [each.shape for each in inputs] != [each.shape for each in self._inputs]:
+        if not self.captured or [each.shape for each in inputs] != [each.shape for each in self._inputs]:
             return self._eager(batch, latents)
         for static, value in zip(self._inputs, inputs):
             static.copy_(value)
@@ -190,11 +190,17 @@ class GraphedStep:
             parameter.grad = gradient
         return self._result(self._values.clone(), batch, latents, number)
 
+    @property
+    def captured(self) -> bool:
+        """Whether the step is in a graph by now."""
+        return self._values is not None
+
     def guard(self, name: str, optimizer: Adam, loss: Tensor) -> None:
         """Leave out the next step of the optimizer, its state unchanged as well, if the ``loss`` is not finite: as the device
         finds, without the host."""
         self._losses.append((name, loss))
-        optimizer.found_inf = (~loss.isfinite()).float()
+        # Fused Adam looks at this, which a gradient scaler fills. Infinity less itself is not 0 either; isfinite() takes twice the kernels.
+        optimizer.found_inf = (loss - loss).ne(0).float()
 
     def check(self, but_last: int = 0) -> None:
         """Look at the losses of all steps made so far, or of those before the last. To be called before anything of the steps
