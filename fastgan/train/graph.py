@@ -101,14 +101,18 @@ class CUDARecorder:
         Raises:
             RuntimeError: it did what a graph cannot hold. Nothing has been computed, and work goes on as before.
         """
-        stream, generator = torch.cuda.current_stream(), torch.cuda.default_generators[torch.cuda.current_device()]
+        stream, device, pool = torch.cuda.current_stream(), torch.cuda.current_device(), torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(self._graph, stream=self._stream):
+            with torch.cuda.graph(self._graph, pool=pool, stream=self._stream):
                 return function()
         except RuntimeError:
-            # torch.cuda.graph leaves its stream current, and the generator in a state that draws no more.
+            # Where CUDA has already ended the capture, torch.cuda.graph leaves its stream current, the generator in a state that
+            # draws no more, and the allocator waiting for the end.
             torch.cuda.set_stream(stream)
+            generator = torch.cuda.default_generators[device]
             generator.graphsafe_set_state(generator.clone_state())
+            with contextlib.suppress(RuntimeError):  # the allocator was told the end after all
+                torch._C._cuda_endAllocateToPool(device, pool)
             raise
 
     def replay(self) -> None:
