@@ -203,7 +203,7 @@ class GraphedStep:
         """Leave out the next step of the optimizer, its state unchanged as well, if the ``loss`` is not finite: as the device
         finds, without the host."""
         self._losses.append((name, loss))
-        # Fused Adam looks at this, which a gradient scaler fills. Infinity less itself is not 0 either; isfinite() takes twice the kernels.
+        # What a gradient scaler tells fused Adam. Infinity less itself is not 0 either; isfinite() takes twice the kernels.
         optimizer.found_inf = (loss - loss).ne(0).float()
 
     def check(self, but_last: int = 0) -> None:
