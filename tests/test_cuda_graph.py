@@ -213,7 +213,8 @@ def test_no_weight_and_no_moment_takes_a_step_on_a_loss_that_is_not_finite(tmp_p
         trainer.train_step(batch)
         trainer.step += 1
     for loss in (float("nan"), float("inf")):
-        trainer.objective.generator_loss = lambda *_: (next(trainer.networks["generator"].parameters()).sum() * 0 + loss, {})
+        weight = next(trainer.networks["generator"].parameters())
+        trainer.objective.generator_loss = lambda *_, w=weight, loss=loss: (w.sum() * 0 + loss, {})
         generator = trainer.optimizers["generator"]
         before = {path: tensor.clone() for path, tensor in tensors(generator.state_dict()).items()}
         weights = [p.detach().clone() for p in trainer.networks["generator"].parameters()]
