@@ -101,6 +101,7 @@ class CatGANObjective(Objective):
     """The CatGAN's losses over real, labeled and generated images, and its evaluation."""
 
     averaged = ("generator", "discriminator")
+    no_graph = "the CatGAN's loss changes with the progress of the run, and its batches are put together on the host"
 
     def __init__(self, config: CatGANConfig, dataset: ImageDataset, classes: int, categories: int):
         super().__init__(config.generator_loss)

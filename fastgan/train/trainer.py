@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from fastgan.data import Batch, ImageDataset
@@ -25,10 +24,12 @@ from fastgan.nn.sync_batch_norm import own_statistics
 from fastgan.ops.conv_stack import gradients_added_in_place
 from fastgan.train.alarms import Alarms
 from fastgan.train.allocator import keep_freed_memory
+from fastgan.train.averaging import RampedAverage
 from fastgan.train.board import Board, require_tensorboard
 from fastgan.train.checkpoint import TrainingError, save_checkpoint
 from fastgan.train.config import PRECISIONS, TrainConfig
 from fastgan.train.distributed import Ranks, resume_words, set_random_state
+from fastgan.train.graph import WITHOUT, CUDARecorder, GraphedStep, adam, set_rate
 from fastgan.train.nonfinite import locate_nonfinite
 from fastgan.train.outputs import (
     Metrics, Progress, copy_history, prepare_folder, save_animation, save_curves, save_grid, write_json,
@@ -53,9 +54,12 @@ class Objective:
 
     Attributes:
         averaged: the networks whose averaged weights are of use.
+        no_graph: why a step with these losses cannot be captured in a CUDA graph, None where it can. In a graph Python decides
+            nothing any more: what depends on ``progress`` would stay what it was in the captured step.
     """
 
     averaged = ("generator",)
+    no_graph: str | None = None
 
     def __init__(self, kind: str = "non_saturating", augment: Callable[[Tensor], Tensor] | None = None, *,
                  gradient_penalty: float = 0.0, r1: float = 0.0, label_smoothing: float = 0.0):
@@ -115,6 +119,7 @@ class Trainer:
     Attributes:
         ranks: the processes of the run.
         step: updates of the generator done, each after ``discriminator_steps`` of the discriminator.
+        graph: what runs the steps, from a CUDA graph where there can be one.
         averaged: exponential averages by name of the networks that the objective wants them of, where ``config.ema`` is not 0.
         program: what Python is to run with --resume to go on with the run: a script, or ``-m`` and a module.
 
@@ -143,21 +148,20 @@ class Trainer:
             generator, discriminator = fuse(generator, inplace=True), fuse(discriminator, inplace=True)
         self.networks = {"generator": generator.to(self.device), "discriminator": discriminator.to(self.device)}
         self.optimizers = {
-            name: torch.optim.Adam(
-                network.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
-            )
+            name: adam(network.parameters(), config.learning_rate, (config.beta1, config.beta2), self.device)
             for name, network in self.networks.items()
         }
         self.scalers = {
             name: torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16") for name in self.networks
         }
         self.averaged = {
-            name: AveragedModel(
-                self.networks[name], multi_avg_fn=_ramped_average(config.ema), use_buffers=True
-            ).requires_grad_(False)
+            name: RampedAverage(self.networks[name], config.ema).requires_grad_(False)
             for name in self.objective.averaged
             if config.ema
         }
+        self.graph = GraphedStep(
+            self._update, self.optimizers.values(), self.device, self._nonfinite, self._graph_recorder()
+        )
         self.alarms = Alarms(config.generator_loss, config.side_by_side)
         self.step = 0
         self._signals: list[int] = []  # that ask this process to stop
@@ -205,6 +209,7 @@ class Trainer:
                 epoch_ends = self.step % steps_per_epoch == 0
                 logged = run_ends or epoch_ends or self.step % self.config.log_every == 0
                 if logged:
+                    self.graph.check()
                     figures = self.ranks.mean(figures)
                 if not self.ranks.main:
                     if run_ends:
@@ -266,35 +271,54 @@ class Trainer:
         Returns:
             Figures for the log: ``loss_d``, ``loss_g`` and the objective's own.
         """
-        generator, discriminator = self.networks.values()
         self.objective.progress = self.step / self.total_steps
         self._set_learning_rates()
+        self._stopping = bool(self._signals)  # a replayed step does not ask
+        latents = (self._latent(len(part.images)) for part in batch.split(self.config.discriminator_steps))
+        figures = self.graph(batch, latents, self.step + 1)
+        for name, averaged in self.averaged.items():
+            averaged.update_parameters(self.networks[name])
+        return figures
+
+    def _update(self, batch: Batch, latents: Iterable[Tensor]) -> dict[str, Tensor]:
+        """What the device does in a step, which a CUDA graph may hold. ``latents`` are drawn when they are asked for."""
+        generator, discriminator = self.networks.values()
 
         # Discriminator: real images against fakes that carry no gradient back to the generator.
-        for batch in batch.split(self.config.discriminator_steps):
-            z = self._latent(len(batch.images))
+        for part, z in zip(batch.split(self.config.discriminator_steps), latents):
             with self.autocast():
                 fake = generator(z)
-            losses = self.objective.discriminator_losses(discriminator, batch, fake.detach())
-            loss_d, figures_d = self._descend("discriminator", losses, batch, z)
+            losses = self.objective.discriminator_losses(discriminator, part, fake.detach())
+            loss_d, figures_d = self._descend("discriminator", losses, part, z)
 
         # Generator: the same fakes, judged by the discriminator as it now is and as it stays.
         with frozen(discriminator):
             with self.autocast():
-                loss = self.objective.generator_loss(discriminator, batch, fake)
-            loss_g, figures_g = self._descend("generator", iter([loss]), batch, z)
-
-        for name, averaged in self.averaged.items():
-            averaged.update_parameters(self.networks[name])
+                loss = self.objective.generator_loss(discriminator, part, fake)
+            loss_g, figures_g = self._descend("generator", iter([loss]), part, z)
         return {"loss_d": loss_d, "loss_g": loss_g} | figures_d | figures_g
+
+    def _graph_recorder(self) -> CUDARecorder | None:
+        """What captures the step, where it can be; says why not where it was asked for."""
+        if self.device.type != "cuda" or not self.config.cuda_graph:
+            return None
+        reason = self.objective.no_graph
+        if self.ranks.group is not None:
+            reason = "the processes tell each other in every step whether to stop"
+        elif self.config.precision == "fp16":
+            reason = "the scale of fp16's gradients is decided by the host in every step"
+        if reason is None:
+            return CUDARecorder()
+        if self.ranks.main:
+            tqdm.write(f"{WITHOUT}: {reason}")
+        return None
 
     def _set_learning_rates(self) -> None:
         rate = self.config.learning_rate_at(self.step / self.total_steps)
         own = self.config.discriminator_learning_rate
         ratio = own / self.config.learning_rate if own is not None else 1.0
-        for name, factor in (("generator", 1.0), ("discriminator", ratio)):
-            for group in self.optimizers[name].param_groups:
-                group["lr"] = rate * factor
+        set_rate(self.optimizers["generator"], rate)
+        set_rate(self.optimizers["discriminator"], rate * ratio)
 
     def _latent(self, count: int) -> Tensor:
         """Inputs of the generator for ``count`` images: this process's share of those of a whole batch."""
@@ -317,8 +341,10 @@ class Trainer:
             del term  # and with it what its backward pass kept
         parameters = self.networks[name].parameters()
         mean_loss, self._stopping = self.ranks.average(parameters, loss, bool(self._signals))
-        if not math.isfinite(mean_loss.item()):
-            raise self._nonfinite(name, loss.item(), batch, z)
+        if self.graph.guarded:
+            self.graph.guard(name, optimizer, mean_loss)
+        elif not math.isfinite(mean_loss.item()):
+            raise self._nonfinite(name, loss.item(), batch, z, self.step + 1)
         scaler.step(optimizer)
         scaler.update()
         return mean_loss, figures
@@ -327,7 +353,7 @@ class Trainer:
         with self.autocast():
             return next(losses, None)
 
-    def _nonfinite(self, name: str, loss: float, batch: Batch, z: Tensor) -> TrainingError:
+    def _nonfinite(self, name: str, loss: float, batch: Batch, z: Tensor, step: int) -> TrainingError:
         """Says where the first value arose that is not finite, in the first process that has one."""
         culprit = None
         if not math.isfinite(loss):
@@ -337,7 +363,7 @@ class Trainer:
         rank, loss, culprit = found[0]
         where = f" in process {rank}" if self.ranks.group is not None else ""
         return TrainingError(
-            f"step {self.step + 1}: the loss of the {name} is {loss}{where}; first value that is not finite: "
+            f"step {step}: the loss of the {name} is {loss}{where}; first value that is not finite: "
             f"{culprit}. The checkpoint in {self.output} is from before it; a lower --learning-rate often helps"
         )
 
@@ -361,6 +387,7 @@ class Trainer:
 
     def save(self, path: Path | None = None) -> None:
         """Write checkpoint.pt, or another file at ``path``. Raises TrainingError, with the previous checkpoint intact."""
+        self.graph.check()
         path = path or self.output / "checkpoint.pt"
         epoch, position = divmod(self.step, len(self.batches))
         state = {
@@ -445,16 +472,6 @@ def frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for buffer, before in buffers:
             buffer.copy_(before)
-
-
-def _ramped_average(decay: float):
-    """An exponential average that forgets its beginning: decay (1 + n) / (10 + n) until that exceeds ``decay``."""
-
-    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        n = int(count)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, count)
-
-    return average
 
 
 @contextlib.contextmanager
