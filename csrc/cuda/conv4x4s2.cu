@@ -220,63 +220,96 @@ Split split_of(const Conv4x4WeightGradientArgs& args) {
 }
 
 #if defined(FASTGAN_HOPPER)
-cudaError_t launch_gather_box(const Conv4x4Args& args, const Product& product, const GatherParams& gather, dim3 grid, int columns,
-                              cudaStream_t stream) {
-  const bool down = args.direction == Conv4x4Direction::down;
-  const Conv4x4Geometry& g = args.geometry;
-  const PixelBox box(kHopperRows, product.grid_height, product.grid_width);
-  const auto pixels = [](int64_t value) { return static_cast<uint64_t>(value); };
-  const int cluster = gather.row_tiles % 2 == 0 ? 2 : 1;
-  GatherBoxParams params;
-  params.gather = gather;
-  cudaError_t error = make_box_map(
-      params.windows, args.type, args.input,
-      {pixels(gather.input.channels), pixels(gather.input.width), pixels(gather.input.height), pixels(g.batch)},
+// Whether all clusters of such a launch are on the device at once.
+template <typename Kernel>
+bool runs_at_once(Kernel kernel, int cluster_size, size_t shared_bytes, int64_t blocks) {
+  static const int most = [&] {
+    cudaLaunchConfig_t config{};
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster_size);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(cluster_size)), config.blockDim = dim3(256);
+    config.dynamicSmemBytes = shared_bytes, config.attrs = &attribute, config.numAttrs = 1;
+    int clusters = 0;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    return cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess ? clusters * cluster_size : 0;
+  }();
+  return blocks <= most;
+}
+
+template <typename T>
+struct Tag {
+  using type = T;
+};
+
+uint64_t size(int64_t value) { return static_cast<uint64_t>(value); }
+
+cudaError_t map_windows(CUtensorMap& map, DataType type, const WindowOperand& operand, int64_t batch, const PixelBox& box, int step) {
+  return make_box_map(
+      map, type, operand.x, {size(operand.channels), size(operand.width), size(operand.height), size(batch)},
       {kBoxChannels, static_cast<uint32_t>(box.width), static_cast<uint32_t>(box.height), static_cast<uint32_t>(box.images)},
-      down ? static_cast<uint32_t>(g.stride) : 1);
+      static_cast<uint32_t>(step));
+}
+
+template <typename M, int kColumns, int kStages, int kBlocks, typename Cluster>
+cudaError_t start_gather_box(GatherBoxParams& params, const Conv4x4Args& args, const Product& product, dim3 grid, cudaStream_t stream) {
+  const PixelBox box(kHopperRows / Cluster::kColumns, product.grid_height, product.grid_width);
+  const GatherParams& gather = params.gather;
+  const int step = args.direction == Conv4x4Direction::down ? args.geometry.stride : 1;
+  cudaError_t error = map_windows(params.windows, args.type, gather.input, args.geometry.batch, box, step);
   if (error != cudaSuccess) return error;
   error = make_box_map(params.weights, args.type, args.packed_weight,
-                       {pixels(gather.depth_padded), pixels(product.phases * product.columns), 1, 1},
-                       {kBoxChannels, static_cast<uint32_t>(columns / cluster), 1, 1}, 1);
+                       {size(gather.depth_padded), size(product.phases * product.columns), 1, 1},
+                       {kBoxChannels, kColumns / Cluster::kRows, 1, 1}, 1);
   if (error != cudaSuccess) return error;
-  // One block a multiprocessor gets all of its shared memory as stages; of more blocks two live together.
-  const bool one_wave = int64_t{grid.x} * grid.z <= args.multiprocessors;
-  const auto run = [&](auto math) {
-    using M = decltype(math);
-    const auto start = [&](auto kernel, size_t shared_bytes) { return launch(kernel, grid, 256, shared_bytes, stream, params); };
-    if (cluster == 1) {
-      return columns == 64 ? start(gather_box_kernel<M, 64, 4, 2, 1>, GatherPipeline<64, 4, 1>::shared_bytes())
-                           : start(gather_box_kernel<M, 128, 3, 2, 1>, GatherPipeline<128, 3, 1>::shared_bytes());
-    }
-    if (columns == 256) return start(gather_box_kernel<M, 256, 4, 1, 2>, GatherPipeline<256, 4, 2>::shared_bytes());
-    if (columns == 64) {
-      return one_wave ? start(gather_box_kernel<M, 64, 8, 1, 2>, GatherPipeline<64, 8, 2>::shared_bytes())
-                      : start(gather_box_kernel<M, 64, 4, 2, 2>, GatherPipeline<64, 4, 2>::shared_bytes());
-    }
-    return one_wave ? start(gather_box_kernel<M, 128, 6, 1, 2>, GatherPipeline<128, 6, 2>::shared_bytes())
-                    : start(gather_box_kernel<M, 128, 3, 2, 2>, GatherPipeline<128, 3, 2>::shared_bytes());
-  };
-  return args.type == DataType::bfloat16 ? run(Bfloat16Math{}) : run(Float16Math{});
+  return launch(gather_box_kernel<M, kColumns, kStages, kBlocks, Cluster>, grid, 256,
+                GatherPipeline<kColumns, kStages, Cluster>::shared_bytes(), stream, params);
+}
+
+// One block a multiprocessor gets all of its shared memory as stages; where there are more blocks, two live together.
+template <typename M, int kColumns, typename Cluster>
+cudaError_t choose_gather_stages(GatherBoxParams& params, const Conv4x4Args& args, const Product& product, dim3 grid, cudaStream_t stream) {
+  if constexpr (kColumns == 256) {
+    return start_gather_box<M, 256, 4, 1, Cluster>(params, args, product, grid, stream);
+  } else {
+    constexpr int kDeep = kColumns == 64 ? 8 : 6, kShallow = kDeep / 2;
+    const bool alone = runs_at_once(gather_box_kernel<M, kColumns, kDeep, 1, Cluster>, Cluster::kSize,
+                                    GatherPipeline<kColumns, kDeep, Cluster>::shared_bytes(), int64_t{grid.x} * grid.z);
+    return alone ? start_gather_box<M, kColumns, kDeep, 1, Cluster>(params, args, product, grid, stream)
+                 : start_gather_box<M, kColumns, kShallow, 2, Cluster>(params, args, product, grid, stream);
+  }
+}
+
+template <typename M, int kColumns>
+cudaError_t launch_gather_box(const GatherParams& gather, const Conv4x4Args& args, const Product& product, dim3 grid, cudaStream_t stream) {
+  GatherBoxParams params;
+  params.gather = gather;
+  const bool half_boxes(PixelBox(kHopperRows / 2, product.grid_height, product.grid_width));
+  if (gather.row_tiles % 2 == 0 && gather.column_tiles % 2 == 0 && half_boxes) {
+    return choose_gather_stages<M, kColumns, Cluster<2, 2>>(params, args, product, grid, stream);
+  }
+  if (gather.row_tiles % 2 == 0) return choose_gather_stages<M, kColumns, Cluster<2, 1>>(params, args, product, grid, stream);
+  return choose_gather_stages<M, kColumns, Cluster<1, 1>>(params, args, product, grid, stream);
 }
 
 template <typename M>
 cudaError_t launch_weight_gradient_box(const Conv4x4WeightGradientArgs& args, const WeightGradientParams& gradient, dim3 grid,
                                        cudaStream_t stream) {
   const Conv4x4Geometry& g = args.geometry;
-  const PixelBox box(kStagePixels, g.small_height, g.small_width);
-  const auto pixels = [](int64_t value) { return static_cast<uint64_t>(value); };
   WeightBoxParams params;
   params.gradient = gradient;
-  cudaError_t error = make_box_map(params.small, args.type, args.small, {pixels(g.small_channels), pixels(gradient.pixels), 1, 1},
+  cudaError_t error = make_box_map(params.small, args.type, args.small, {size(g.small_channels), size(gradient.pixels), 1, 1},
                                    {64, kStagePixels, 1, 1}, 1);
   if (error != cudaSuccess) return error;
-  error = make_box_map(
-      params.large, args.type, args.large,
-      {pixels(g.large_channels), pixels(g.large_width), pixels(g.large_height), pixels(g.batch)},
-      {64, static_cast<uint32_t>(box.width), static_cast<uint32_t>(box.height), static_cast<uint32_t>(box.images)},
-      static_cast<uint32_t>(g.stride));
+  error = map_windows(params.large, args.type, gradient.large, g.batch, PixelBox(kStagePixels, g.small_height, g.small_width), g.stride);
   if (error != cudaSuccess) return error;
-  return launch(weight_gradient_box_kernel<M, 4, 2>, grid, 256, WeightPipeline<4, 2>::shared_bytes(), stream, params);
+  const auto start = [&](auto cluster) {
+    using C = decltype(cluster);
+    return launch(weight_gradient_box_kernel<M, 4, typename C::type>, grid, 256, WeightPipeline<4, typename C::type>::shared_bytes(),
+                  stream, params);
+  };
+  return gradient.row_tiles % 2 == 0 ? start(Tag<Cluster<2, 2>>{}) : start(Tag<Cluster<1, 2>>{});
 }
 #endif
 
@@ -381,7 +414,14 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
   };
 #if defined(FASTGAN_HOPPER)
   if (const int columns = hopper_gather_columns(args, product)) {
-    return launch_gather_box(args, product, p, set_tiles(kHopperRows, columns), columns, stream);
+    const dim3 grid = set_tiles(kHopperRows, columns);
+    const auto run = [&](auto math) {
+      using M = decltype(math);
+      if (columns == 256) return launch_gather_box<M, 256>(p, args, product, grid, stream);
+      return columns == 128 ? launch_gather_box<M, 128>(p, args, product, grid, stream)
+                            : launch_gather_box<M, 64>(p, args, product, grid, stream);
+    };
+    return args.type == DataType::bfloat16 ? run(Bfloat16Math{}) : run(Float16Math{});
   }
 #endif
   const bool direct = args.prologue.kind == Conv4x4Prologue::Kind::none && p.input.aligned;

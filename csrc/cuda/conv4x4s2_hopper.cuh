@@ -1,6 +1,7 @@
 // The main loops on Hopper, for 16-bit numbers whose channels come in 64s and that need nothing done to them as they are loaded.
 // One thread asks for the stages ahead by box copies, which also make the zeros outside of the picture; two warpgroups multiply 64 rows
-// each. A cluster of two blocks shares what both read: each asks for one half, for both.
+// each. What the second-level cache delivers is the bound, so blocks of one cluster that read the same rows, or the same columns, ask
+// for a part each, for all of them.
 //
 // Pixels come in boxes of whole rows of the grid (see PixelBox), so not every grid is taken; others run the loops of
 // conv4x4s2_gather.cuh and conv4x4s2_weight.cuh.
@@ -35,9 +36,39 @@ struct PixelBox {
   explicit operator bool() const { return width != 0; }
 };
 
+// A cluster of blocks: rows_ tiles of rows by columns_ tiles of columns.
+template <int kRows_, int kColumns_>
+struct Cluster {
+  static constexpr int kRows = kRows_, kColumns = kColumns_, kSize = kRows * kColumns;
+  static constexpr int kPeers = kRows + kColumns - 1;  // blocks of the same row or column, with oneself
+  int rank, row, column;
+
+  __device__ Cluster() : rank(static_cast<int>(blockIdx.x) % kSize), row(rank % kRows), column(rank / kRows) {}
+  __device__ static int group() { return static_cast<int>(blockIdx.x) / kSize; }
+  __device__ bool is_peer(int other) const { return other % kRows == row || other / kRows == column; }
+  // Those with the same rows, those with the same columns: a bit each.
+  __device__ uint16_t same_row() const {
+    unsigned mask = 0;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) mask |= 1u << (c * kRows + row);
+    return static_cast<uint16_t>(mask);
+  }
+  __device__ uint16_t same_column() const { return static_cast<uint16_t>(((1u << kRows) - 1) << (column * kRows)); }
+};
+
+// To `blocks` of the cluster, or to this block alone where that is all of them.
+template <int kBlocks>
+__device__ __forceinline__ void copy_box_to(uint32_t shared, const CUtensorMap& map, const int (&at)[4], uint32_t barrier, uint16_t blocks) {
+  if constexpr (kBlocks > 1) {
+    copy_box_to_cluster(shared, map, at, barrier, blocks);
+  } else {
+    copy_box(shared, map, at, barrier);
+  }
+}
+
 // The stages of a main loop: memory of kStages stages, and two barriers each. full: its copies have arrived. empty: all warps of all
-// blocks that a copy of it goes to have done with it.
-template <int kStages, int kStageBytes, int kCluster>
+// blocks that this block sends copies to have done with it.
+template <int kStages, int kStageBytes, typename Cluster>
 struct Pipeline {
   uint32_t stages, full, empty;
 
@@ -51,17 +82,17 @@ struct Pipeline {
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages; ++i) {
         barrier_init(full + i * 8, 1);
-        barrier_init(empty + i * 8, 8 * kCluster);
+        barrier_init(empty + i * 8, 8 * Cluster::kPeers);
       }
       barriers_ready();
     }
     block_barrier();
-    if constexpr (kCluster > 1) cluster_arrive(), cluster_wait();
+    if constexpr (Cluster::kSize > 1) cluster_arrive(), cluster_wait();
   }
 
   // load(stage's address, its barrier, i) asks for the copies of stage i < count, multiply(stage's address) for its products.
   template <typename Load, typename Multiply>
-  __device__ __forceinline__ void run(int count, const Load& load, const Multiply& multiply) {
+  __device__ __forceinline__ void run(const Cluster& cluster, int count, const Load& load, const Multiply& multiply) {
     const bool loads = threadIdx.x == 0;
     if (loads) {
       for (int i = 0; i < kStages && i < count; ++i) {
@@ -79,7 +110,9 @@ struct Pipeline {
       products_wait<0>();  // meanwhile the tensor cores have the other warpgroup's
       if (threadIdx.x % kWarpSize == 0) {
 #pragma unroll
-        for (int rank = 0; rank < kCluster; ++rank) barrier_arrive(empty + current * 8, rank);
+        for (int rank = 0; rank < Cluster::kSize; ++rank) {
+          if (cluster.is_peer(rank)) barrier_arrive(empty + current * 8, rank);
+        }
       }
       // The stage before, which the other warps have probably left by now.
       const int next = i - 1 + kStages;
@@ -93,12 +126,12 @@ struct Pipeline {
       if (++current == kStages) current = 0, parity ^= 1;
     }
     block_barrier();
-    if constexpr (kCluster > 1) cluster_arrive();  // see finish
+    if constexpr (Cluster::kSize > 1) cluster_arrive();  // see finish
   }
 
   // A block stays until the others of its cluster have sent their arrivals.
   __device__ void finish() const {
-    if constexpr (kCluster > 1) cluster_wait();
+    if constexpr (Cluster::kSize > 1) cluster_wait();
   }
 
   __device__ char* memory(void* shared) const { return static_cast<char*>(shared) + (stages - shared_address(shared)); }
@@ -278,43 +311,42 @@ __device__ __forceinline__ void tile_epilogue(const GatherParams& p, const Accum
 }
 
 struct GatherBoxParams {
-  CUtensorMap windows;  // [batch, height, width, channels] of the input; a box is the pixels of a tile's windows at one tap
-  CUtensorMap weights;  // [1, 1, phases * columns, depth]
+  CUtensorMap windows;  // [batch, height, width, channels] of the input; a box is one tap of the windows of a part of a tile's pixels
+  CUtensorMap weights;  // [1, 1, phases * columns, depth]; a box is a part of a tile's columns
   GatherParams gather;
 };
 
-template <int kColumns, int kStages, int kCluster>
-using GatherPipeline = Pipeline<kStages, (128 + kColumns) * kSwizzledRowBytes, kCluster>;
+template <int kColumns, int kStages, typename Cluster>
+using GatherPipeline = Pipeline<kStages, (128 + kColumns) * kSwizzledRowBytes, Cluster>;
 
-// Main loops F and T, as gather_kernel. The blocks of a cluster have the same columns.
-template <typename Math, int kColumns, int kStages, int kBlocks, int kCluster>
-__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(256, kBlocks)
+// Main loops F and T, as gather_kernel.
+template <typename Math, int kColumns, int kStages, int kBlocks, typename Cluster>
+__global__ void __cluster_dims__(Cluster::kSize, 1, 1) __launch_bounds__(256, kBlocks)
     gather_box_kernel(const __grid_constant__ GatherBoxParams params) {
 #if defined(FASTGAN_HOPPER_TARGET)
   using T = typename Math::Type;
   using Tile = WarpgroupTile<kColumns>;
-  constexpr int kABytes = Tile::kRows * kSwizzledRowBytes, kPartColumns = kColumns / kCluster;
+  constexpr int kABytes = Tile::kRows * kSwizzledRowBytes;
+  constexpr int kPartRows = Tile::kRows / Cluster::kColumns, kPartColumns = kColumns / Cluster::kRows;
   const GatherParams& p = params.gather;
+  const Cluster cluster;
   const int phase = static_cast<int>(blockIdx.z);
-  const int rank = static_cast<int>(blockIdx.x) % kCluster, block = static_cast<int>(blockIdx.x) / kCluster;
-  const int row_group = block / p.column_tiles, column_tile = block - row_group * p.column_tiles;
-  const int row_tile = row_group * kCluster + rank;
+  const int column_groups = p.column_tiles / Cluster::kColumns, row_group = Cluster::group() / column_groups;
+  const int row_tile = row_group * Cluster::kRows + cluster.row;
+  const int column_tile = (Cluster::group() - row_group * column_groups) * Cluster::kColumns + cluster.column;
   const int first_row = row_tile * Tile::kRows, first_column = column_tile * kColumns;
 
   int n, h, w;
-  split_row(p, first_row, n, h, w);
+  split_row(p, first_row + cluster.column * kPartRows, n, h, w);
   const int h0 = h * p.window_step + p.window_origin + (phase >> 1), w0 = p.window_origin + (phase & 1);
   const int taps = 1 << p.input.log2_taps;
   int tap = 0, channel = 0;
   const auto load = [&](uint32_t stage, uint32_t barrier, int) {
-    copy_box(stage, params.windows, {channel, w0 + (tap & (taps - 1)), h0 + (tap >> p.input.log2_taps), n}, barrier);
-    const int at[4] = {tap * p.input.channels + channel, phase * p.columns + first_column + rank * kPartColumns, 0, 0};
-    const uint32_t part = stage + kABytes + rank * kPartColumns * kSwizzledRowBytes;
-    if constexpr (kCluster > 1) {
-      copy_box_to_cluster(part, params.weights, at, barrier, (1 << kCluster) - 1);
-    } else {
-      copy_box(part, params.weights, at, barrier);
-    }
+    copy_box_to<Cluster::kColumns>(stage + cluster.column * kPartRows * kSwizzledRowBytes, params.windows,
+                                   {channel, w0 + (tap & (taps - 1)), h0 + (tap >> p.input.log2_taps), n}, barrier, cluster.same_row());
+    copy_box_to<Cluster::kRows>(stage + kABytes + cluster.row * kPartColumns * kSwizzledRowBytes, params.weights,
+                                {tap * p.input.channels + channel, phase * p.columns + first_column + cluster.row * kPartColumns, 0, 0},
+                                barrier, cluster.same_column());
     if (++tap == taps * taps) tap = 0, channel += kBoxChannels;
   };
   Accumulators<Tile> sums;
@@ -325,8 +357,8 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(256, kBlocks)
 #pragma unroll
     for (int k = 0; k < kBoxChannels / 16; ++k) multiply_warpgroup<true>(sums.values[0], a + k * 2, b + k * 2, T{});
   };
-  GatherPipeline<kColumns, kStages, kCluster> pipeline(shared_memory());
-  pipeline.run(p.input.columns / kBoxChannels, load, multiply);
+  GatherPipeline<kColumns, kStages, Cluster> pipeline(shared_memory());
+  pipeline.run(cluster, p.input.columns / kBoxChannels, load, multiply);
   tile_epilogue<T>(p, sums, first_row, first_column, row_tile, phase, pipeline.memory(shared_memory()));
   pipeline.finish();
 #endif
@@ -348,37 +380,40 @@ __host__ __device__ constexpr int tap_of_block(int tile, int block) {
   return (tile / 2 + block / 2 * 2) * 4 + tile % 2 + block % 2 * 2;
 }
 
-template <int kStages, int kCluster>
-using WeightPipeline = Pipeline<kStages, (2 + kTileTaps) * kStagePixels * kSwizzledRowBytes, kCluster>;
+template <int kStages, typename Cluster>
+using WeightPipeline = Pipeline<kStages, (2 + kTileTaps) * kStagePixels * kSwizzledRowBytes, Cluster>;
 
-template <typename Math, int kStages, int kCluster>
-__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(256, 1)
+template <typename Math, int kStages, typename Cluster>
+__global__ void __cluster_dims__(Cluster::kSize, 1, 1) __launch_bounds__(256, 1)
     weight_gradient_box_kernel(const __grid_constant__ WeightBoxParams params) {
 #if defined(FASTGAN_HOPPER_TARGET)
   using T = typename Math::Type;
   constexpr int kBlockBytes = kStagePixels * kSwizzledRowBytes, kABlocks = 2;
+  constexpr int kPartABlocks = kABlocks / Cluster::kColumns, kPartTaps = kTileTaps / Cluster::kRows;
   const WeightGradientParams& p = params.gradient;
-  const int row_tile = static_cast<int>(blockIdx.x) / p.column_tiles;
-  const int column_tile = static_cast<int>(blockIdx.x) - row_tile * p.column_tiles;
+  const Cluster cluster;
+  const int column_groups = p.column_tiles / Cluster::kColumns, row_group = Cluster::group() / column_groups;
+  const int row_tile = row_group * Cluster::kRows + cluster.row;
+  const int column_tile = (Cluster::group() - row_group * column_groups) * Cluster::kColumns + cluster.column;
   const int first_row = row_tile * WeightTile::kRows, first_channel = column_tile / 4 * 64;
   const int first_pixel = static_cast<int>(blockIdx.z) * p.pixels_per_split;
   const int last_pixel = p.pixels - first_pixel < p.pixels_per_split ? p.pixels : first_pixel + p.pixels_per_split;
   const int first_tap = tap_of_block(column_tile % 4, 0);
-  const int rank = static_cast<int>(blockIdx.x) % kCluster;
   const auto load = [&](uint32_t stage, uint32_t barrier, int i) {
     const int pixel = first_pixel + i * kStagePixels;
-    if constexpr (kCluster == kABlocks) {
-      copy_box_to_cluster(stage + rank * kBlockBytes, params.small, {first_row + rank * 64, pixel, 0, 0}, barrier, 3);
-    } else {
 #pragma unroll
-      for (int b = 0; b < kABlocks; ++b) copy_box(stage + b * kBlockBytes, params.small, {first_row + b * 64, pixel, 0, 0}, barrier);
+    for (int part = 0; part < kPartABlocks; ++part) {
+      const int b = cluster.column * kPartABlocks + part;
+      copy_box_to<Cluster::kColumns>(stage + b * kBlockBytes, params.small, {first_row + b * 64, pixel, 0, 0}, barrier, cluster.same_row());
     }
     const int n = p.grid_size.divide(pixel), rest = pixel - n * static_cast<int>(p.grid_size.divisor);
     const int h = p.grid_width_divisor.divide(rest) * p.window_step + p.window_origin + first_tap / 4;
     const int w = p.window_origin + first_tap % 4;
 #pragma unroll
-    for (int b = 0; b < kTileTaps; ++b) {
-      copy_box(stage + (kABlocks + b) * kBlockBytes, params.large, {first_channel, w + b % 2 * 2, h + b / 2 * 2, n}, barrier);
+    for (int part = 0; part < kPartTaps; ++part) {
+      const int b = cluster.row * kPartTaps + part;
+      copy_box_to<Cluster::kRows>(stage + (kABlocks + b) * kBlockBytes, params.large, {first_channel, w + b % 2 * 2, h + b / 2 * 2, n},
+                                  barrier, cluster.same_column());
     }
   };
   Accumulators<WeightTile> sums;
@@ -392,8 +427,8 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(256, 1)
       multiply_warpgroup<false>(sums.values[0], a + k * kStep, b + k * kStep, T{});
     }
   };
-  WeightPipeline<kStages, kCluster> pipeline(shared_memory());
-  pipeline.run((last_pixel - first_pixel + kStagePixels - 1) / kStagePixels, load, multiply);
+  WeightPipeline<kStages, Cluster> pipeline(shared_memory());
+  pipeline.run(cluster, (last_pixel - first_pixel + kStagePixels - 1) / kStagePixels, load, multiply);
 
   float* partial = p.partial + int64_t{blockIdx.z} * p.small.columns * p.large.columns;
 #pragma unroll
