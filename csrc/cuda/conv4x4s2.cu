@@ -204,6 +204,12 @@ Split split_of(const Conv4x4WeightGradientArgs& args) {
   return split;
 }
 
+// One partial result in the gradient's own order and type is the gradient.
+bool partial_is_gradient(const Conv4x4WeightGradientArgs& args, const Split& split) {
+  return split.splits == 1 && args.weight_type == DataType::float32 &&
+         args.weight_layout == Conv4x4WeightLayout::channels_last;
+}
+
 bool indices_fit(const Conv4x4Geometry& g) {
   const int64_t pixels = g.batch * (g.large_height + 1) * (g.large_width + 1);
   return pixels < kMaxIndex - 128 && kTaps * g.large_channels < kMaxIndex - 256 &&
@@ -330,7 +336,9 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
 
 size_t conv4x4s2_weight_gradient_workspace_bytes(const Conv4x4WeightGradientArgs& args) {
   const Conv4x4Geometry& g = args.geometry;
-  return static_cast<size_t>(split_of(args).splits * g.small_channels * kTaps * g.large_channels) * sizeof(float);
+  const Split split = split_of(args);
+  if (partial_is_gradient(args, split)) return 0;
+  return static_cast<size_t>(split.splits * g.small_channels * kTaps * g.large_channels) * sizeof(float);
 }
 
 cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& args, cudaStream_t stream) {
@@ -351,7 +359,8 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
   p.grid_width = static_cast<int>(g.small_width);
   p.window_step = g.stride;
   p.window_origin = g.stride == 2 ? -1 : 0;
-  p.partial = static_cast<float*>(args.workspace);
+  const bool in_place = partial_is_gradient(args, split);
+  p.partial = static_cast<float*>(in_place ? args.grad_weight : args.workspace);
   const auto set_tiles = [&](int64_t rows, int64_t columns) {
     p.row_tiles = static_cast<int>(divide_up(p.small.columns, rows));
     p.column_tiles = static_cast<int>(divide_up(p.large.columns, columns));
@@ -374,15 +383,14 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
     });
   };
   const cudaError_t error = dispatch_math(args.type, args.math, run);
-  if (error != cudaSuccess) return error;
-  const WeightReduceParams reduce{p.partial,        static_cast<int>(split.splits),
-                                  g.small_channels, g.large_channels,
-                                  args.grad_weight, WeightStrides(args.weight_layout, g.large_channels)};
-  const dim3 grid(static_cast<unsigned>(divide_up(g.small_channels * g.large_channels, kReduceThreads)));
+  if (error != cudaSuccess || in_place) return error;
+  const WeightReduceParams reduce =
+      weight_reduce_params(g, p.partial, split.splits, args.weight_layout, args.weight_type, args.grad_weight);
+  const dim3 grid(static_cast<unsigned>(divide_up(reduce.elements / 4 * reduce.lanes, kReduceThreads)));
   switch (args.weight_type) {
-    case DataType::float32: return launch(weight_reduce_kernel<float>, grid, kReduceThreads, 0, stream, reduce);
-    case DataType::bfloat16: return launch(weight_reduce_kernel<BFloat16>, grid, kReduceThreads, 0, stream, reduce);
-    case DataType::float16: return launch(weight_reduce_kernel<Half>, grid, kReduceThreads, 0, stream, reduce);
+    case DataType::float32: return launch(weight_reduce_kernel<float>, grid, kReduceThreads, kReduceSharedBytes, stream, reduce);
+    case DataType::bfloat16: return launch(weight_reduce_kernel<BFloat16>, grid, kReduceThreads, kReduceSharedBytes, stream, reduce);
+    case DataType::float16: return launch(weight_reduce_kernel<Half>, grid, kReduceThreads, kReduceSharedBytes, stream, reduce);
   }
   return cudaErrorInvalidValue;
 }
