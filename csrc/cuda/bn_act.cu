@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "activation.cuh"
+#include "reduce.cuh"
 
 namespace fastgan::cuda {
 namespace {
@@ -176,18 +177,6 @@ struct Coefficients {
   __device__ float operator[](int i) const { return values[kPlanar ? 0 : i]; }
 };
 
-// Calls f with the activation as a compile-time value: one branch for a batch, not one for every element.
-template <typename F>
-__device__ __forceinline__ void for_activation(Activation kind, const F& f) {
-  switch (kind) {
-    case Activation::relu: return f(std::integral_constant<Activation, Activation::relu>{});
-    case Activation::leaky_relu: return f(std::integral_constant<Activation, Activation::leaky_relu>{});
-    case Activation::tanh: return f(std::integral_constant<Activation, Activation::tanh>{});
-    case Activation::sigmoid: return f(std::integral_constant<Activation, Activation::sigmoid>{});
-    default: return f(std::integral_constant<Activation, Activation::identity>{});
-  }
-}
-
 struct Moments {
   float count, mean, m2;
 };
@@ -199,25 +188,6 @@ __device__ __forceinline__ Moments merge(Moments a, Moments b) {
   const float delta = b.mean - a.mean;
   const float share = b.count / count;
   return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
-}
-
-// Reduces every value over the row lanes of the block, for every channel lane, in a fixed tree; valid in row lane 0
-// afterwards. Shared memory: kCount values a thread, each slot written once and read once.
-template <typename Value, int kCount, typename Combine>
-__device__ __forceinline__ void reduce_rows(Value (&values)[kCount], int channel_lanes, const Combine& combine) {
-  Value* shared = static_cast<Value*>(shared_memory());
-  const int thread = static_cast<int>(threadIdx.x);
-  for (int step = kThreads / 2; step >= channel_lanes; step /= 2) {
-    if (thread >= step && thread < 2 * step) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) shared[i * kThreads + thread] = values[i];
-    }
-    block_barrier();
-    if (thread < step) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) values[i] = combine(values[i], shared[i * kThreads + thread + step]);
-    }
-  }
 }
 
 struct StatisticsParams {
@@ -273,7 +243,8 @@ __global__ void __launch_bounds__(kThreads) batch_statistics_kernel(StatisticsPa
     const float m2 = fmaf(-sums[i] * inverse, sums[i], squares[i]);
     moments[i] = {n, fmaf(sums[i], inverse, pivot[i]), m2 < 0.0f ? 0.0f : m2};
   }
-  reduce_rows(moments, t.channel_lanes, [](Moments a, Moments b) { return merge(a, b); });
+  reduce_rows<kThreads>(static_cast<Moments*>(shared_memory()), moments, t.channel_lanes,
+                        [](Moments a, Moments b) { return merge(a, b); });
   if (threadIdx.x >= static_cast<unsigned>(t.channel_lanes)) return;
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) {
@@ -322,8 +293,6 @@ struct BackwardParams {
   BnActBackwardArgs args;
 };
 
-__device__ __forceinline__ float add(float a, float b) { return a + b; }
-
 // Writes this block's sums per channel of kQuantities quantities, those whose array is not null. Element i of
 // quantity q is in sums[q * kSize + i].
 template <typename T, bool kPlanar, int kQuantities>
@@ -334,7 +303,7 @@ __device__ __forceinline__ void write_tile_sums(const Traversal& t, const Walk<T
   float totals[kQuantities * kChannels] = {};
 #pragma unroll
   for (int i = 0; i < kQuantities * kSize; ++i) totals[kPlanar ? i / kSize : i] += sums[i];
-  reduce_rows(totals, t.channel_lanes, add);
+  reduce_rows<kThreads>(static_cast<float*>(shared_memory()), totals, t.channel_lanes, Add{});
   if (threadIdx.x >= static_cast<unsigned>(t.channel_lanes)) return;
 #pragma unroll
   for (int q = 0; q < kQuantities; ++q) {

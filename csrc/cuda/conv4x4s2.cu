@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "conv4x4s2_gather.cuh"
+#include "conv4x4s2_pixel.cuh"
 #include "conv4x4s2_weight.cuh"
 #include "conv4x4s2_wgmma.cuh"
 
@@ -90,6 +91,12 @@ int gather_warpgroup_columns(const Conv4x4Args& args, const Product& product) {
   }
   const int64_t blocks = divide_up(product.rows, kWarpgroupRows) * divide_up(product.columns, 128) * product.phases;
   return product.columns <= 64 || blocks * 2 <= args.multiprocessors ? 64 : 128;
+}
+
+// Rows of a tile of sums, whichever kernel writes it.
+int64_t tile_rows(const Conv4x4Args& args, const Product& product) {
+  const bool large = gather_warpgroup_columns(args, product) != 0 || gather_uses_large_tile(args, product);
+  return large ? LargeTile::kRows : SmallTile::kRows;
 }
 
 bool aligned_prologue(const Conv4x4Prologue& p) {
@@ -263,11 +270,9 @@ cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs& args, cudaStream_t stre
 
 StatisticsTiles conv4x4s2_statistics_shape(const Conv4x4Args& args) {
   const Product product = product_of(args.geometry, args.direction);
-  const bool large = gather_warpgroup_columns(args, product) != 0 || gather_uses_large_tile(args, product);
-  const int64_t tile_rows = large ? LargeTile::kRows : SmallTile::kRows;
   StatisticsTiles tiles;
   tiles.rows_per_count = product.from_pixel ? kTaps : 1;
-  tiles.tiles = product.phases * divide_up(product.rows, tile_rows) * tiles.rows_per_count;
+  tiles.tiles = product.phases * divide_up(product.rows, tile_rows(args, product)) * tiles.rows_per_count;
   return tiles;
 }
 
@@ -276,6 +281,13 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
   if (!conv4x4s2_supported(g, args.direction)) return cudaErrorInvalidValue;
   const bool down = args.direction == Conv4x4Direction::down;
   const Product product = product_of(g, args.direction);
+  if (takes_pixel(args)) {
+    return dispatch_math(args.type, args.math, [&](auto math) {
+      using T = typename decltype(math)::Type;
+      if (down) return pixel_down_launch<T>(args, stream);
+      return pixel_up_launch<T>(args, padded_depth(product, args.type), tile_rows(args, product), stream);
+    });
+  }
   GatherParams p{};
   p.input = make_operand(args.input, args.prologue, down ? g.large_height : g.small_height,
                          down ? g.large_width : g.small_width, down ? g.large_channels : g.small_channels,
@@ -337,13 +349,18 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
 size_t conv4x4s2_weight_gradient_workspace_bytes(const Conv4x4WeightGradientArgs& args) {
   const Conv4x4Geometry& g = args.geometry;
   const Split split = split_of(args);
-  if (partial_is_gradient(args, split)) return 0;
+  if (takes_pixel(args) || partial_is_gradient(args, split)) return 0;
   return static_cast<size_t>(split.splits * g.small_channels * kTaps * g.large_channels) * sizeof(float);
 }
 
 cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& args, cudaStream_t stream) {
   const Conv4x4Geometry& g = args.geometry;
   if (!conv4x4s2_weight_gradient_supported(g)) return cudaErrorInvalidValue;
+  if (takes_pixel(args)) {
+    return dispatch_math(args.type, args.math, [&](auto math) {
+      return pixel_weight_gradient_launch<typename decltype(math)::Type>(args, stream);
+    });
+  }
   const Split split = split_of(args);
   WeightGradientParams p{};
   p.small =

@@ -5,6 +5,7 @@
 
 #include "conv4x4s2_operand.cuh"
 #include "conv4x4s2_tile.cuh"
+#include "reduce.cuh"
 
 namespace fastgan::cuda {
 
@@ -169,10 +170,6 @@ constexpr int kTransposedPair = 17;  // floats from one channel to the next in s
 constexpr size_t kReduceSharedBytes =
     kReduceThreads * sizeof(float4) + kReduceThreads / 4 * kTransposedPair * sizeof(float);
 
-__device__ __forceinline__ float4 add_four(float4 a, float4 b) {
-  return float4{a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
-}
-
 // A thread reads four neighbouring elements of every lanes-th split; the lanes' sums are added in a fixed tree.
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads) weight_reduce_kernel(WeightReduceParams p) {
@@ -190,7 +187,7 @@ __global__ void __launch_bounds__(kReduceThreads) weight_reduce_kernel(WeightRed
     offset = first + (k * (kTaps - 1) + vector / quads) * p.large_channels;
   }
 
-  float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+  float4 sums[1] = {{0.0f, 0.0f, 0.0f, 0.0f}};
   if (valid) {
     for (int split = lane; split < p.splits; split += kReduceBatch * p.lanes) {
       float4 values[kReduceBatch];
@@ -201,14 +198,11 @@ __global__ void __launch_bounds__(kReduceThreads) weight_reduce_kernel(WeightRed
                                  : float4{0.0f, 0.0f, 0.0f, 0.0f};
       }
 #pragma unroll
-      for (int u = 0; u < kReduceBatch; ++u) sum = add_four(sum, values[u]);
+      for (int u = 0; u < kReduceBatch; ++u) sums[0] = Add{}(sums[0], values[u]);
     }
   }
-  for (int step = kReduceThreads / 2; step >= vectors; step /= 2) {
-    if (thread >= step && thread < 2 * step) shared[thread] = sum;
-    block_barrier();
-    if (thread < step) sum = add_four(sum, shared[thread + step]);
-  }
+  reduce_rows<kReduceThreads>(shared, sums, vectors, Add{});
+  const float4 sum = sums[0];
 
   T* out = static_cast<T*>(p.grad_weight);
   if (p.order == ReduceOrder::transposed) {
