@@ -141,10 +141,15 @@ struct Batch {
   }
   // Zeros beyond the last row.
   __device__ void load(const T* p, Bytes16 (&bytes)[kBatch]) const {
+    if (aligned) {
 #pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      bytes[u].words = uint4{0, 0, 0, 0};
-      if (valid[u] > 0) bytes[u] = load_bytes(p + offsets[u], valid[u], aligned);
+      for (int u = 0; u < kBatch; ++u) {
+        bytes[u].words = uint4{0, 0, 0, 0};
+        if (valid[u] > 0) bytes[u] = load_bytes(p + offsets[u], valid[u], true);
+      }
+    } else {
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) bytes[u] = load_bytes(p + offsets[u], valid[u], false);
     }
   }
   __device__ void store(T* p, int u, const Vector<T>& vector) const {

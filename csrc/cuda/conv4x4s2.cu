@@ -114,6 +114,8 @@ WindowOperand make_operand(const void* x, const Conv4x4Prologue& prologue, int64
   o.log2_taps = log2_taps;
   o.columns = static_cast<int>(channels << (2 * log2_taps));
   o.aligned = channels % (16 / size_of(type)) == 0 && is_aligned16(x) && aligned_prologue(prologue);
+  o.halves = !o.aligned && prologue.kind == Conv4x4Prologue::Kind::none && channels * size_of(type) % 8 == 0 &&
+             reinterpret_cast<uintptr_t>(x) % 8 == 0;
   return o;
 }
 

@@ -108,7 +108,7 @@ constexpr int kPixelUpThreads = 256;
 constexpr int kPixelUpVectors = 16;  // side by side in a block; the rest of the threads share out the images
 
 template <typename T, int kChannels>
-__global__ void __launch_bounds__(kPixelUpThreads, 2) pixel_up_kernel(PixelUpParams p) {
+__global__ void __launch_bounds__(kPixelUpThreads, kChannels == 1 ? 2 : 1) pixel_up_kernel(PixelUpParams p) {
   using Kind = Conv4x4Epilogue::Kind;
   constexpr int kSize = Vector<T>::kSize, kLanes = kPixelUpThreads / kPixelUpVectors;
   const int thread = static_cast<int>(threadIdx.x), tile = static_cast<int>(blockIdx.x) / p.column_blocks;

@@ -435,6 +435,17 @@ int main(int argc, char** argv) {
     ++cases;
   }
 
+  // Channels in 8-byte pieces, nothing to do while loading: both tiles, one tap and several to a window.
+  for (const Case& c : {Case{pixel(33, 100, 8), bf16, exact, false, false}, Case{pixel(130, 20, 24), f16, exact, true, false},
+                        Case{halving(2, 7, 6, 12, 20), bf16, exact, false, false}, Case{pixel(9, 34, 6), f32, tf32, false, false},
+                        Case{pixel(9, 6, 10), f32, exact, false, false}}) {
+    if (cases == most) break;
+    check_direction(c, Conv4x4Direction::down, Prologue::none, Epilogue::store);
+    check_direction(c, Conv4x4Direction::up, Prologue::none, Epilogue::statistics);
+    check_weight_gradient(c, Prologue::none, Prologue::none);
+    ++cases;
+  }
+
   // What the kernels do not take must be refused, not computed wrongly.
   const auto expect_refused = [&](const char* what, bool supported) {
     if (supported) std::printf("FAILED %s is not refused\n", what), ++failures;
