@@ -1,10 +1,24 @@
 // The activations on the device: value, derivative from the pre-activation, derivative from the output.
 #pragma once
 
+#include <type_traits>
+
 #include "../activation.h"
 #include "device.cuh"
 
 namespace fastgan::cuda {
+
+// Calls f with the activation as a compile-time value: one branch for a batch, not one for every element.
+template <typename F>
+__device__ __forceinline__ void for_activation(Activation kind, const F& f) {
+  switch (kind) {
+    case Activation::relu: return f(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::leaky_relu: return f(std::integral_constant<Activation, Activation::leaky_relu>{});
+    case Activation::tanh: return f(std::integral_constant<Activation, Activation::tanh>{});
+    case Activation::sigmoid: return f(std::integral_constant<Activation, Activation::sigmoid>{});
+    default: return f(std::integral_constant<Activation, Activation::identity>{});
+  }
+}
 
 __device__ __forceinline__ float activate(Activation kind, float negative_slope, float z) {
   switch (kind) {

@@ -6,15 +6,22 @@
 #include "bn_act.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "activation.cuh"
+#include "reduce.cuh"
 
 namespace fastgan::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMergeChannels = 8;  // one 32-byte sector of a row of tiles
-constexpr int kMergeLanes = 32;
+constexpr int kMergeChannels = 8;       // one 32-byte sector of a row of tiles
+constexpr int kMergeGroups = 8;         // of lanes, added up before the groups are
+constexpr int kMostMergeLanes = 128;    // rows of tiles that a block reads at a time
+constexpr int kMergeBatch = 8;          // rows of tiles that a thread has in flight
+constexpr int kBatch = 4;               // vectors of a tensor that a thread has in flight
+constexpr int kMostChannelLanes = 8;    // side by side they read whole 128-byte lines
+constexpr int64_t kMostRows = 8;        // vectors a thread takes where nothing is summed
 constexpr int64_t kTargetTiles = 1024;  // several blocks for each of up to 148 multiprocessors
 constexpr int64_t kMinTileVectors = 2;  // vectors a thread handles at least, so that partial results stay few
 
@@ -43,12 +50,12 @@ int64_t tile_count(const BnActShape& shape) {
   return std::max<int64_t>(1, std::min(divide_up(kTargetTiles, columns), divide_up(values, per_tile_at_least)));
 }
 
-Traversal make_traversal(const BnActShape& shape, DataType type, bool pointers_aligned) {
+// `summed`: every block writes a tile's sums. Else blocks are as short as their per-channel coefficients allow.
+Traversal make_traversal(const BnActShape& shape, DataType type, bool pointers_aligned, bool summed) {
   const int size = vector_size(type);
   Traversal t{};
   t.channels = shape.channels;
   t.inner = shape.inner;
-  t.tiles = tile_count(shape);
   if (shape.inner > 1) {
     t.aligned = pointers_aligned && shape.inner % size == 0;
     t.inner_vectors = divide_up(shape.inner, size);
@@ -61,10 +68,18 @@ Traversal make_traversal(const BnActShape& shape, DataType type, bool pointers_a
     t.rows = shape.outer;
     const int64_t channel_vectors = divide_up(shape.channels, size);
     t.channel_lanes = 1;
-    while (t.channel_lanes < channel_vectors && t.channel_lanes < kWarpSize) t.channel_lanes *= 2;
+    while (t.channel_lanes < channel_vectors && t.channel_lanes < kMostChannelLanes) t.channel_lanes *= 2;
     t.channel_blocks = static_cast<int>(divide_up(channel_vectors, t.channel_lanes));
   }
-  t.rows_per_tile = divide_up(t.rows, t.tiles);
+  if (summed) {
+    t.tiles = tile_count(shape);
+    t.rows_per_tile = divide_up(t.rows, t.tiles);
+  } else {
+    const int64_t row_lanes = kThreads / t.channel_lanes;
+    const int64_t rows = t.rows * t.channel_blocks / (row_lanes * kTargetTiles);
+    t.rows_per_tile = row_lanes * std::clamp<int64_t>(rows, 1, kMostRows);
+    t.tiles = divide_up(t.rows, t.rows_per_tile);
+  }
   return t;
 }
 
@@ -108,15 +123,60 @@ struct Walk {
   }
 };
 
+// The vectors of a thread's next kBatch rows: all of them are under way before the first one is needed.
+template <typename T, bool kPlanar>
+struct Batch {
+  int64_t offsets[kBatch];
+  int valid[kBatch];  // elements a vector has; 0 beyond the last row
+  bool aligned;
+
+  __device__ Batch(const Traversal& t, const Walk<T, kPlanar>& walk, int64_t first_row) : aligned(t.aligned) {
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int64_t row = first_row + u * walk.row_step;
+      valid[u] = 0;
+      offsets[u] = 0;
+      if (row < walk.row_end) offsets[u] = walk.offset(t, row, valid[u]);
+    }
+  }
+  // Zeros beyond the last row.
+  __device__ void load(const T* p, Bytes16 (&bytes)[kBatch]) const {
+    if (aligned) {
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        bytes[u].words = uint4{0, 0, 0, 0};
+        if (valid[u] > 0) bytes[u] = load_bytes(p + offsets[u], valid[u], true);
+      }
+    } else {
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) bytes[u] = load_bytes(p + offsets[u], valid[u], false);
+    }
+  }
+  __device__ void store(T* p, int u, const Vector<T>& vector) const {
+    if (valid[u] > 0) store_vector(p + offsets[u], valid[u], aligned, vector);
+  }
+};
+
 // A per-channel array's entries for the channels of one vector.
 template <typename T, bool kPlanar>
 struct Coefficients {
-  float values[kPlanar ? 1 : Vector<T>::kSize];
+  static constexpr int kSize = kPlanar ? 1 : Vector<T>::kSize;
+  float values[kSize];
 
   __device__ Coefficients(const float* array, const Walk<T, kPlanar>& walk, float otherwise) {
+    const float* first = array + (array != nullptr ? walk.channel : 0);
+    if (!kPlanar && array != nullptr && walk.count == kSize && reinterpret_cast<uintptr_t>(first) % 16 == 0) {
 #pragma unroll
-    for (int i = 0; i < (kPlanar ? 1 : Vector<T>::kSize); ++i) {
-      values[i] = array != nullptr && i < walk.count ? array[walk.channel + i] : otherwise;
+      for (int i = 0; i + 3 < kSize; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(first + i);
+        values[i] = four.x;
+        values[i + 1] = four.y;
+        values[i + 2] = four.z;
+        values[i + 3] = four.w;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) values[i] = array != nullptr && i < walk.count ? first[i] : otherwise;
     }
   }
   __device__ float operator[](int i) const { return values[kPlanar ? 0 : i]; }
@@ -135,66 +195,68 @@ __device__ __forceinline__ Moments merge(Moments a, Moments b) {
   return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
 }
 
-// Reduces over the row lanes of the block, for every channel lane, in a fixed tree; valid in row lane 0 afterwards.
-template <typename Value, typename Combine>
-__device__ Value reduce_rows(Value value, int channel_lanes, const Combine& combine) {
-  Value* shared = static_cast<Value*>(shared_memory());
-  const int thread = static_cast<int>(threadIdx.x);
-  shared[thread] = value;
-  block_barrier();
-  for (int step = kThreads / 2; step >= channel_lanes; step /= 2) {
-    if (thread < step) shared[thread] = combine(shared[thread], shared[thread + step]);
-    block_barrier();
-  }
-  value = shared[thread];
-  block_barrier();
-  return value;
-}
-
 struct StatisticsParams {
   Traversal traversal;
   const void* input;
   StatisticsTiles tiles;
 };
 
+// A thread sums deviations from its first value and their squares. That value is among the squares, so that however
+// odd it is, the cancellation in m2 costs no more than a factor of the thread's number of rows.
 template <typename T, bool kPlanar>
 __global__ void __launch_bounds__(kThreads) batch_statistics_kernel(StatisticsParams p) {
-  constexpr int kSize = Vector<T>::kSize;
+  constexpr int kSize = Vector<T>::kSize, kChannels = kPlanar ? 1 : kSize;
   const Traversal& t = p.traversal;
   const Walk<T, kPlanar> walk(t);
   const T* input = static_cast<const T*>(p.input);
-  Moments moments[kSize];  // one a vector element; all of them are one channel's if kPlanar
+  float pivot[kChannels] = {}, sums[kSize] = {}, squares[kSize] = {};
+  int count = 0;  // values of a channel
+  for (int64_t row = walk.row; row < walk.row_end; row += kBatch * walk.row_step) {
+    const Batch<T, kPlanar> batch(t, walk, row);
+    Bytes16 bytes[kBatch];
+    batch.load(input, bytes);
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) moments[i] = {0.0f, 0.0f, 0.0f};
-  for (int64_t row = walk.row; row < walk.row_end; row += walk.row_step) {
-    int valid;
-    const int64_t offset = walk.offset(t, row, valid);
-    Vector<T> x;
-    load_vector(input + offset, valid, t.aligned, x);
+    for (int u = 0; u < kBatch; ++u) {
+      Vector<T> x;
+      unpack(bytes[u], x);
+      if (u == 0 && row == walk.row) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      if (i < valid) {  // Welford (1962)
-        Moments& m = moments[i];
-        const float delta = x.values[i] - m.mean;
-        m.count += 1.0f;
-        m.mean += delta * reciprocal(m.count);
-        m.m2 += delta * (x.values[i] - m.mean);
+        for (int i = 0; i < kChannels; ++i) pivot[i] = x.values[i];
       }
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        if (i < batch.valid[u]) {
+          const float deviation = x.values[i] - pivot[kPlanar ? 0 : i];
+          sums[i] += deviation;
+          squares[i] = fmaf(deviation, deviation, squares[i]);
+        }
+      }
+      count += kPlanar ? batch.valid[u] : batch.valid[u] > 0;
     }
   }
-  const auto combine = [](Moments a, Moments b) { return merge(a, b); };
   if constexpr (kPlanar) {
 #pragma unroll
-    for (int i = 1; i < kSize; ++i) moments[0] = merge(moments[0], moments[i]);
-  }
-#pragma unroll
-  for (int i = 0; i < (kPlanar ? 1 : kSize); ++i) {
-    const Moments m = reduce_rows(moments[i], t.channel_lanes, combine);
-    if (threadIdx.x < static_cast<unsigned>(t.channel_lanes) && i < walk.count) {
-      p.tiles.mean[walk.tile * t.channels + walk.channel + i] = m.mean;
-      p.tiles.m2[walk.tile * t.channels + walk.channel + i] = m.m2;
-      if (walk.channel + i == 0) p.tiles.count[walk.tile] = m.count;
+    for (int i = 1; i < kSize; ++i) {
+      sums[0] += sums[i];
+      squares[0] += squares[i];
     }
+  }
+  Moments moments[kChannels];
+  const float n = static_cast<float>(count), inverse = count > 0 ? 1.0f / n : 0.0f;
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) {
+    const float m2 = fmaf(-sums[i] * inverse, sums[i], squares[i]);
+    moments[i] = {n, fmaf(sums[i], inverse, pivot[i]), m2 < 0.0f ? 0.0f : m2};
+  }
+  reduce_rows<kThreads>(static_cast<Moments*>(shared_memory()), moments, t.channel_lanes,
+                        [](Moments a, Moments b) { return merge(a, b); });
+  if (threadIdx.x >= static_cast<unsigned>(t.channel_lanes)) return;
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) {
+    if (i >= walk.count) continue;
+    p.tiles.mean[walk.tile * t.channels + walk.channel + i] = moments[i].mean;
+    p.tiles.m2[walk.tile * t.channels + walk.channel + i] = moments[i].m2;
+    if (walk.channel + i == 0) p.tiles.count[walk.tile] = moments[i].count;
   }
 }
 
@@ -211,17 +273,23 @@ __global__ void __launch_bounds__(kThreads) scale_shift_act_kernel(ScaleShiftAct
   T* output = static_cast<T*>(p.args.output);
   const Coefficients<T, kPlanar> scale(p.args.scale, walk, 1.0f);
   const Coefficients<T, kPlanar> shift(p.args.shift, walk, 0.0f);
-  const ActivationSpec activation = p.args.activation;
-  for (int64_t row = walk.row; row < walk.row_end; row += walk.row_step) {
-    int valid;
-    const int64_t offset = walk.offset(t, row, valid);
-    Vector<T> x;
-    load_vector(input + offset, valid, t.aligned, x);
+  const float slope = p.args.activation.negative_slope;
+  for (int64_t row = walk.row; row < walk.row_end; row += kBatch * walk.row_step) {
+    const Batch<T, kPlanar> batch(t, walk, row);
+    Bytes16 bytes[kBatch];
+    batch.load(input, bytes);
+    for_activation(p.args.activation.kind, [&](auto kind) {
 #pragma unroll
-    for (int i = 0; i < Vector<T>::kSize; ++i) {
-      x.values[i] = activate(activation.kind, activation.negative_slope, fmaf(scale[i], x.values[i], shift[i]));
-    }
-    store_vector(output + offset, valid, t.aligned, x);
+      for (int u = 0; u < kBatch; ++u) {
+        Vector<T> x;
+        unpack(bytes[u], x);
+#pragma unroll
+        for (int i = 0; i < Vector<T>::kSize; ++i) {
+          x.values[i] = activate(kind.value, slope, fmaf(scale[i], x.values[i], shift[i]));
+        }
+        batch.store(output, u, x);
+      }
+    });
   }
 }
 
@@ -230,27 +298,30 @@ struct BackwardParams {
   BnActBackwardArgs args;
 };
 
-__device__ __forceinline__ float add(float a, float b) { return a + b; }
-
-// Writes this block's sums of one quantity per channel: sums[i] is element i's of this thread.
-template <typename T, bool kPlanar>
-__device__ void write_tile_sums(const Traversal& t, const Walk<T, kPlanar>& walk, float (&sums)[Vector<T>::kSize],
-                                float* tile_sums) {
-  if constexpr (kPlanar) {
+// Writes this block's sums per channel of kQuantities quantities, those whose array is not null. Element i of
+// quantity q is in sums[q * kSize + i].
+template <typename T, bool kPlanar, int kQuantities>
+__device__ __forceinline__ void write_tile_sums(const Traversal& t, const Walk<T, kPlanar>& walk,
+                                                const float (&sums)[kQuantities * Vector<T>::kSize],
+                                                float* const (&arrays)[kQuantities]) {
+  constexpr int kSize = Vector<T>::kSize, kChannels = kPlanar ? 1 : kSize;
+  float totals[kQuantities * kChannels] = {};
 #pragma unroll
-    for (int i = 1; i < Vector<T>::kSize; ++i) sums[0] += sums[i];
-  }
+  for (int i = 0; i < kQuantities * kSize; ++i) totals[kPlanar ? i / kSize : i] += sums[i];
+  reduce_rows<kThreads>(static_cast<float*>(shared_memory()), totals, t.channel_lanes, Add{});
+  if (threadIdx.x >= static_cast<unsigned>(t.channel_lanes)) return;
 #pragma unroll
-  for (int i = 0; i < (kPlanar ? 1 : Vector<T>::kSize); ++i) {
-    const float sum = reduce_rows(sums[i], t.channel_lanes, add);
-    if (threadIdx.x < static_cast<unsigned>(t.channel_lanes) && i < walk.count) {
-      tile_sums[walk.tile * t.channels + walk.channel + i] = sum;
+  for (int q = 0; q < kQuantities; ++q) {
+    if (arrays[q] == nullptr) continue;
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+      if (i < walk.count) arrays[q][walk.tile * t.channels + walk.channel + i] = totals[q * kChannels + i];
     }
   }
 }
 
 template <typename T, bool kPlanar>
-__global__ void __launch_bounds__(kThreads) bn_act_backward_reduce_kernel(BackwardParams p) {
+__global__ void __launch_bounds__(kThreads, 2) bn_act_backward_reduce_kernel(BackwardParams p) {
   constexpr int kSize = Vector<T>::kSize;
   const Traversal& t = p.traversal;
   const Walk<T, kPlanar> walk(t);
@@ -258,28 +329,34 @@ __global__ void __launch_bounds__(kThreads) bn_act_backward_reduce_kernel(Backwa
   const T* input = static_cast<const T*>(p.args.input);
   const Coefficients<T, kPlanar> scale(p.args.scale, walk, 1.0f), shift(p.args.shift, walk, 0.0f);
   const Coefficients<T, kPlanar> mean(p.args.mean, walk, 0.0f), invstd(p.args.invstd, walk, 1.0f);
-  const ActivationSpec activation = p.args.activation;
-  float sum_dz[kSize] = {}, sum_dz_xhat[kSize] = {};
-  for (int64_t row = walk.row; row < walk.row_end; row += walk.row_step) {
-    int valid;
-    const int64_t offset = walk.offset(t, row, valid);
-    Vector<T> g, y;
-    load_vector(grad_output + offset, valid, t.aligned, g);
-    load_vector(input + offset, valid, t.aligned, y);
+  const float slope = p.args.activation.negative_slope;
+  float sums[2 * kSize] = {};  // of dz, of dz * xhat
+  for (int64_t row = walk.row; row < walk.row_end; row += kBatch * walk.row_step) {
+    const Batch<T, kPlanar> batch(t, walk, row);
+    Bytes16 g_bytes[kBatch], y_bytes[kBatch];
+    batch.load(grad_output, g_bytes);
+    batch.load(input, y_bytes);
+    for_activation(p.args.activation.kind, [&](auto kind) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {  // elements beyond `valid` have gradient 0
-      const float z = fmaf(scale[i], y.values[i], shift[i]);
-      const float dz = g.values[i] * activation_derivative(activation.kind, activation.negative_slope, z);
-      sum_dz[i] += dz;
-      sum_dz_xhat[i] += dz * ((y.values[i] - mean[i]) * invstd[i]);
-    }
+      for (int u = 0; u < kBatch; ++u) {
+        Vector<T> g, y;
+        unpack(g_bytes[u], g);
+        unpack(y_bytes[u], y);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {  // what does not exist has gradient 0
+          const float z = fmaf(scale[i], y.values[i], shift[i]);
+          const float dz = g.values[i] * activation_derivative(kind.value, slope, z);
+          sums[i] += dz;
+          sums[kSize + i] += dz * ((y.values[i] - mean[i]) * invstd[i]);
+        }
+      }
+    });
   }
-  write_tile_sums(t, walk, sum_dz, p.args.tiles.sum_dz);
-  if (p.args.tiles.sum_dz_xhat != nullptr) write_tile_sums(t, walk, sum_dz_xhat, p.args.tiles.sum_dz_xhat);
+  write_tile_sums<T, kPlanar, 2>(t, walk, sums, {p.args.tiles.sum_dz, p.args.tiles.sum_dz_xhat});
 }
 
 template <typename T, bool kPlanar>
-__global__ void __launch_bounds__(kThreads) bn_act_backward_apply_kernel(BackwardParams p) {
+__global__ void __launch_bounds__(kThreads, 2) bn_act_backward_apply_kernel(BackwardParams p) {
   const Traversal& t = p.traversal;
   const Walk<T, kPlanar> walk(t);
   const T* grad_output = static_cast<const T*>(p.args.grad_output);
@@ -287,20 +364,27 @@ __global__ void __launch_bounds__(kThreads) bn_act_backward_apply_kernel(Backwar
   T* grad_input = static_cast<T*>(p.args.grad_input);
   const Coefficients<T, kPlanar> scale(p.args.scale, walk, 1.0f), shift(p.args.shift, walk, 0.0f);
   const Coefficients<T, kPlanar> a(p.args.a, walk, 1.0f), b(p.args.b, walk, 0.0f), c(p.args.c, walk, 0.0f);
-  const ActivationSpec activation = p.args.activation;
-  for (int64_t row = walk.row; row < walk.row_end; row += walk.row_step) {
-    int valid;
-    const int64_t offset = walk.offset(t, row, valid);
-    Vector<T> g, y;
-    load_vector(grad_output + offset, valid, t.aligned, g);
-    load_vector(input + offset, valid, t.aligned, y);
+  const float slope = p.args.activation.negative_slope;
+  for (int64_t row = walk.row; row < walk.row_end; row += kBatch * walk.row_step) {
+    const Batch<T, kPlanar> batch(t, walk, row);
+    Bytes16 g_bytes[kBatch], y_bytes[kBatch];
+    batch.load(grad_output, g_bytes);
+    batch.load(input, y_bytes);
+    for_activation(p.args.activation.kind, [&](auto kind) {
 #pragma unroll
-    for (int i = 0; i < Vector<T>::kSize; ++i) {
-      const float z = fmaf(scale[i], y.values[i], shift[i]);
-      const float dz = g.values[i] * activation_derivative(activation.kind, activation.negative_slope, z);
-      g.values[i] = fmaf(a[i], dz, fmaf(b[i], y.values[i], c[i]));
-    }
-    store_vector(grad_input + offset, valid, t.aligned, g);
+      for (int u = 0; u < kBatch; ++u) {
+        Vector<T> g, y;
+        unpack(g_bytes[u], g);
+        unpack(y_bytes[u], y);
+#pragma unroll
+        for (int i = 0; i < Vector<T>::kSize; ++i) {
+          const float z = fmaf(scale[i], y.values[i], shift[i]);
+          const float dz = g.values[i] * activation_derivative(kind.value, slope, z);
+          g.values[i] = fmaf(a[i], dz, fmaf(b[i], y.values[i], c[i]));
+        }
+        batch.store(grad_input, u, g);
+      }
+    });
   }
 }
 
@@ -310,45 +394,76 @@ struct ActBackwardParams {
 };
 
 template <typename T, bool kPlanar>
-__global__ void __launch_bounds__(kThreads) act_backward_kernel(ActBackwardParams p) {
+__global__ void __launch_bounds__(kThreads, 2) act_backward_kernel(ActBackwardParams p) {
   constexpr int kSize = Vector<T>::kSize;
   const Traversal& t = p.traversal;
   const Walk<T, kPlanar> walk(t);
   const T* grad_output = static_cast<const T*>(p.args.grad_output);
   const T* output = static_cast<const T*>(p.args.output);
   T* grad_input = static_cast<T*>(p.args.grad_input);
-  const ActivationSpec activation = p.args.activation;
+  const float slope = p.args.activation.negative_slope;
   float sum_dz[kSize] = {};
-  for (int64_t row = walk.row; row < walk.row_end; row += walk.row_step) {
-    int valid;
-    const int64_t offset = walk.offset(t, row, valid);
-    Vector<T> g, y;
-    load_vector(grad_output + offset, valid, t.aligned, g);
-    load_vector(output + offset, valid, t.aligned, y);
+  for (int64_t row = walk.row; row < walk.row_end; row += kBatch * walk.row_step) {
+    const Batch<T, kPlanar> batch(t, walk, row);
+    Bytes16 g_bytes[kBatch], y_bytes[kBatch];
+    batch.load(grad_output, g_bytes);
+    batch.load(output, y_bytes);
+    for_activation(p.args.activation.kind, [&](auto kind) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      g.values[i] *= activation_derivative_from_output(activation.kind, activation.negative_slope, y.values[i]);
-      sum_dz[i] += g.values[i];
-    }
-    store_vector(grad_input + offset, valid, t.aligned, g);
+      for (int u = 0; u < kBatch; ++u) {
+        Vector<T> g, y;
+        unpack(g_bytes[u], g);
+        unpack(y_bytes[u], y);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          g.values[i] *= activation_derivative_from_output(kind.value, slope, y.values[i]);
+          sum_dz[i] += g.values[i];
+        }
+        batch.store(grad_input, u, g);
+      }
+    });
   }
-  if (p.args.tiles.sum_dz != nullptr) write_tile_sums(t, walk, sum_dz, p.args.tiles.sum_dz);
+  if (p.args.tiles.sum_dz != nullptr) write_tile_sums<T, kPlanar, 1>(t, walk, sum_dz, {p.args.tiles.sum_dz});
 }
 
-// Sums over the tiles of `value(tile)` for kMergeChannels channels a block; the total is valid in every lane.
-template <typename F>
-__device__ double merge_tiles(int64_t tiles, const F& value) {
-  double* shared = static_cast<double*>(shared_memory());
-  const int column = static_cast<int>(threadIdx.x) % kMergeChannels;
-  const int lane = static_cast<int>(threadIdx.x) / kMergeChannels;
-  double sum = 0.0;
-  for (int64_t tile = lane; tile < tiles; tile += kMergeLanes) sum += value(tile);
-  shared[threadIdx.x] = sum;
+struct MergedSums {
+  double first, second;
+};
+
+// Sums over the tiles of two quantities for kMergeChannels channels a block, in an order that the number of lanes
+// fixes; valid in the first kMergeChannels threads. load(tile, values) reads what add(values, sums) needs: a thread
+// has kMergeBatch rows of tiles on their way at a time.
+template <int kValues, typename Load, typename Add>
+__device__ __forceinline__ MergedSums merge_tiles(int lanes, int tiles, const Load& load, const Add& add) {
+  MergedSums* shared = static_cast<MergedSums*>(shared_memory());
+  const int thread = static_cast<int>(threadIdx.x);
+  MergedSums sums{0.0, 0.0};
+  for (int first = thread / kMergeChannels; first < tiles; first += kMergeBatch * lanes) {
+    float values[kMergeBatch][kValues] = {};
+#pragma unroll
+    for (int u = 0; u < kMergeBatch; ++u) {
+      if (first + u * lanes < tiles) load(first + u * lanes, values[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kMergeBatch; ++u) add(values[u], sums);
+  }
+  shared[thread] = sums;
   block_barrier();
-  double total = 0.0;
-  for (int i = 0; i < kMergeLanes; ++i) total += shared[i * kMergeChannels + column];
+  const auto add_slots = [&](int slots, int step) {
+    sums = shared[thread];
+    for (int i = 1; i < slots; ++i) {
+      sums.first += shared[thread + i * step].first;
+      sums.second += shared[thread + i * step].second;
+    }
+  };
+  constexpr int kGroupThreads = kMergeChannels * kMergeGroups;
+  if (thread < kGroupThreads) {
+    add_slots(lanes / kMergeGroups, kGroupThreads);
+    shared[thread] = sums;
+  }
   block_barrier();
-  return total;
+  if (thread < kMergeChannels) add_slots(kMergeGroups, kMergeChannels);
+  return sums;
 }
 
 __device__ __forceinline__ void fold(const float* weight, const float* bias, int64_t channel, float mean, float invstd,
@@ -375,28 +490,39 @@ __global__ void __launch_bounds__(kThreads) batch_norm_fold_kernel(BatchNormFold
 struct MergeForwardParams {
   BatchNormForwardArgs args;
   double per_value;
+  FastDivisor rows_per_count;
+  int lanes;
 };
 
 struct MergeBackwardParams {
   BatchNormBackwardArgs args;
   double per_value;
+  int lanes;
 };
 
-__global__ void __launch_bounds__(kThreads) batch_norm_forward_kernel(MergeForwardParams params) {
+constexpr int kMergeThreads = kMergeChannels * kMostMergeLanes;
+
+// One pass: in float64, the sum of squares may cancel against the square of the sum.
+__global__ void __launch_bounds__(kMergeThreads) batch_norm_forward_kernel(MergeForwardParams params) {
   const BatchNormForwardArgs& p = params.args;
   const int64_t channel = int64_t{blockIdx.x} * kMergeChannels + threadIdx.x % kMergeChannels;
   const bool valid = channel < p.channels;
   const StatisticsTiles& t = p.tiles;
-  const auto count_of = [&](int64_t tile) { return double{t.count[tile / t.rows_per_count]}; };
-  const double mean =
-      merge_tiles(valid ? t.tiles : 0,
-                  [&](int64_t tile) { return count_of(tile) * double{t.mean[tile * p.channels + channel]}; }) *
-      params.per_value;
-  const double m2 = merge_tiles(valid ? t.tiles : 0, [&](int64_t tile) {
-    const double delta = double{t.mean[tile * p.channels + channel]} - mean;
-    return double{t.m2[tile * p.channels + channel]} + count_of(tile) * delta * delta;
-  });
+  const MergedSums sums = merge_tiles<3>(
+      params.lanes, valid ? static_cast<int>(t.tiles) : 0,
+      [&](int tile, float (&values)[3]) {
+        values[0] = t.count[params.rows_per_count.divide(tile)];
+        values[1] = t.mean[tile * p.channels + channel];
+        values[2] = t.m2[tile * p.channels + channel];
+      },
+      [](const float (&values)[3], MergedSums& to) {
+        const double mean = values[1], sum = double{values[0]} * mean;
+        to.first += sum;
+        to.second += double{values[2]} + sum * mean;
+      });
   if (!valid || threadIdx.x >= kMergeChannels) return;
+  const double mean = sums.first * params.per_value, difference = sums.second - sums.first * mean;
+  const double m2 = difference < 0.0 ? 0.0 : difference;
   write_batch_norm(p, channel, static_cast<float>(mean), static_cast<float>(m2 * params.per_value));
   if (p.running_mean != nullptr) {
     const float factor = p.batches_tracked != nullptr ? 1.0f / static_cast<float>(*p.batches_tracked) : p.momentum;
@@ -411,17 +537,23 @@ __global__ void __launch_bounds__(kThreads) batch_norm_inference_kernel(BatchNor
   if (channel < p.channels) write_batch_norm(p, channel, p.running_mean[channel], p.running_var[channel]);
 }
 
-__global__ void __launch_bounds__(kThreads) batch_norm_backward_kernel(MergeBackwardParams params) {
+__global__ void __launch_bounds__(kMergeThreads) batch_norm_backward_kernel(MergeBackwardParams params) {
   const BatchNormBackwardArgs& p = params.args;
   const int64_t channel = int64_t{blockIdx.x} * kMergeChannels + threadIdx.x % kMergeChannels;
   const bool valid = channel < p.channels;
   const GradientTiles& t = p.tiles;
-  const double sum_dz =
-      merge_tiles(valid ? t.tiles : 0, [&](int64_t tile) { return double{t.sum_dz[tile * p.channels + channel]}; });
-  const double sum_dz_xhat = merge_tiles(valid && t.sum_dz_xhat != nullptr ? t.tiles : 0, [&](int64_t tile) {
-    return double{t.sum_dz_xhat[tile * p.channels + channel]};
-  });
+  const MergedSums sums = merge_tiles<2>(
+      params.lanes, valid ? static_cast<int>(t.tiles) : 0,
+      [&](int tile, float (&values)[2]) {
+        values[0] = t.sum_dz[tile * p.channels + channel];
+        if (t.sum_dz_xhat != nullptr) values[1] = t.sum_dz_xhat[tile * p.channels + channel];
+      },
+      [](const float (&values)[2], MergedSums& to) {
+        to.first += double{values[0]};
+        to.second += double{values[1]};
+      });
   if (!valid || threadIdx.x >= kMergeChannels) return;
+  const double sum_dz = sums.first, sum_dz_xhat = sums.second;
   p.sum_dz[channel] = static_cast<float>(sum_dz);
   if (p.sum_dz_xhat != nullptr) p.sum_dz_xhat[channel] = static_cast<float>(sum_dz_xhat);
   if (p.a == nullptr) return;
@@ -457,26 +589,33 @@ dim3 merge_grid(int64_t channels) { return dim3(static_cast<unsigned>(divide_up(
 
 dim3 channel_grid(int64_t channels) { return dim3(static_cast<unsigned>(divide_up(channels, kThreads))); }
 
-constexpr size_t kMergeSharedBytes = kThreads * sizeof(double);
+// Threads beyond what the tiles need would only make the block's barriers longer.
+int merge_lanes(int64_t tiles) { return tiles <= kMostMergeLanes / 4 * kMergeBatch ? kMostMergeLanes / 4 : kMostMergeLanes; }
 
-static_assert(kMergeChannels * kMergeLanes == kThreads, "merge_tiles gives every thread one column and one lane");
+size_t merge_shared_bytes(int lanes) { return static_cast<size_t>(lanes * kMergeChannels) * sizeof(MergedSums); }
+
+// Of the kernels that write tiles of sums: `per_vector_element` of them for each of a thread's channels.
+size_t reduce_shared_bytes(const BnActShape& shape, DataType type, size_t per_vector_element) {
+  return kThreads * per_vector_element * static_cast<size_t>(shape.inner > 1 ? 1 : vector_size(type));
+}
 
 }  // namespace
 
 int64_t bn_act_tiles(const BnActShape& shape) { return tile_count(shape); }
 
 cudaError_t batch_statistics_launch(const BatchStatisticsArgs& args, cudaStream_t stream) {
-  const StatisticsParams params{make_traversal(args.shape, args.type, is_aligned16(args.input)), args.input,
+  const StatisticsParams params{make_traversal(args.shape, args.type, is_aligned16(args.input), true), args.input,
                                 args.tiles};
   return dispatch(args.type, args.shape, [&](auto zero, auto planar) {
     return launch(batch_statistics_kernel<decltype(zero), planar.value>, grid_of(params.traversal), kThreads,
-                  kThreads * sizeof(Moments), stream, params);
+                  reduce_shared_bytes(args.shape, args.type, sizeof(Moments)), stream, params);
   });
 }
 
 cudaError_t batch_norm_forward_launch(const BatchNormForwardArgs& args, cudaStream_t stream) {
-  return launch(batch_norm_forward_kernel, merge_grid(args.channels), kThreads, kMergeSharedBytes, stream,
-                MergeForwardParams{args, 1.0 / args.count});
+  const int lanes = merge_lanes(args.tiles.tiles);
+  return launch(batch_norm_forward_kernel, merge_grid(args.channels), lanes * kMergeChannels, merge_shared_bytes(lanes),
+                stream, MergeForwardParams{args, 1.0 / args.count, FastDivisor(args.tiles.rows_per_count), lanes});
 }
 
 cudaError_t batch_norm_inference_launch(const BatchNormForwardArgs& args, cudaStream_t stream) {
@@ -489,7 +628,7 @@ cudaError_t batch_norm_fold_launch(const BatchNormFoldArgs& args, cudaStream_t s
 
 cudaError_t scale_shift_act_launch(const ScaleShiftActArgs& args, cudaStream_t stream) {
   const bool aligned = is_aligned16(args.input) && is_aligned16(args.output);
-  const ScaleShiftActParams params{make_traversal(args.shape, args.type, aligned), args};
+  const ScaleShiftActParams params{make_traversal(args.shape, args.type, aligned, false), args};
   return dispatch(args.type, args.shape, [&](auto zero, auto planar) {
     return launch(scale_shift_act_kernel<decltype(zero), planar.value>, grid_of(params.traversal), kThreads, 0, stream,
                   params);
@@ -498,16 +637,16 @@ cudaError_t scale_shift_act_launch(const ScaleShiftActArgs& args, cudaStream_t s
 
 cudaError_t bn_act_backward_reduce_launch(const BnActBackwardArgs& args, cudaStream_t stream) {
   const bool aligned = is_aligned16(args.grad_output) && is_aligned16(args.input);
-  const BackwardParams params{make_traversal(args.shape, args.type, aligned), args};
+  const BackwardParams params{make_traversal(args.shape, args.type, aligned, true), args};
   return dispatch(args.type, args.shape, [&](auto zero, auto planar) {
     return launch(bn_act_backward_reduce_kernel<decltype(zero), planar.value>, grid_of(params.traversal), kThreads,
-                  kThreads * sizeof(float), stream, params);
+                  reduce_shared_bytes(args.shape, args.type, 2 * sizeof(float)), stream, params);
   });
 }
 
 cudaError_t bn_act_backward_apply_launch(const BnActBackwardArgs& args, cudaStream_t stream) {
   const bool aligned = is_aligned16(args.grad_output) && is_aligned16(args.input) && is_aligned16(args.grad_input);
-  const BackwardParams params{make_traversal(args.shape, args.type, aligned), args};
+  const BackwardParams params{make_traversal(args.shape, args.type, aligned, false), args};
   return dispatch(args.type, args.shape, [&](auto zero, auto planar) {
     return launch(bn_act_backward_apply_kernel<decltype(zero), planar.value>, grid_of(params.traversal), kThreads, 0,
                   stream, params);
@@ -515,16 +654,17 @@ cudaError_t bn_act_backward_apply_launch(const BnActBackwardArgs& args, cudaStre
 }
 
 cudaError_t batch_norm_backward_launch(const BatchNormBackwardArgs& args, cudaStream_t stream) {
-  return launch(batch_norm_backward_kernel, merge_grid(args.channels), kThreads, kMergeSharedBytes, stream,
-                MergeBackwardParams{args, 1.0 / args.count});
+  const int lanes = merge_lanes(args.tiles.tiles);
+  return launch(batch_norm_backward_kernel, merge_grid(args.channels), lanes * kMergeChannels,
+                merge_shared_bytes(lanes), stream, MergeBackwardParams{args, 1.0 / args.count, lanes});
 }
 
 cudaError_t act_backward_launch(const ActBackwardArgs& args, cudaStream_t stream) {
   const bool aligned = is_aligned16(args.grad_output) && is_aligned16(args.output) && is_aligned16(args.grad_input);
-  const ActBackwardParams params{make_traversal(args.shape, args.type, aligned), args};
+  const ActBackwardParams params{make_traversal(args.shape, args.type, aligned, args.tiles.sum_dz != nullptr), args};
   return dispatch(args.type, args.shape, [&](auto zero, auto planar) {
     return launch(act_backward_kernel<decltype(zero), planar.value>, grid_of(params.traversal), kThreads,
-                  kThreads * sizeof(float), stream, params);
+                  reduce_shared_bytes(args.shape, args.type, sizeof(float)), stream, params);
   });
 }
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "conv4x4s2_gather.cuh"
+#include "conv4x4s2_pixel.cuh"
 #include "conv4x4s2_weight.cuh"
 #include "conv4x4s2_hopper.cuh"
 
@@ -115,6 +116,12 @@ bool hopper_takes_weight_gradient(const Conv4x4WeightGradientArgs& args) {
 }
 #endif
 
+// Rows of a tile of sums, whichever kernel writes it.
+int64_t tile_rows(const Conv4x4Args& args, const Product& product) {
+  const bool large = hopper_gather_columns(args, product) != 0 || gather_uses_large_tile(args, product);
+  return large ? LargeTile::kRows : SmallTile::kRows;
+}
+
 bool aligned_prologue(const Conv4x4Prologue& p) {
   return is_aligned16(p.scale) && is_aligned16(p.shift) && is_aligned16(p.y) && is_aligned16(p.a) &&
          is_aligned16(p.b) && is_aligned16(p.c);
@@ -130,6 +137,8 @@ WindowOperand make_operand(const void* x, const Conv4x4Prologue& prologue, int64
   o.log2_taps = log2_taps;
   o.columns = static_cast<int>(channels << (2 * log2_taps));
   o.aligned = channels % (16 / size_of(type)) == 0 && is_aligned16(x) && aligned_prologue(prologue);
+  o.halves = !o.aligned && prologue.kind == Conv4x4Prologue::Kind::none && channels * size_of(type) % 8 == 0 &&
+             reinterpret_cast<uintptr_t>(x) % 8 == 0;
   return o;
 }
 
@@ -220,22 +229,22 @@ Split split_of(const Conv4x4WeightGradientArgs& args) {
 }
 
 #if defined(FASTGAN_HOPPER)
-// Whether all clusters of such a launch are on the device at once.
-template <typename Kernel>
-bool runs_at_once(Kernel kernel, int cluster_size, size_t shared_bytes, int64_t blocks) {
-  static const int most = [&] {
+// Blocks of a kernel that are on the device at once, in whole clusters. Asked once a kernel: of a machine's devices the first one counts.
+template <auto kKernel, int kClusterSize, size_t kSharedBytes>
+int64_t blocks_at_once() {
+  static const int most = [] {
     cudaLaunchConfig_t config{};
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(cluster_size);
+    attribute.val.clusterDim.x = kClusterSize;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.gridDim = dim3(static_cast<unsigned>(cluster_size)), config.blockDim = dim3(256);
-    config.dynamicSmemBytes = shared_bytes, config.attrs = &attribute, config.numAttrs = 1;
+    config.gridDim = dim3(kClusterSize), config.blockDim = dim3(256);
+    config.dynamicSmemBytes = kSharedBytes, config.attrs = &attribute, config.numAttrs = 1;
     int clusters = 0;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    return cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess ? clusters * cluster_size : 0;
+    cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
+    return cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) == cudaSuccess ? clusters * kClusterSize : 0;
   }();
-  return blocks <= most;
+  return most;
 }
 
 template <typename T>
@@ -274,9 +283,9 @@ cudaError_t choose_gather_stages(GatherBoxParams& params, const Conv4x4Args& arg
     return start_gather_box<M, 256, 4, 1, Cluster>(params, args, product, grid, stream);
   } else {
     constexpr int kDeep = kColumns == 64 ? 8 : 6, kShallow = kDeep / 2;
-    const bool alone = runs_at_once(gather_box_kernel<M, kColumns, kDeep, 1, Cluster>, Cluster::kSize,
-                                    GatherPipeline<kColumns, kDeep, Cluster>::shared_bytes(), int64_t{grid.x} * grid.z);
-    return alone ? start_gather_box<M, kColumns, kDeep, 1, Cluster>(params, args, product, grid, stream)
+    const int64_t at_once = blocks_at_once<gather_box_kernel<M, kColumns, kDeep, 1, Cluster>, Cluster::kSize,
+                                           GatherPipeline<kColumns, kDeep, Cluster>::shared_bytes()>();
+    return int64_t{grid.x} * grid.z <= at_once ? start_gather_box<M, kColumns, kDeep, 1, Cluster>(params, args, product, grid, stream)
                  : start_gather_box<M, kColumns, kShallow, 2, Cluster>(params, args, product, grid, stream);
   }
 }
@@ -312,6 +321,13 @@ cudaError_t launch_weight_gradient_box(const Conv4x4WeightGradientArgs& args, co
   return gradient.row_tiles % 2 == 0 ? start(Tag<Cluster<2, 2>>{}) : start(Tag<Cluster<1, 2>>{});
 }
 #endif
+
+
+// One partial result in the gradient's own order and type is the gradient.
+bool partial_is_gradient(const Conv4x4WeightGradientArgs& args, const Split& split) {
+  return split.splits == 1 && args.weight_type == DataType::float32 &&
+         args.weight_layout == Conv4x4WeightLayout::channels_last;
+}
 
 bool indices_fit(const Conv4x4Geometry& g) {
   const int64_t pixels = g.batch * (g.large_height + 1) * (g.large_width + 1);
@@ -366,11 +382,9 @@ cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs& args, cudaStream_t stre
 
 StatisticsTiles conv4x4s2_statistics_shape(const Conv4x4Args& args) {
   const Product product = product_of(args.geometry, args.direction);
-  const bool large = hopper_gather_columns(args, product) != 0 || gather_uses_large_tile(args, product);
-  const int64_t tile_rows = large ? LargeTile::kRows : SmallTile::kRows;
   StatisticsTiles tiles;
   tiles.rows_per_count = product.from_pixel ? kTaps : 1;
-  tiles.tiles = product.phases * divide_up(product.rows, tile_rows) * tiles.rows_per_count;
+  tiles.tiles = product.phases * divide_up(product.rows, tile_rows(args, product)) * tiles.rows_per_count;
   return tiles;
 }
 
@@ -379,6 +393,13 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
   if (!conv4x4s2_supported(g, args.direction)) return cudaErrorInvalidValue;
   const bool down = args.direction == Conv4x4Direction::down;
   const Product product = product_of(g, args.direction);
+  if (takes_pixel(args)) {
+    return dispatch_math(args.type, args.math, [&](auto math) {
+      using T = typename decltype(math)::Type;
+      if (down) return pixel_down_launch<T>(args, stream);
+      return pixel_up_launch<T>(args, padded_depth(product, args.type), tile_rows(args, product), stream);
+    });
+  }
   GatherParams p{};
   p.input = make_operand(args.input, args.prologue, down ? g.large_height : g.small_height,
                          down ? g.large_width : g.small_width, down ? g.large_channels : g.small_channels,
@@ -438,12 +459,19 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
 
 size_t conv4x4s2_weight_gradient_workspace_bytes(const Conv4x4WeightGradientArgs& args) {
   const Conv4x4Geometry& g = args.geometry;
-  return static_cast<size_t>(split_of(args).splits * g.small_channels * kTaps * g.large_channels) * sizeof(float);
+  const Split split = split_of(args);
+  if (takes_pixel(args) || partial_is_gradient(args, split)) return 0;
+  return static_cast<size_t>(split.splits * g.small_channels * kTaps * g.large_channels) * sizeof(float);
 }
 
 cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& args, cudaStream_t stream) {
   const Conv4x4Geometry& g = args.geometry;
   if (!conv4x4s2_weight_gradient_supported(g)) return cudaErrorInvalidValue;
+  if (takes_pixel(args)) {
+    return dispatch_math(args.type, args.math, [&](auto math) {
+      return pixel_weight_gradient_launch<typename decltype(math)::Type>(args, stream);
+    });
+  }
   const Split split = split_of(args);
   WeightGradientParams p{};
   p.small =
@@ -459,7 +487,8 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
   p.grid_width = static_cast<int>(g.small_width);
   p.window_step = g.stride;
   p.window_origin = g.stride == 2 ? -1 : 0;
-  p.partial = static_cast<float*>(args.workspace);
+  const bool in_place = partial_is_gradient(args, split);
+  p.partial = static_cast<float*>(in_place ? args.grad_weight : args.workspace);
   const auto set_tiles = [&](int64_t rows, int64_t columns) {
     p.row_tiles = static_cast<int>(divide_up(p.small.columns, rows));
     p.column_tiles = static_cast<int>(divide_up(p.large.columns, columns));
@@ -481,15 +510,14 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
     });
   };
   const cudaError_t error = dispatch_math(args.type, args.math, run);
-  if (error != cudaSuccess) return error;
-  const WeightReduceParams reduce{p.partial,        static_cast<int>(split.splits),
-                                  g.small_channels, g.large_channels,
-                                  args.grad_weight, WeightStrides(args.weight_layout, g.large_channels)};
-  const dim3 grid(static_cast<unsigned>(divide_up(g.small_channels * g.large_channels, kReduceThreads)));
+  if (error != cudaSuccess || in_place) return error;
+  const WeightReduceParams reduce =
+      weight_reduce_params(g, p.partial, split.splits, args.weight_layout, args.weight_type, args.grad_weight);
+  const dim3 grid(static_cast<unsigned>(divide_up(reduce.elements / 4 * reduce.lanes, kReduceThreads)));
   switch (args.weight_type) {
-    case DataType::float32: return launch(weight_reduce_kernel<float>, grid, kReduceThreads, 0, stream, reduce);
-    case DataType::bfloat16: return launch(weight_reduce_kernel<BFloat16>, grid, kReduceThreads, 0, stream, reduce);
-    case DataType::float16: return launch(weight_reduce_kernel<Half>, grid, kReduceThreads, 0, stream, reduce);
+    case DataType::float32: return launch(weight_reduce_kernel<float>, grid, kReduceThreads, kReduceSharedBytes, stream, reduce);
+    case DataType::bfloat16: return launch(weight_reduce_kernel<BFloat16>, grid, kReduceThreads, kReduceSharedBytes, stream, reduce);
+    case DataType::float16: return launch(weight_reduce_kernel<Half>, grid, kReduceThreads, kReduceSharedBytes, stream, reduce);
   }
   return cudaErrorInvalidValue;
 }

@@ -17,6 +17,7 @@ struct WindowOperand {
   int log2_taps;  // taps on a side: 1, 2 or 4
   int columns;    // taps * taps * channels
   bool aligned;   // 16-byte accesses of one pixel's channels are possible
+  bool halves;    // else: 8-byte ones are, and there is no prologue (100 latent numbers of 16 bits)
 };
 
 // Where a row of the summed or of the output dimension looks: an image and a window's first pixel.
@@ -26,7 +27,8 @@ struct Window {
   bool valid;
 };
 
-// One 16-byte piece of a window as it comes from memory, all of it or nothing (aligned operands only).
+// One 16-byte piece of a window as it comes from memory: all of it or nothing, or halves with zeros where there is
+// nothing.
 struct Fetched {
   Bytes16 x, y;
   bool valid;
@@ -44,8 +46,19 @@ __device__ __forceinline__ int64_t window_offset(const WindowOperand& o, const W
 
 template <typename T>
 __device__ __forceinline__ void fetch(const WindowOperand& o, const Window& window, int j, Fetched& fetched) {
-  if (!o.aligned) return;  // read when it is stored, element by element
   int channel;
+  if (!o.aligned) {
+    if (!o.halves) return;  // read when it is stored, element by element
+    uint2 halves[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t offset = window_offset(o, window, j + h * Vector<T>::kSize / 2, channel);
+      halves[h] = offset >= 0 ? *reinterpret_cast<const uint2*>(static_cast<const T*>(o.x) + offset) : uint2{0, 0};
+    }
+    fetched.x.words = uint4{halves[0].x, halves[0].y, halves[1].x, halves[1].y};
+    fetched.valid = true;
+    return;
+  }
   const int64_t offset = window_offset(o, window, j, channel);
   fetched.valid = offset >= 0;
   if (fetched.valid) {
@@ -130,13 +143,13 @@ __device__ __forceinline__ float load_element(const WindowOperand& o, const Wind
   return x;
 }
 
-// Puts columns j, j + 1, ... of a window into 16 bytes of shared memory. Operands whose channels do not come in
-// 16-byte pieces (pictures of 1 or 3 channels) go element by element: their convolutions are small.
+// Puts columns j, j + 1, ... of a window into 16 bytes of shared memory. Operands whose channels come in neither
+// 16-byte nor 8-byte pieces (pictures of 1 or 3 channels) go element by element: their convolutions are small.
 template <typename Math>
 __device__ __forceinline__ void store_piece(const WindowOperand& o, const Window& window, const Fetched& fetched, int j,
                                             char* shared) {
   using T = typename Math::Type;
-  if (o.aligned) {
+  if (o.aligned || o.halves) {
     *reinterpret_cast<uint4*>(shared) = transform<Math>(o, fetched, j);
   } else {
 #pragma unroll 4

@@ -5,6 +5,7 @@
 
 #include "conv4x4s2_operand.cuh"
 #include "conv4x4s2_tile.cuh"
+#include "reduce.cuh"
 
 namespace fastgan::cuda {
 
@@ -126,33 +127,131 @@ struct WeightStrides {
         tap(layout == Conv4x4WeightLayout::contiguous ? 1 : large_channels) {}
 };
 
+// Four float32 elements of a weight's gradient, in one access if the address allows it.
+template <typename T>
+__device__ __forceinline__ void store_four(T* p, bool aligned, float4 values) {
+  struct alignas(4 * sizeof(T)) Four {
+    T elements[4];
+  } four;
+  from_float(values.x, four.elements[0]);
+  from_float(values.y, four.elements[1]);
+  from_float(values.z, four.elements[2]);
+  from_float(values.w, four.elements[3]);
+  if (aligned) {
+    *reinterpret_cast<Four*>(p) = four;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) p[i] = four.elements[i];
+  }
+}
+
+// How the reduction writes what it reads in the partial results' order [small_channels, 16, large_channels].
+enum class ReduceOrder : int {
+  as_read = 0,  // channels_last
+  transposed,   // contiguous, channels in fours: 16 taps of some channels pass through shared memory
+  scattered,    // contiguous, any number of channels: few, as a rule, and then so are the elements
+};
+
 struct WeightReduceParams {
   const float* partial;  // [splits, small_channels, 16, large_channels]
   int splits;
-  int64_t small_channels, large_channels;
+  int lanes;         // threads of a block that share an element's splits: a power of two, up to 16
+  int64_t elements;  // of one partial result
+  int64_t large_channels;
+  FastDivisor channels, vectors_per_row;  // transposed: fours of channels; scattered: channels, fours of 16 * channels
+  ReduceOrder order;
   void* grad_weight;
-  WeightStrides strides;
+  bool aligned;  // four elements of the gradient are one access
 };
 
-constexpr int kReduceThreads = 128;
+constexpr int kReduceThreads = 256;
+constexpr int kReduceBatch = 8;      // loads that a thread has in flight
+constexpr int kTransposedPair = 17;  // floats from one channel to the next in shared memory: 16 taps, and no bank twice
+constexpr size_t kReduceSharedBytes =
+    kReduceThreads * sizeof(float4) + kReduceThreads / 4 * kTransposedPair * sizeof(float);
 
-// A thread reads its pair of channels tap by tap, neighbours side by side.
+// A thread reads four neighbouring elements of every lanes-th split; the lanes' sums are added in a fixed tree.
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads) weight_reduce_kernel(WeightReduceParams p) {
-  const int64_t pair = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x;
-  const int64_t pairs = p.small_channels * p.large_channels;
-  if (pair >= pairs) return;
-  const int64_t k = pair / p.large_channels, c = pair - k * p.large_channels;
-  T* out = static_cast<T*>(p.grad_weight) + k * kTaps * p.large_channels + c * p.strides.channel;
-  float sums[kTaps] = {};
-  for (int split = 0; split < p.splits; ++split) {
+  float4* shared = static_cast<float4*>(shared_memory());
+  const int thread = static_cast<int>(threadIdx.x);
+  const int vectors = kReduceThreads / p.lanes;
+  const int vector = thread & (vectors - 1), lane = thread / vectors;
+  const int quads = vectors / kTaps, quad = vector & (quads - 1);  // transposed: fours of channels a block has
+  int64_t offset = (int64_t{blockIdx.x} * vectors + vector) * 4;
+  bool valid = offset < p.elements;
+  if (p.order == ReduceOrder::transposed) {
+    const int64_t first = (int64_t{blockIdx.x} * quads + quad) * 4;  // k * large_channels + c
+    valid = first * kTaps < p.elements;
+    const int64_t k = p.channels.divide(static_cast<int>(first / 4));
+    offset = first + (k * (kTaps - 1) + vector / quads) * p.large_channels;
+  }
+
+  float4 sums[1] = {{0.0f, 0.0f, 0.0f, 0.0f}};
+  if (valid) {
+    for (int split = lane; split < p.splits; split += kReduceBatch * p.lanes) {
+      float4 values[kReduceBatch];
 #pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap) {
-      sums[tap] += p.partial[(split * p.small_channels + k) * kTaps * p.large_channels + tap * p.large_channels + c];
+      for (int u = 0; u < kReduceBatch; ++u) {
+        const int s = split + u * p.lanes;
+        values[u] = s < p.splits ? *reinterpret_cast<const float4*>(p.partial + s * p.elements + offset)
+                                 : float4{0.0f, 0.0f, 0.0f, 0.0f};
+      }
+#pragma unroll
+      for (int u = 0; u < kReduceBatch; ++u) sums[0] = Add{}(sums[0], values[u]);
     }
   }
+  reduce_rows<kReduceThreads>(shared, sums, vectors, Add{});
+  const float4 sum = sums[0];
+
+  T* out = static_cast<T*>(p.grad_weight);
+  if (p.order == ReduceOrder::transposed) {
+    float* taps = reinterpret_cast<float*>(shared + kReduceThreads);
+    if (lane == 0) {
+      float* first = taps + quad * 4 * kTransposedPair + vector / quads;
+      first[0] = sum.x;
+      first[kTransposedPair] = sum.y;
+      first[2 * kTransposedPair] = sum.z;
+      first[3 * kTransposedPair] = sum.w;
+    }
+    block_barrier();
+    const int64_t index = (int64_t{blockIdx.x} * vectors + thread) * 4;
+    if (thread >= vectors || index >= p.elements) return;
+    const float* four = taps + thread / 4 * kTransposedPair + thread % 4 * 4;
+    store_four(out + index, p.aligned, float4{four[0], four[1], four[2], four[3]});
+  } else if (lane == 0 && valid) {
+    if (p.order == ReduceOrder::as_read) return store_four(out + offset, p.aligned, sum);
+    const int64_t k = p.vectors_per_row.divide(static_cast<int>(offset / 4));
+    const int first = static_cast<int>(offset - k * kTaps * p.large_channels);
+    const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-  for (int tap = 0; tap < kTaps; ++tap) from_float(sums[tap], out[tap * p.strides.tap]);
+    for (int i = 0; i < 4; ++i) {
+      const int tap = p.channels.divide(first + i);
+      const int64_t c = first + i - tap * p.large_channels;
+      from_float(values[i], out[(k * p.large_channels + c) * kTaps + tap]);
+    }
+  }
+}
+
+// The reduction of `splits` partial results, with enough threads to keep the memory busy.
+inline WeightReduceParams weight_reduce_params(const Conv4x4Geometry& g, const float* partial, int64_t splits,
+                                               Conv4x4WeightLayout layout, DataType type, void* grad_weight) {
+  constexpr int64_t kThreadsWanted = 128 * 1024, kSplitsPerLane = 4;
+  WeightReduceParams p{};
+  p.partial = partial;
+  p.splits = static_cast<int>(splits);
+  p.elements = g.small_channels * kTaps * g.large_channels;
+  p.lanes = 1;
+  while (p.lanes < 16 && p.elements / 4 * p.lanes < kThreadsWanted && p.lanes * kSplitsPerLane < splits) p.lanes *= 2;
+  p.large_channels = g.large_channels;
+  p.order = layout == Conv4x4WeightLayout::channels_last ? ReduceOrder::as_read
+            : g.large_channels % 4 == 0                  ? ReduceOrder::transposed
+                                                         : ReduceOrder::scattered;
+  p.channels = FastDivisor(p.order == ReduceOrder::transposed ? g.large_channels / 4 : g.large_channels);
+  p.vectors_per_row = FastDivisor(4 * g.large_channels);
+  p.grad_weight = grad_weight;
+  p.aligned = reinterpret_cast<uintptr_t>(grad_weight) % (4 * size_of(type)) == 0;
+  return p;
 }
 
 }  // namespace fastgan::cuda

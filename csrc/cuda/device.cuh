@@ -226,15 +226,15 @@ __device__ __forceinline__ Bytes16 pack(const Vector<T>& vector) {
 
 // The first `count` elements at p (one 16-byte access if `aligned`, and then count is the whole vector); 0 beyond.
 template <typename T>
-__device__ __forceinline__ void load_vector(const T* p, int count, bool aligned, Vector<T>& vector) {
+__device__ __forceinline__ Bytes16 load_bytes(const T* p, int count, bool aligned) {
+  Bytes16 bytes;
   if (aligned) {
-    Bytes16 bytes;
     bytes.words = *reinterpret_cast<const uint4*>(p);
-    unpack(bytes, vector);
   } else {
 #pragma unroll
-    for (int i = 0; i < Vector<T>::kSize; ++i) vector.values[i] = i < count ? to_float(p[i]) : 0.0f;
+    for (int i = 0; i < Vector<T>::kSize; ++i) bytes.elements(T{})[i] = i < count ? p[i] : T{};
   }
+  return bytes;
 }
 
 template <typename T>

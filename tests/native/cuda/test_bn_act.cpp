@@ -202,6 +202,53 @@ void inference_case(const Case& c) {
   expect_close(c.name() + " activation bias grad", vector(4), sums, 3e-5);
 }
 
+// The merging kernels alone, on tiles as convolutions write them: more of them than a block reads at a time, and
+// several to a count.
+void merge_case(int64_t tiles, int64_t rows_per_count, int64_t channels, double mean) {
+  const std::string name = "merge of " + std::to_string(tiles) + " tiles, " + std::to_string(rows_per_count) +
+                           " to a count, " + std::to_string(channels) + " channels";
+  const Values means = random_values(tiles * channels, DataType::float32, mean);
+  Values m2 = random_values(tiles * channels, DataType::float32, 30.0), counts(tiles / rows_per_count);
+  double n = 0;
+  for (double& count : counts) n += (count = static_cast<double>(random_integer(0, 64))) * rows_per_count;
+  std::vector<Buffer> outputs;
+  under_every_schedule(name, [&] {
+    Buffer first(DataType::float32, means), second(DataType::float32, m2), count(DataType::float32, counts);
+    Buffer forward_out(DataType::float32, 4 * channels), backward_out(DataType::float32, 2 * channels);
+    BatchNormForwardArgs forward;
+    forward.channels = channels, forward.count = n;
+    forward.tiles = {tiles, rows_per_count, first.floats(), second.floats(), count.floats()};
+    forward.mean = forward_out.floats(), forward.invstd = forward_out.floats() + channels;
+    forward.scale = forward_out.floats() + 2 * channels, forward.shift = forward_out.floats() + 3 * channels;
+    expect_success(name, batch_norm_forward_launch(forward, nullptr));
+    BatchNormBackwardArgs backward;
+    backward.channels = channels, backward.tiles = {tiles, first.floats(), second.floats()};
+    backward.sum_dz = backward_out.floats(), backward.sum_dz_xhat = backward_out.floats() + channels;
+    expect_success(name, batch_norm_backward_launch(backward, nullptr));
+    outputs = {forward_out, backward_out};
+    return outputs;
+  });
+  Values want(2 * channels), want_sums(2 * channels), square(channels);
+  for (int64_t i = 0; i < tiles * channels; ++i) {
+    want[i % channels] += counts[i / channels / rows_per_count] * means[i] / n;
+    want_sums[i % channels] += means[i];
+    want_sums[channels + i % channels] += m2[i];
+  }
+  for (int64_t i = 0; i < tiles * channels; ++i) {
+    const double deviation = means[i] - want[i % channels];
+    square[i % channels] += m2[i] + counts[i / channels / rows_per_count] * deviation * deviation;
+  }
+  for (int64_t k = 0; k < channels; ++k) want[channels + k] = 1 / std::sqrt(square[k] / n + double{1e-5f});
+  const Values got = outputs[0].values(), got_sums = outputs[1].values();
+  const auto half = [&](const Values& values, int i) {
+    return Values(values.begin() + i * channels, values.begin() + (i + 1) * channels);
+  };
+  for (int i = 0; i < 2; ++i) {
+    expect_close(name + (i == 0 ? " mean" : " invstd"), half(got, i), half(want, i), 1e-6);
+    expect_close(name + (i == 0 ? " sum dz" : " sum dz xhat"), half(got_sums, i), half(want_sums, i), 1e-6);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -232,5 +279,12 @@ int main(int argc, char** argv) {
     c.misaligned = random_integer(0, 3) == 0;
     run(c);
   }
+  // Several batches of rows a thread, summed and not.
+  run({{40000, 3, 1}, DataType::bfloat16, relu, false, 0.0});
+  run({{2100, 72, 1}, DataType::float32, {Activation::leaky_relu, 0.2f}, false, 3.0});
+  run({{4, 2, 9000}, DataType::bfloat16, relu, false, 0.0});
+  merge_case(16, 16, 5, 0.0);
+  merge_case(1000, 1, 20, 1000.0);  // |mean| >> deviation
+  merge_case(4160, 16, 8, 1.0);
   return report("bn_act: statistics, merge, apply, backward reduce, merge, apply, inference, act backward", cases);
 }

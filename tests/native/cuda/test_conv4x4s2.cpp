@@ -2,6 +2,8 @@
 // float64 loops: odd channel counts, odd grids, all storage types, both tiles, misaligned pointers.
 #include "../../../csrc/cuda/conv4x4s2.h"
 
+#include <optional>
+
 #include "testing.h"
 
 using namespace fastgan;
@@ -285,14 +287,16 @@ void check_direction(const Case& c, Conv4x4Direction direction, Prologue prologu
   }
 }
 
-void check_weight_gradient(const Case& c, Prologue small_kind, Prologue large_kind) {
+void check_weight_gradient(const Case& c, Prologue small_kind, Prologue large_kind,
+                           std::optional<DataType> wanted_type = {},
+                           std::optional<Conv4x4WeightLayout> wanted_layout = {}) {
   const std::string name = c.name() + " weight gradient, prologues " + std::to_string(static_cast<int>(small_kind)) +
                            " " + std::to_string(static_cast<int>(large_kind));
   const Values small = random_values(c.small_size(), c.type), large = random_values(c.large_size(), c.type);
   const PrologueCase small_prologue = PrologueCase::random(small_kind, c.g.small_channels, c.small_size(), c.type);
   const PrologueCase large_prologue = PrologueCase::random(large_kind, c.g.large_channels, c.large_size(), c.type);
-  const DataType weight_type = random_integer(0, 1) == 0 ? DataType::float32 : c.type;
-  const Conv4x4WeightLayout layout = random_choice(kLayouts);
+  const DataType weight_type = wanted_type.value_or(random_integer(0, 1) == 0 ? DataType::float32 : c.type);
+  const Conv4x4WeightLayout layout = wanted_layout.value_or(random_choice(kLayouts));
   std::vector<Buffer> outputs;
   under_every_schedule(name, [&] {
     Buffer small_buffer(c.type, small, c.misaligned), large_buffer(c.type, large, c.misaligned);
@@ -403,6 +407,47 @@ int main(int argc, char** argv) {
       check_direction(c, Conv4x4Direction::down, Prologue::none, epilogue);
       check_direction(c, Conv4x4Direction::up, Prologue::none, epilogue);
     }
+    check_weight_gradient(c, Prologue::none, Prologue::none);
+    ++cases;
+  }
+
+  // One pixel of up to four channels: kernels of their own, in both tiles of images; what they do not take (a large side
+  // that is misaligned or has odd channels, the other epilogues) goes the generic way.
+  for (const Case& c :
+       {Case{pixel(70, 1, 16), bf16, exact, false, false}, Case{pixel(131, 1, 72), f16, exact, true, false},
+        Case{pixel(5, 3, 8), bf16, exact, false, false}, Case{pixel(300, 4, 8), f32, tf32, false, false},
+        Case{pixel(9, 2, 132), f32, exact, false, false}, Case{pixel(3, 1, 3), bf16, exact, false, false},
+        Case{pixel(3, 1, 8), f16, exact, false, true}}) {
+    if (cases == most) break;
+    for (const Epilogue epilogue :
+         {Epilogue::store, Epilogue::statistics, Epilogue::bias_activation, Epilogue::activation_backward}) {
+      check_direction(c, Conv4x4Direction::down, Prologue::none, epilogue);
+      check_direction(c, Conv4x4Direction::up, Prologue::none, epilogue);
+    }
+    for (const Conv4x4WeightLayout layout : kLayouts) {
+      for (const DataType type : {f32, c.type}) check_weight_gradient(c, Prologue::none, Prologue::none, type, layout);
+    }
+    ++cases;
+  }
+
+  // Weight gradients whose partial results are reduced by several lanes (many splits), by one lane, or not at all.
+  for (const Case& c :
+       {Case{halving(17, 32, 32, 4, 4), f32, exact, false, false}, Case{halving(17, 32, 32, 8, 3), f32, exact, false, false},
+        Case{halving(9, 32, 32, 40, 12), bf16, exact, false, false}, Case{halving(2, 4, 4, 24, 20), f16, exact, false, false}}) {
+    if (cases == most) break;
+    for (const Conv4x4WeightLayout layout : kLayouts) {
+      for (const DataType type : {f32, c.type}) check_weight_gradient(c, Prologue::none, Prologue::none, type, layout);
+    }
+    ++cases;
+  }
+
+  // Channels in 8-byte pieces, nothing to do while loading: both tiles, one tap and several to a window.
+  for (const Case& c : {Case{pixel(33, 100, 8), bf16, exact, false, false}, Case{pixel(130, 20, 24), f16, exact, true, false},
+                        Case{halving(2, 7, 6, 12, 20), bf16, exact, false, false}, Case{pixel(9, 34, 6), f32, tf32, false, false},
+                        Case{pixel(9, 6, 10), f32, exact, false, false}}) {
+    if (cases == most) break;
+    check_direction(c, Conv4x4Direction::down, Prologue::none, Epilogue::store);
+    check_direction(c, Conv4x4Direction::up, Prologue::none, Epilogue::statistics);
     check_weight_gradient(c, Prologue::none, Prologue::none);
     ++cases;
   }
