@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "conv4x4s2_gather.cuh"
+#include "conv4x4s2_thin.cuh"
 #include "conv4x4s2_weight.cuh"
 #include "conv4x4s2_wgmma.cuh"
 
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(PackParams p) {
 
 struct Split {
   int64_t splits, pixels_per_split;
-  bool large_tile, warpgroups;
+  bool large_tile, warpgroups, thin;
 };
 
 bool weight_gradient_uses_warpgroups(const Conv4x4WeightGradientArgs& args) {
@@ -189,6 +190,11 @@ Split split_of(const Conv4x4WeightGradientArgs& args) {
   const Conv4x4Geometry& g = args.geometry;
   const int64_t rows = g.small_channels, columns = kTaps * g.large_channels;
   Split split{};
+  split.thin = is_thin_weight_gradient(args);
+  if (split.thin) {
+    split.splits = thin_weight_gradient_blocks(args);
+    return split;
+  }
   split.warpgroups = weight_gradient_uses_warpgroups(args);
   const int64_t pixels = g.batch * g.small_height * g.small_width;
   const int64_t stage = split.warpgroups ? 64 : kDepthBytes / size_of(args.type);
@@ -256,10 +262,14 @@ cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs& args, cudaStream_t stre
 }
 
 StatisticsTiles conv4x4s2_statistics_shape(const Conv4x4Args& args) {
+  StatisticsTiles tiles;
+  if (is_thin_down(args)) {
+    tiles.tiles = thin_down_blocks(args);
+    return tiles;
+  }
   const Product product = product_of(args.geometry, args.direction);
   const bool large = gather_warpgroup_columns(args, product) != 0 || gather_uses_large_tile(args, product);
   const int64_t tile_rows = large ? LargeTile::kRows : SmallTile::kRows;
-  StatisticsTiles tiles;
   tiles.rows_per_count = product.from_pixel ? kTaps : 1;
   tiles.tiles = product.phases * divide_up(product.rows, tile_rows) * tiles.rows_per_count;
   return tiles;
@@ -268,6 +278,8 @@ StatisticsTiles conv4x4s2_statistics_shape(const Conv4x4Args& args) {
 cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
   const Conv4x4Geometry& g = args.geometry;
   if (!conv4x4s2_supported(g, args.direction)) return cudaErrorInvalidValue;
+  if (is_thin_down(args)) return thin_down_launch(args, stream);
+  if (is_thin_up(args)) return thin_up_launch(args, stream);
   const bool down = args.direction == Conv4x4Direction::down;
   const Product product = product_of(g, args.direction);
   GatherParams p{};
@@ -359,6 +371,7 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
   };
   const auto run = [&](auto math) {
     using M = decltype(math);
+    if (split.thin) return thin_weight_gradient_launch(args, stream);
 #if defined(FASTGAN_WGMMA)
     if constexpr (sizeof(typename M::Type) == 2) {
       if (split.warpgroups) {
