@@ -27,7 +27,7 @@ namespace fastgan::cuda {
 constexpr int kThinThreads = 256, kThinWarps = kThinThreads / kWarpSize;
 constexpr int kThinPixels = 128;   // most in a tile
 constexpr int kThinColumns = 64;   // channels of the small grid that a block takes
-constexpr int kThinFetches = 8;    // words of image rows that a thread holds for the next tile
+constexpr int kThinFetches = 7;    // words of image rows that a thread holds for the next tile
 constexpr int kThinMargin = 4;     // elements staged before a row's first one: a pixel of padding, rounded up to even
 constexpr size_t kThinMaxSharedBytes = 99 * 1024;  // of one block on the smallest target, sm_86
 
@@ -146,29 +146,12 @@ struct ThinDownParams {
 constexpr int kThinResultBytes = 32 * 32 * 2;  // of a warp
 constexpr int kThinWarpRows = 4;               // of warps, in a block
 
-// Of one channel: the mean and the squared deviations from it of `count` values, or for activation_backward two sums.
-struct ThinTotals {
-  float count, first, second;
-};
-
-// Chan, Golub, LeVeque (1983)
-__device__ __forceinline__ void merge(ThinTotals& a, const ThinTotals& b, bool backward) {
-  if (backward) {
-    a.first += b.first;
-    a.second += b.second;
-    return;
-  }
-  const float count = a.count + b.count;
-  if (count == 0.0f) return;
-  const float delta = b.first - a.first, share = b.count / count;
-  a.first = fmaf(delta, share, a.first);
-  a.second += b.second + delta * delta * (a.count * share);
-  a.count = count;
-}
-
-template <typename T, int kChannels>
-__global__ void __launch_bounds__(kThinThreads, 2) thin_down_kernel(ThinDownParams p) {
+// The epilogue is one of bias_activation (which does for store), statistics and activation_backward: known to the
+// compiler, it leaves registers enough for two blocks on a multiprocessor (of four channels, for one).
+template <typename T, int kChannels, Conv4x4Epilogue::Kind kEpilogue>
+__global__ void __launch_bounds__(kThinThreads, kChannels < 4 ? 2 : 1) thin_down_kernel(ThinDownParams p) {
   using Kind = Conv4x4Epilogue::Kind;
+  constexpr bool kBackward = kEpilogue == Kind::activation_backward, kStatistics = kEpilogue == Kind::statistics;
   const Conv4x4Epilogue& epilogue = p.epilogue;
   const ThinTiles& tiles = p.tiles;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
@@ -234,16 +217,16 @@ __global__ void __launch_bounds__(kThinThreads, 2) thin_down_kernel(ThinDownPara
     }
   };
 
-  const bool backward = epilogue.kind == Kind::activation_backward;
-  float first_sums[4][2] = {}, second_sums[4][2] = {}, origin[4][2] = {};  // of this lane's channels, over its pixels
-  int counted = 0;                                                        // of this lane's pixels
+  float first_sums[4][2] = {}, second_sums[4][2] = {};  // of this lane's channels, over its pixels
   int block_count = 0;
   uint32_t fetched[kThinFetches];
   int current = 0;
   const int first_tile = static_cast<int>(blockIdx.x), tile_step = static_cast<int>(gridDim.x);
   fetch_image_rows(tiles, first_tile, fetched);
-  if (backward) load_previous(first_tile, results);
-  copy_async_commit();
+  if constexpr (kBackward) {
+    load_previous(first_tile, results);
+    copy_async_commit();
+  }
   for (int tile = first_tile; tile < tiles.tiles; tile += tile_step, current ^= 1) {
     const uint16_t* stage = stages + current * stage_elements;
     char* buffer = results + current * kThinResultBytes;
@@ -251,8 +234,10 @@ __global__ void __launch_bounds__(kThinThreads, 2) thin_down_kernel(ThinDownPara
     const int next = tile + tile_step;
     if (next < tiles.tiles) fetch_image_rows(tiles, next, fetched);
     block_barrier();  // the rows are complete, and everyone has left what is overwritten from here on
-    if (backward && next < tiles.tiles) load_previous(next, results + (current ^ 1) * kThinResultBytes);
-    copy_async_commit();
+    if constexpr (kBackward) {
+      if (next < tiles.tiles) load_previous(next, results + (current ^ 1) * kThinResultBytes);
+      copy_async_commit();
+    }
 
     float sums[2][4][4];
 #pragma unroll
@@ -283,7 +268,7 @@ __global__ void __launch_bounds__(kThinThreads, 2) thin_down_kernel(ThinDownPara
     bool valid[4];
 #pragma unroll
     for (int r = 0; r < 4; ++r) valid[r] = warp_row * 32 + group + r * 8 < count;
-    if (backward) {
+    if constexpr (kBackward) {
       copy_async_wait<1>();
       warp_barrier();
       with_activation(epilogue.activation.kind, [&](auto activation) {
@@ -311,7 +296,7 @@ __global__ void __launch_bounds__(kThinThreads, 2) thin_down_kernel(ThinDownPara
         }
       });
     } else {
-      if (epilogue.kind == Kind::bias_activation) {
+      if constexpr (!kStatistics) {
         with_activation(epilogue.activation.kind, [&](auto activation) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
@@ -324,24 +309,30 @@ __global__ void __launch_bounds__(kThinThreads, 2) thin_down_kernel(ThinDownPara
             }
           }
         });
-      }
-      if (epilogue.kind == Kind::statistics) {
-        block_count += count;
+      } else {
+        // Deviations from the block's first values: sums of their squares lose nothing to a large mean.
+        float* origins = coefficients + kThinColumns + warp_column + member * 2;
+        if (tile == first_tile) {
+          if (warp_row == 0 && group == 0) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) counted += valid[r] ? 1 : 0;
+            for (int j = 0; j < 4; ++j) {
+#pragma unroll
+              for (int h = 0; h < 2; ++h) origins[j * 8 + h] = sums[0][j][h];
+            }
+          }
+          block_barrier();
+        }
+        block_count += count;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            // Deviations from a value of the data: sums of their squares lose nothing to a large mean.
-            if (tile == first_tile) origin[j][h] = sums[0][j][h];
+            const float origin = origins[j * 8 + h];
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
-              const float deviation = sums[r / 2][j][r % 2 * 2 + h] - origin[j][h];
-              if (valid[r]) {
-                first_sums[j][h] += deviation;
-                second_sums[j][h] = fmaf(deviation, deviation, second_sums[j][h]);
-              }
+              const float deviation = valid[r] ? sums[r / 2][j][r % 2 * 2 + h] - origin : 0.0f;
+              first_sums[j][h] += deviation;
+              second_sums[j][h] = fmaf(deviation, deviation, second_sums[j][h]);
             }
           }
         }
@@ -368,56 +359,49 @@ __global__ void __launch_bounds__(kThinThreads, 2) thin_down_kernel(ThinDownPara
       }
     }
   }
-  copy_async_wait<0>();
-  if (!backward && epilogue.kind != Kind::statistics) return;
+  if constexpr (kBackward) copy_async_wait<0>();
+  if constexpr (!kBackward && !kStatistics) return;
 
   // Over the lanes of a warp that share channels, then over the rows of warps. The result buffers are free by now.
   block_barrier();
   float* firsts = reinterpret_cast<float*>(memory);
   float* seconds = firsts + kThinWarpRows * kThinColumns;
-  float* counts = seconds + kThinWarpRows * kThinColumns;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      ThinTotals total{static_cast<float>(counted), first_sums[j][h], second_sums[j][h]};
-      if (!backward) {
-        const float deviation = counted > 0 ? total.first / total.count : 0.0f;  // of the mean from the origin
-        total.second = fmaxf(fmaf(-deviation, total.first, total.second), 0.0f);
-        total.first = origin[j][h] + deviation;
-      }
+      float first = first_sums[j][h], second = second_sums[j][h];
 #pragma unroll
       for (int mask = 4; mask < kWarpSize; mask *= 2) {
-        const ThinTotals other{shuffle_xor(total.count, mask), shuffle_xor(total.first, mask),
-                               shuffle_xor(total.second, mask)};
-        merge(total, other, backward);
+        first += shuffle_xor(first, mask);
+        second += shuffle_xor(second, mask);
       }
       if (group == 0) {
         const int column = warp_row * kThinColumns + warp_column + j * 8 + member * 2 + h;
-        firsts[column] = total.first;
-        seconds[column] = total.second;
-        if (warp_column == 0 && member == 0) counts[warp_row] = total.count;
+        firsts[column] = first;
+        seconds[column] = second;
       }
     }
   }
   block_barrier();
   if (thread >= kThinColumns) return;
-  ThinTotals total{counts[0], firsts[thread], seconds[thread]};
-  for (int row = 1; row < kThinWarpRows; ++row) {
-    merge(total, {counts[row], firsts[row * kThinColumns + thread], seconds[row * kThinColumns + thread]}, backward);
+  float first = 0.0f, second = 0.0f;
+  for (int row = 0; row < kThinWarpRows; ++row) {
+    first += firsts[row * kThinColumns + thread];
+    second += seconds[row * kThinColumns + thread];
   }
   const int channel = block_channel + thread;
   const int64_t offset = int64_t{blockIdx.x} * p.small_channels + channel;
-  if (backward) {
-    if (epilogue.gradients.sum_dz != nullptr) epilogue.gradients.sum_dz[offset] = total.first;
+  if constexpr (kBackward) {
+    if (epilogue.gradients.sum_dz != nullptr) epilogue.gradients.sum_dz[offset] = first;
     if (epilogue.gradients.sum_dz_xhat != nullptr) {
-      epilogue.gradients.sum_dz_xhat[offset] =
-          total.second * (epilogue.invstd != nullptr ? epilogue.invstd[channel] : 1.0f);
+      epilogue.gradients.sum_dz_xhat[offset] = second * (epilogue.invstd != nullptr ? epilogue.invstd[channel] : 1.0f);
     }
   } else {
-    epilogue.statistics.mean[offset] = total.first;
-    epilogue.statistics.m2[offset] = total.second;
-    if (channel == 0) epilogue.statistics.count[blockIdx.x] = static_cast<float>(block_count);
+    const float count = static_cast<float>(block_count), deviation = first / count;  // of the mean from the origin
+    epilogue.statistics.mean[offset] = coefficients[kThinColumns + thread] + deviation;
+    epilogue.statistics.m2[offset] = fmaxf(fmaf(-deviation, first, second), 0.0f);
+    if (channel == 0) epilogue.statistics.count[blockIdx.x] = count;
   }
 }
 
@@ -813,17 +797,27 @@ cudaError_t dispatch_thin(DataType type, int64_t channels, const F& f) {
 }
 
 inline cudaError_t thin_down_launch(const Conv4x4Args& args, cudaStream_t stream) {
+  using Kind = Conv4x4Epilogue::Kind;
   const Conv4x4Geometry& g = args.geometry;
-  const ThinDownParams p{thin_tiles(g, args.input),
-                         args.packed_weight,
-                         args.output,
-                         static_cast<int>(g.small_channels),
-                         args.epilogue,
-                         is_aligned16(args.output) && is_aligned16(args.epilogue.y)};
+  ThinDownParams p{thin_tiles(g, args.input),
+                   args.packed_weight,
+                   args.output,
+                   static_cast<int>(g.small_channels),
+                   args.epilogue,
+                   is_aligned16(args.output) && is_aligned16(args.epilogue.y)};
+  if (args.epilogue.kind == Kind::store) p.epilogue.activation = {};
   const dim3 grid(static_cast<unsigned>(thin_down_blocks(args)), static_cast<unsigned>(g.small_channels / kThinColumns));
   return dispatch_thin(args.type, g.large_channels, [&](auto zero, auto channels) {
-    return launch(thin_down_kernel<decltype(zero), channels.value>, grid, kThinThreads, thin_down_shared_bytes(p.tiles),
-                  stream, p);
+    using T = decltype(zero);
+    constexpr int kChannels = channels.value;
+    const auto run = [&](void (*kernel)(ThinDownParams)) {
+      return launch(kernel, grid, kThinThreads, thin_down_shared_bytes(p.tiles), stream, p);
+    };
+    switch (args.epilogue.kind) {
+      case Kind::statistics: return run(thin_down_kernel<T, kChannels, Kind::statistics>);
+      case Kind::activation_backward: return run(thin_down_kernel<T, kChannels, Kind::activation_backward>);
+      default: return run(thin_down_kernel<T, kChannels, Kind::bias_activation>);
+    }
   });
 }
 
