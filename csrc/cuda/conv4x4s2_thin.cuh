@@ -27,9 +27,13 @@ namespace fastgan::cuda {
 constexpr int kThinThreads = 256, kThinWarps = kThinThreads / kWarpSize;
 constexpr int kThinPixels = 128;   // most in a tile
 constexpr int kThinColumns = 64;   // channels of the small grid that a block takes
-constexpr int kThinFetches = 7;    // words of image rows that a thread holds for the next tile
+constexpr int kThinFetches = 5;    // words of image rows that a thread holds for the next tile
 constexpr int kThinMargin = 4;     // elements staged before a row's first one: a pixel of padding, rounded up to even
 constexpr size_t kThinMaxSharedBytes = 99 * 1024;  // of one block on the smallest target, sm_86
+
+struct alignas(8) ThinPair {
+  float first, second;
+};
 
 // Tiles of the small grid, and the image rows under them.
 struct ThinTiles {
@@ -119,15 +123,19 @@ __device__ __forceinline__ int staged_element(const ThinTiles& t, int j) {
   return j / (4 * kChannels) * t.row_stride + j % (4 * kChannels);
 }
 
-// Calls f with the activation as a constant, so that what it unrolls does not branch on it.
+template <Activation kKind>
+struct ActivationConstant {
+  __device__ operator Activation() const { return kKind; }
+};
+
+// Calls f with the activation as a constant where it takes few instructions, so that what f unrolls does not branch.
 template <typename F>
 __device__ __forceinline__ void with_activation(Activation kind, const F& f) {
   switch (kind) {
-    case Activation::relu: return f(std::integral_constant<Activation, Activation::relu>{});
-    case Activation::leaky_relu: return f(std::integral_constant<Activation, Activation::leaky_relu>{});
-    case Activation::tanh: return f(std::integral_constant<Activation, Activation::tanh>{});
-    case Activation::sigmoid: return f(std::integral_constant<Activation, Activation::sigmoid>{});
-    default: return f(std::integral_constant<Activation, Activation::identity>{});
+    case Activation::relu: return f(ActivationConstant<Activation::relu>{});
+    case Activation::leaky_relu: return f(ActivationConstant<Activation::leaky_relu>{});
+    case Activation::identity: return f(ActivationConstant<Activation::identity>{});
+    default: return f(kind);
   }
 }
 
@@ -195,11 +203,16 @@ __global__ void __launch_bounds__(kThinThreads, kChannels < 4 ? 2 : 1) thin_down
     for (int h = 0; h < 2; ++h) elements[step][h] = staged_element<kChannels>(tiles, step * 16 + h * 8 + member * 2);
   }
 
+  const auto coefficient = [&](int array, int j) {
+    return *reinterpret_cast<const ThinPair*>(coefficients + array * kThinColumns + warp_column + j * 8 + member * 2);
+  };
+
   // A pixel's 32 channels are 64 bytes of the warp's buffer, four 16-byte chunks in an order that no access conflicts
   // in: neither the fragments' words (chunk: the tile of columns) nor a lane's 16 bytes (chunk: its place in a group).
   const auto chunk_offset = [&](int r, int chunk) { return (group + r * 8) * 64 + (chunk ^ (group / 2)) * 16; };
+  const int lane_offset = (warp_row * 32 + group) * p.small_channels + first_channel + member * 8;
   const auto pixel_offset = [&](int64_t first_pixel, int r) {
-    return (first_pixel + warp_row * 32 + group + r * 8) * p.small_channels + first_channel + member * 8;
+    return first_pixel * p.small_channels + (lane_offset + r * 8 * p.small_channels);
   };
   const auto load_previous = [&](int tile, char* buffer) {
     int count;
@@ -242,11 +255,11 @@ __global__ void __launch_bounds__(kThinThreads, kChannels < 4 ? 2 : 1) thin_down
     float sums[2][4][4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float* bias = coefficients + warp_column + j * 8 + member * 2;
+      const ThinPair bias = coefficient(0, j);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        sums[i][j][0] = sums[i][j][2] = bias[0];
-        sums[i][j][1] = sums[i][j][3] = bias[1];
+        sums[i][j][0] = sums[i][j][2] = bias.first;
+        sums[i][j][1] = sums[i][j][3] = bias.second;
       }
     }
 #pragma unroll
@@ -274,8 +287,9 @@ __global__ void __launch_bounds__(kThinThreads, kChannels < 4 ? 2 : 1) thin_down
       with_activation(epilogue.activation.kind, [&](auto activation) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float* scale = coefficients + kThinColumns + warp_column + j * 8 + member * 2;
-          const float *shift = scale + kThinColumns, *mean = shift + kThinColumns;
+          const ThinPair scales = coefficient(1, j), shifts = coefficient(2, j), means = coefficient(3, j);
+          const float scale[2] = {scales.first, scales.second}, shift[2] = {shifts.first, shifts.second};
+          const float mean[2] = {means.first, means.second};
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
             float* v = sums[r / 2][j] + r % 2 * 2;
@@ -284,12 +298,11 @@ __global__ void __launch_bounds__(kThinThreads, kChannels < 4 ? 2 : 1) thin_down
             unpack_pair(*word, y, T{});
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-              v[h] *= activation_derivative(activation.value, epilogue.activation.negative_slope,
+              v[h] *= activation_derivative(activation, epilogue.activation.negative_slope,
                                             fmaf(scale[h], y[h], shift[h]));
-              if (valid[r]) {
-                first_sums[j][h] += v[h];
-                second_sums[j][h] = fmaf(v[h], y[h] - mean[h], second_sums[j][h]);
-              }
+              const float counted = valid[r] ? v[h] : 0.0f;
+              first_sums[j][h] += counted;
+              second_sums[j][h] = fmaf(counted, y[h] - mean[h], second_sums[j][h]);
             }
             *word = pack_pair(v[0], v[1], T{});
           }
@@ -304,20 +317,19 @@ __global__ void __launch_bounds__(kThinThreads, kChannels < 4 ? 2 : 1) thin_down
             for (int j = 0; j < 4; ++j) {
 #pragma unroll
               for (int e = 0; e < 4; ++e) {
-                sums[i][j][e] = activate(activation.value, epilogue.activation.negative_slope, sums[i][j][e]);
+                sums[i][j][e] = activate(activation, epilogue.activation.negative_slope, sums[i][j][e]);
               }
             }
           }
         });
       } else {
         // Deviations from the block's first values: sums of their squares lose nothing to a large mean.
-        float* origins = coefficients + kThinColumns + warp_column + member * 2;
         if (tile == first_tile) {
           if (warp_row == 0 && group == 0) {
+            float* origins = coefficients + kThinColumns + warp_column + member * 2;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-#pragma unroll
-              for (int h = 0; h < 2; ++h) origins[j * 8 + h] = sums[0][j][h];
+              *reinterpret_cast<ThinPair*>(origins + j * 8) = {sums[0][j][0], sums[0][j][1]};
             }
           }
           block_barrier();
@@ -325,12 +337,13 @@ __global__ void __launch_bounds__(kThinThreads, kChannels < 4 ? 2 : 1) thin_down
         block_count += count;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
+          const ThinPair origin = coefficient(1, j);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const float origin = origins[j * 8 + h];
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
-              const float deviation = valid[r] ? sums[r / 2][j][r % 2 * 2 + h] - origin : 0.0f;
+              const float deviation =
+                  valid[r] ? sums[r / 2][j][r % 2 * 2 + h] - (h == 0 ? origin.first : origin.second) : 0.0f;
               first_sums[j][h] += deviation;
               second_sums[j][h] = fmaf(deviation, deviation, second_sums[j][h]);
             }
@@ -428,10 +441,6 @@ constexpr int kThinProductStride = 16 * kChannels + 8;
 
 struct alignas(16) ThinWords {
   uint32_t words[4];
-};
-
-struct alignas(8) ThinPair {
-  float first, second;
 };
 
 // A band of rows [first, end) of image n, of the strip with gaps [first_gap, end_gap).
