@@ -42,6 +42,7 @@ def demangle(names: list[str]) -> list[str]:
     short = []
     for line in text.splitlines():
         line = line.replace("fastgan::cuda::", "").replace("(anonymous namespace)::", "").removeprefix("void ")
+        line = re.sub(r"\((\w+::)+\w+\)(?=\d)", "", line)  # the type of an enumerator among template arguments
         short.append(line.split("(")[0].replace("> >", ">>"))
     return short
 

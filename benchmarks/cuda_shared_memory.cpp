@@ -2,6 +2,7 @@
 // cuda_compile_report.py compiles this for the host, since ptxas only knows the static part.
 #include <cxxabi.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
@@ -9,6 +10,7 @@
 #include <typeinfo>
 
 #include "../csrc/cuda/conv4x4s2_gather.cuh"
+#include "../csrc/cuda/conv4x4s2_thin.cuh"
 #include "../csrc/cuda/conv4x4s2_weight.cuh"
 
 using namespace fastgan::cuda;
@@ -38,4 +40,32 @@ void print_all() {
   (print_main_loops<Maths, SmallTile>(), ...);
 }
 
-int main() { print_all<Bfloat16Math, Float16Math, Tf32Math, Float32Math>(); }
+// Of the loops for thin images, what the geometry that needs most asks for.
+void print_thin(const char* type, int channels) {
+  size_t down = 0, up = 0, weight_gradient = 0;
+  for (int64_t height = 1; height <= kThinPixels; ++height) {
+    for (int64_t width = 1; width <= kThinPixels; ++width) {
+      Conv4x4Args args;
+      args.type = DataType::bfloat16;
+      args.geometry = {1, height, width, kThinColumns, 2 * height, 2 * width, channels, 2};
+      const ThinTiles tiles = thin_tiles(args.geometry, nullptr);
+      if (is_thin_down(args)) {
+        down = std::max(down, thin_down_shared_bytes(tiles));
+        weight_gradient = std::max(weight_gradient, thin_weight_gradient_shared_bytes(tiles, channels));
+      }
+      args.direction = Conv4x4Direction::up;
+      if (is_thin_up(args)) up = std::max(up, thin_up_shared_bytes(tiles.rows, width, channels));
+    }
+  }
+  std::printf("thin_down_kernel<%s, %d\t%zu\n", type, channels, down);
+  std::printf("thin_up_kernel<%s, %d\t%zu\n", type, channels, up);
+  std::printf("thin_weight_gradient_kernel<%s, %d\t%zu\n", type, channels, weight_gradient);
+}
+
+int main() {
+  print_all<Bfloat16Math, Float16Math, Tf32Math, Float32Math>();
+  for (int channels = 1; channels <= 4; ++channels) {
+    print_thin("BFloat16", channels);
+    print_thin("Half", channels);
+  }
+}

@@ -70,6 +70,15 @@ def test_main_loops_shared_memory_fits_every_target(report):
         assert row["static_shared"] + row["dynamic_shared"] <= MAX_SHARED_BYTES, row
 
 
+def test_thin_image_loops_leave_room_for_a_block_on_every_multiprocessor(report):
+    thin = [row for row in report if row["kernel"].startswith("thin_")]
+    assert len(thin) == 4 * 2 * 4 * (3 + 1 + 1)  # targets * types * channels * (down: three epilogues; up; W)
+    for row in thin:
+        assert row["registers"] * 256 <= 65536, row
+        assert 0 < row["dynamic_shared"], row
+        assert row["static_shared"] + row["dynamic_shared"] <= MAX_SHARED_BYTES, row
+
+
 def test_other_kernels_leave_shared_memory_to_the_launch(report):
     # What a launch gets without asking for more is 48 KiB less the static part.
     assert {row["static_shared"] for row in report if row["dynamic_shared"] is None} == {0}

@@ -7,9 +7,10 @@
 #include <algorithm>
 
 #include "conv4x4s2_gather.cuh"
-#include "conv4x4s2_pixel.cuh"
-#include "conv4x4s2_weight.cuh"
 #include "conv4x4s2_hopper.cuh"
+#include "conv4x4s2_pixel.cuh"
+#include "conv4x4s2_thin.cuh"
+#include "conv4x4s2_weight.cuh"
 
 namespace fastgan::cuda {
 namespace {
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(PackParams p) {
 
 struct Split {
   int64_t splits, pixels_per_split;
-  bool large_tile, hopper;
+  bool large_tile, hopper, thin;
 };
 
 // Enough blocks for two on every multiprocessor (Hopper's loop: for one), but no split shorter than eight stages.
@@ -213,6 +214,11 @@ Split split_of(const Conv4x4WeightGradientArgs& args) {
   const Conv4x4Geometry& g = args.geometry;
   const int64_t rows = g.small_channels, columns = kTaps * g.large_channels;
   Split split{};
+  split.thin = is_thin_weight_gradient(args);
+  if (split.thin) {
+    split.splits = thin_weight_gradient_blocks(args);
+    return split;
+  }
   split.hopper = hopper_takes_weight_gradient(args);
   const int64_t pixels = g.batch * g.small_height * g.small_width;
   const int64_t stage = split.hopper ? 64 : kDepthBytes / size_of(args.type);
@@ -325,7 +331,7 @@ cudaError_t launch_weight_gradient_box(const Conv4x4WeightGradientArgs& args, co
 
 // One partial result in the gradient's own order and type is the gradient.
 bool partial_is_gradient(const Conv4x4WeightGradientArgs& args, const Split& split) {
-  return split.splits == 1 && args.weight_type == DataType::float32 &&
+  return !split.thin && split.splits == 1 && args.weight_type == DataType::float32 &&
          args.weight_layout == Conv4x4WeightLayout::channels_last;
 }
 
@@ -381,8 +387,12 @@ cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs& args, cudaStream_t stre
 }
 
 StatisticsTiles conv4x4s2_statistics_shape(const Conv4x4Args& args) {
-  const Product product = product_of(args.geometry, args.direction);
   StatisticsTiles tiles;
+  if (is_thin_down(args)) {
+    tiles.tiles = thin_down_blocks(args);
+    return tiles;
+  }
+  const Product product = product_of(args.geometry, args.direction);
   tiles.rows_per_count = product.from_pixel ? kTaps : 1;
   tiles.tiles = product.phases * divide_up(product.rows, tile_rows(args, product)) * tiles.rows_per_count;
   return tiles;
@@ -391,6 +401,8 @@ StatisticsTiles conv4x4s2_statistics_shape(const Conv4x4Args& args) {
 cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
   const Conv4x4Geometry& g = args.geometry;
   if (!conv4x4s2_supported(g, args.direction)) return cudaErrorInvalidValue;
+  if (is_thin_down(args)) return thin_down_launch(args, stream);
+  if (is_thin_up(args)) return thin_up_launch(args, stream);
   const bool down = args.direction == Conv4x4Direction::down;
   const Product product = product_of(g, args.direction);
   if (takes_pixel(args)) {
@@ -496,6 +508,7 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
   };
   const auto run = [&](auto math) {
     using M = decltype(math);
+    if (split.thin) return thin_weight_gradient_launch(args, stream);
 #if defined(FASTGAN_HOPPER)
     if constexpr (sizeof(typename M::Type) == 2) {
       if (split.hopper) {

@@ -36,6 +36,7 @@ __device__ __forceinline__ void* shared_memory() {
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 // The same, and for how many threads `predicate` holds.
 __device__ __forceinline__ int block_barrier_count(bool predicate) { return __syncthreads_count(predicate); }
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
 // Launches on the stream and reports the launch's own error; nothing here synchronises or allocates.
 template <typename Args>
@@ -69,6 +70,19 @@ __device__ __forceinline__ void from_float(float value, BFloat16& result) {
 
 __device__ __forceinline__ void from_float(float value, Half& result) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+}
+
+// Two numbers rounded and put into one word, the first in its low half.
+__device__ __forceinline__ uint32_t pack_pair(float first, float second, BFloat16) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+
+__device__ __forceinline__ uint32_t pack_pair(float first, float second, Half) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
 }
 
 // float32 with the low 13 bits of the significand rounded away, as the tensor cores read it
@@ -169,6 +183,7 @@ using host::mma_m16n8k8_tf32;
 using host::round_to_tf32;
 using host::shared_memory;
 using host::shuffle_xor;
+using host::warp_barrier;
 
 template <int kPendingGroups>
 inline void copy_async_wait() {
@@ -179,6 +194,14 @@ inline float reciprocal(float value) { return 1.0f / value; }
 inline float to_float(Half value) { return host::half_to_float(value.bits); }
 inline void from_float(float value, BFloat16& result) { result.bits = host::float_to_bfloat16(value); }
 inline void from_float(float value, Half& result) { result.bits = host::float_to_half(value); }
+
+template <typename T>
+inline uint32_t pack_pair(float first, float second, T) {
+  T low, high;
+  from_float(first, low);
+  from_float(second, high);
+  return low.bits | uint32_t{high.bits} << 16;
+}
 
 inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BFloat16) {
   host::mma_m16n8k16<host::bfloat16_to_float>(c, a, b);
@@ -192,6 +215,13 @@ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
 __device__ __forceinline__ void from_float(float value, float& result) { result = value; }
+
+// What pack_pair has put into a word.
+template <typename T>
+__device__ __forceinline__ void unpack_pair(uint32_t word, float (&values)[2], T) {
+  values[0] = to_float(T{static_cast<uint16_t>(word)});
+  values[1] = to_float(T{static_cast<uint16_t>(word >> 16)});
+}
 
 // As many elements of T as 16 bytes hold, in float32.
 template <typename T>

@@ -49,6 +49,10 @@ inline float shuffle_xor(float value, int mask) {
   return operand.result;
 }
 
+inline void warp_barrier() {
+  warp_collective(nullptr, [](void* const[32]) {});
+}
+
 struct LoadMatrixOperand {
   const void* row;
   uint32_t (*registers)[4];

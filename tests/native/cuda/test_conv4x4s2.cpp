@@ -452,6 +452,26 @@ int main(int argc, char** argv) {
     ++cases;
   }
 
+  // Thin images under channels in 64s: loops of their own. On one multiprocessor a block has several tiles.
+  const Case thin_cases[] = {
+      {halving(3, 64, 64, 64, 3), bf16, exact, true, false},   {halving(5, 28, 28, 64, 1), f16, exact, true, false},
+      {halving(3, 27, 31, 128, 3), bf16, exact, false, false}, {halving(7, 9, 13, 64, 2), f16, exact, true, false},
+      {halving(2, 21, 18, 64, 4), bf16, exact, true, false},   {halving(2, 7, 33, 128, 1), bf16, exact, true, false},
+      {halving(40, 4, 5, 64, 3), bf16, exact, true, false},    {halving(2, 5, 129, 64, 3), f16, exact, true, false},
+      {halving(1, 2, 2, 64, 3), f16, exact, false, false},     {halving(3, 10, 12, 64, 3), bf16, exact, true, true},
+      {halving(2, 4, 257, 64, 1), bf16, exact, true, false},
+  };
+  for (const Case& c : thin_cases) {
+    if (cases == most) break;
+    for (const Epilogue epilogue :
+         {Epilogue::store, Epilogue::statistics, Epilogue::bias_activation, Epilogue::activation_backward}) {
+      check_direction(c, Conv4x4Direction::down, Prologue::none, epilogue);
+      check_direction(c, Conv4x4Direction::up, Prologue::none, epilogue);
+    }
+    check_weight_gradient(c, Prologue::none, Prologue::none);
+    ++cases;
+  }
+
   // What the kernels do not take must be refused, not computed wrongly.
   const auto expect_refused = [&](const char* what, bool supported) {
     if (supported) std::printf("FAILED %s is not refused\n", what), ++failures;

@@ -1,0 +1,878 @@
+// Main loops for layers whose large grid is a thin image (up to four channels) and whose small grid has channels in
+// 64s, 16-bit storage, stride 2, nothing to do while loading. The generic loops read such images element by element and
+// pad their few columns to a tile's; these are limited by the small grid's memory traffic alone.
+//
+//   down             image rows lie in shared memory with their zero border. The window of output pixel q in one kernel
+//                    row is 4 * channels neighbouring elements there, at an even offset: fragments of A are read straight
+//                    from the rows, 16 * channels deep, with no im2col. The product's second operand stays in registers.
+//   up               P[small pixel, 16 taps * channels] is a matrix product whose A comes from global memory, 16 bytes a
+//                    lane: the order of the summed channels is free as long as both operands agree, so a lane's 16 bytes
+//                    are fragments of two steps. P of a band of rows goes to shared memory, float32, into a ring that
+//                    keeps the row before the band; every output pixel then adds its 2x2 contributions.
+//   weight gradient  every warp takes 16 pixels as one step of depth and sums the whole 64 x 16 * channels result.
+//
+// Down and the weight gradient cut the small grid into tiles of whole rows, at most 128 pixels, and walk over them with
+// as many blocks as the device holds at a time; each block writes one row of statistics or one partial result.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "activation.cuh"
+#include "conv4x4s2.h"
+#include "device.cuh"
+
+namespace fastgan::cuda {
+
+constexpr int kThinThreads = 256, kThinWarps = kThinThreads / kWarpSize;
+constexpr int kThinPixels = 128;   // most in a tile
+constexpr int kThinColumns = 64;   // channels of the small grid that a block takes
+constexpr int kThinFetches = 5;    // words of image rows that a thread holds for the next tile
+constexpr int kThinMargin = 4;     // elements staged before a row's first one: a pixel of padding, rounded up to even
+constexpr size_t kThinMaxSharedBytes = 99 * 1024;  // of one block on the smallest target, sm_86
+
+struct alignas(8) ThinPair {
+  float first, second;
+};
+
+// Tiles of the small grid, and the image rows under them.
+struct ThinTiles {
+  const void* image;  // [batch, large_height, large_width, channels]
+  int small_height, small_width, large_height;
+  int row_elements;  // of an image row: large_width * channels
+  int rows;          // of the small grid, in a tile
+  int tiles;         // of the batch
+  FastDivisor tiles_per_image;
+  FastDivisor width;  // small_width
+  FastDivisor pairs;  // of elements, in a staged row
+  int words;          // staged a tile, two elements each
+  int row_stride;     // of a staged row, in elements; even
+  bool paired;        // the image can be read in words
+};
+
+__device__ __forceinline__ int thin_row_of_tile(const ThinTiles& t, int tile, int& n) {
+  n = t.tiles_per_image.divide(tile);
+  return (tile - n * static_cast<int>(t.tiles_per_image.divisor)) * t.rows;
+}
+
+// First pixel of a tile, counted through the batch, and how many it has: whole rows, one after the other.
+__device__ __forceinline__ int64_t thin_pixels(const ThinTiles& t, int tile, int& count) {
+  int n;
+  const int row = thin_row_of_tile(t, tile, n);
+  const int rows = t.small_height - row;
+  count = (rows < t.rows ? rows : t.rows) * t.small_width;
+  return (int64_t{n} * t.small_height + row) * t.small_width;
+}
+
+// This thread's share of the image rows under a tile: in flight until it is stored.
+__device__ __forceinline__ void fetch_image_rows(const ThinTiles& t, int tile, uint32_t (&fetched)[kThinFetches]) {
+  int n;
+  const int first_row = 2 * thin_row_of_tile(t, tile, n) - 1;
+  const uint16_t* image = static_cast<const uint16_t*>(t.image) + int64_t{n} * t.large_height * t.row_elements;
+#pragma unroll
+  for (int i = 0; i < kThinFetches; ++i) {
+    fetched[i] = 0;
+    if (i * kThinThreads >= t.words) continue;
+    const int index = static_cast<int>(threadIdx.x) + i * kThinThreads;
+    const int row = t.pairs.divide(index);
+    const int element = 2 * (index - row * static_cast<int>(t.pairs.divisor)) - kThinMargin;
+    const int h = first_row + row;
+    if (index >= t.words || static_cast<unsigned>(h) >= static_cast<unsigned>(t.large_height)) continue;
+    const int64_t offset = int64_t{h} * t.row_elements + element;
+    const bool first = static_cast<unsigned>(element) < static_cast<unsigned>(t.row_elements);
+    if (t.paired) {
+      if (first) fetched[i] = *reinterpret_cast<const uint32_t*>(image + offset);
+    } else {
+      const bool second = static_cast<unsigned>(element + 1) < static_cast<unsigned>(t.row_elements);
+      if (first) fetched[i] = image[offset];
+      if (second) fetched[i] |= uint32_t{image[offset + 1]} << 16;
+    }
+  }
+}
+
+// With an odd number of channels rows are staged one element further on, so that windows start at even offsets.
+template <int kChannels>
+__device__ __forceinline__ void store_image_rows(const ThinTiles& t, const uint32_t (&fetched)[kThinFetches],
+                                                 uint16_t* stage) {
+#pragma unroll
+  for (int i = 0; i < kThinFetches; ++i) {
+    const int index = static_cast<int>(threadIdx.x) + i * kThinThreads;
+    if (index >= t.words) continue;
+    const int row = t.pairs.divide(index);
+    uint16_t* pair = stage + row * t.row_stride + 2 * (index - row * static_cast<int>(t.pairs.divisor));
+    if constexpr (kChannels % 2 == 0) {
+      *reinterpret_cast<uint32_t*>(pair) = fetched[i];
+    } else {
+      pair[1] = static_cast<uint16_t>(fetched[i]);
+      pair[2] = static_cast<uint16_t>(fetched[i] >> 16);
+    }
+  }
+}
+
+// Where the window of a tile's pixel begins in the staged rows. Pixels beyond the tile look at its first one.
+template <int kChannels>
+__device__ __forceinline__ int staged_window(const ThinTiles& t, int pixel) {
+  if (pixel >= t.rows * t.small_width) pixel = 0;
+  const int row = t.width.divide(pixel), column = pixel - row * t.small_width;
+  return 2 * (row * t.row_stride + column * kChannels) + kThinMargin - kChannels + kChannels % 2;
+}
+
+// Where element j of a window lies in the staged rows, from the window's beginning.
+template <int kChannels>
+__device__ __forceinline__ int staged_element(const ThinTiles& t, int j) {
+  return j / (4 * kChannels) * t.row_stride + j % (4 * kChannels);
+}
+
+template <Activation kKind>
+struct ActivationConstant {
+  __device__ operator Activation() const { return kKind; }
+};
+
+// Calls f with the activation as a constant where it takes few instructions, so that what f unrolls does not branch.
+template <typename F>
+__device__ __forceinline__ void with_activation(Activation kind, const F& f) {
+  switch (kind) {
+    case Activation::relu: return f(ActivationConstant<Activation::relu>{});
+    case Activation::leaky_relu: return f(ActivationConstant<Activation::leaky_relu>{});
+    case Activation::identity: return f(ActivationConstant<Activation::identity>{});
+    default: return f(kind);
+  }
+}
+
+// --- down ------------------------------------------------------------------------------------------------------------
+
+struct ThinDownParams {
+  ThinTiles tiles;
+  const void* weight;  // [small_channels, 16 * channels]
+  void* output;        // [batch, small_height, small_width, small_channels]
+  int small_channels;
+  Conv4x4Epilogue epilogue;
+  bool aligned;  // output and epilogue.y can be accessed 16 bytes at a time
+};
+
+// A warp has 32 pixels and 32 channels of a block's 128 x 64.
+constexpr int kThinResultBytes = 32 * 32 * 2;  // of a warp
+constexpr int kThinWarpRows = 4;               // of warps, in a block
+
+// The epilogue is one of bias_activation (which does for store), statistics and activation_backward: known to the
+// compiler, it leaves registers enough for two blocks on a multiprocessor (of four channels, for one).
+template <typename T, int kChannels, Conv4x4Epilogue::Kind kEpilogue>
+__global__ void __launch_bounds__(kThinThreads, kChannels < 4 ? 2 : 1) thin_down_kernel(ThinDownParams p) {
+  using Kind = Conv4x4Epilogue::Kind;
+  constexpr bool kBackward = kEpilogue == Kind::activation_backward, kStatistics = kEpilogue == Kind::statistics;
+  const Conv4x4Epilogue& epilogue = p.epilogue;
+  const ThinTiles& tiles = p.tiles;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
+  const int group = lane / 4, member = lane % 4;
+  const int warp_row = warp % kThinWarpRows, warp_column = warp / kThinWarpRows * 32;
+  const int block_channel = static_cast<int>(blockIdx.y) * kThinColumns, first_channel = block_channel + warp_column;
+
+  // Shared memory: two result buffers a warp (the second for the next tile's y), per-channel arrays, two stages of rows.
+  char* memory = static_cast<char*>(shared_memory());
+  char* results = memory + warp * 2 * kThinResultBytes;
+  float* coefficients = reinterpret_cast<float*>(memory + kThinWarps * 2 * kThinResultBytes);
+  uint16_t* stages = reinterpret_cast<uint16_t*>(coefficients + 4 * kThinColumns);
+  const int stage_elements = (2 * tiles.rows + 2) * tiles.row_stride;
+  if (thread < kThinColumns) {
+    const float* const arrays[4] = {epilogue.bias, epilogue.scale, epilogue.shift, epilogue.mean};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      coefficients[i * kThinColumns + thread] =
+          arrays[i] != nullptr ? arrays[i][block_channel + thread] : (i == 1 ? 1.0f : 0.0f);
+    }
+  }
+
+  uint32_t weights[kChannels][4][2];
+#pragma unroll
+  for (int step = 0; step < kChannels; ++step) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const T* row = static_cast<const T*>(p.weight) + int64_t{first_channel + j * 8 + group} * (16 * kChannels);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        weights[step][j][h] = *reinterpret_cast<const uint32_t*>(row + step * 16 + h * 8 + member * 2);
+      }
+    }
+  }
+  int windows[4], elements[kChannels][2];  // of this lane's pixels and pairs of depth
+#pragma unroll
+  for (int r = 0; r < 4; ++r) windows[r] = staged_window<kChannels>(tiles, warp_row * 32 + group + r * 8);
+#pragma unroll
+  for (int step = 0; step < kChannels; ++step) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) elements[step][h] = staged_element<kChannels>(tiles, step * 16 + h * 8 + member * 2);
+  }
+
+  const auto coefficient = [&](int array, int j) {
+    return *reinterpret_cast<const ThinPair*>(coefficients + array * kThinColumns + warp_column + j * 8 + member * 2);
+  };
+
+  // A pixel's 32 channels are 64 bytes of the warp's buffer, four 16-byte chunks in an order that no access conflicts
+  // in: neither the fragments' words (chunk: the tile of columns) nor a lane's 16 bytes (chunk: its place in a group).
+  const auto chunk_offset = [&](int r, int chunk) { return (group + r * 8) * 64 + (chunk ^ (group / 2)) * 16; };
+  const int lane_offset = (warp_row * 32 + group) * p.small_channels + first_channel + member * 8;
+  const auto pixel_offset = [&](int64_t first_pixel, int r) {
+    return first_pixel * p.small_channels + (lane_offset + r * 8 * p.small_channels);
+  };
+  const auto load_previous = [&](int tile, char* buffer) {
+    int count;
+    const int64_t first_pixel = thin_pixels(tiles, tile, count);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const bool valid = warp_row * 32 + group + r * 8 < count;
+      const T* y = static_cast<const T*>(epilogue.y) + (valid ? pixel_offset(first_pixel, r) : 0);
+      T* chunk = reinterpret_cast<T*>(buffer + chunk_offset(r, member));
+      if (p.aligned) {
+        copy_async(chunk, y, valid);
+      } else {
+        for (int e = 0; e < 8; ++e) chunk[e] = valid ? y[e] : T{0};
+      }
+    }
+  };
+
+  float first_sums[4][2] = {}, second_sums[4][2] = {};  // of this lane's channels, over its pixels
+  int block_count = 0;
+  uint32_t fetched[kThinFetches];
+  int current = 0;
+  const int first_tile = static_cast<int>(blockIdx.x), tile_step = static_cast<int>(gridDim.x);
+  fetch_image_rows(tiles, first_tile, fetched);
+  if constexpr (kBackward) {
+    load_previous(first_tile, results);
+    copy_async_commit();
+  }
+  for (int tile = first_tile; tile < tiles.tiles; tile += tile_step, current ^= 1) {
+    const uint16_t* stage = stages + current * stage_elements;
+    char* buffer = results + current * kThinResultBytes;
+    store_image_rows<kChannels>(tiles, fetched, stages + current * stage_elements);
+    const int next = tile + tile_step;
+    if (next < tiles.tiles) fetch_image_rows(tiles, next, fetched);
+    block_barrier();  // the rows are complete, and everyone has left what is overwritten from here on
+    if constexpr (kBackward) {
+      if (next < tiles.tiles) load_previous(next, results + (current ^ 1) * kThinResultBytes);
+      copy_async_commit();
+    }
+
+    float sums[2][4][4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const ThinPair bias = coefficient(0, j);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        sums[i][j][0] = sums[i][j][2] = bias.first;
+        sums[i][j][1] = sums[i][j][3] = bias.second;
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < kChannels; ++step) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint32_t a[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          a[e] = *reinterpret_cast<const uint32_t*>(stage + windows[i * 2 + e % 2] + elements[step][e / 2]);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mma_m16n8k16(sums[i][j], a, weights[step][j], T{});
+      }
+    }
+
+    int count;
+    const int64_t first_pixel = thin_pixels(tiles, tile, count);
+    bool valid[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) valid[r] = warp_row * 32 + group + r * 8 < count;
+    if constexpr (kBackward) {
+      copy_async_wait<1>();
+      warp_barrier();
+      with_activation(epilogue.activation.kind, [&](auto activation) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const ThinPair scales = coefficient(1, j), shifts = coefficient(2, j), means = coefficient(3, j);
+          const float scale[2] = {scales.first, scales.second}, shift[2] = {shifts.first, shifts.second};
+          const float mean[2] = {means.first, means.second};
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            float* v = sums[r / 2][j] + r % 2 * 2;
+            uint32_t* word = reinterpret_cast<uint32_t*>(buffer + chunk_offset(r, j)) + member;
+            float y[2];
+            unpack_pair(*word, y, T{});
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              v[h] *= activation_derivative(activation, epilogue.activation.negative_slope,
+                                            fmaf(scale[h], y[h], shift[h]));
+              const float counted = valid[r] ? v[h] : 0.0f;
+              first_sums[j][h] += counted;
+              second_sums[j][h] = fmaf(counted, y[h] - mean[h], second_sums[j][h]);
+            }
+            *word = pack_pair(v[0], v[1], T{});
+          }
+        }
+      });
+    } else {
+      if constexpr (!kStatistics) {
+        with_activation(epilogue.activation.kind, [&](auto activation) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                sums[i][j][e] = activate(activation, epilogue.activation.negative_slope, sums[i][j][e]);
+              }
+            }
+          }
+        });
+      } else {
+        // Deviations from the block's first values: sums of their squares lose nothing to a large mean.
+        if (tile == first_tile) {
+          if (warp_row == 0 && group == 0) {
+            float* origins = coefficients + kThinColumns + warp_column + member * 2;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              *reinterpret_cast<ThinPair*>(origins + j * 8) = {sums[0][j][0], sums[0][j][1]};
+            }
+          }
+          block_barrier();
+        }
+        block_count += count;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const ThinPair origin = coefficient(1, j);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+              const float deviation =
+                  valid[r] ? sums[r / 2][j][r % 2 * 2 + h] - (h == 0 ? origin.first : origin.second) : 0.0f;
+              first_sums[j][h] += deviation;
+              second_sums[j][h] = fmaf(deviation, deviation, second_sums[j][h]);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const float* v = sums[r / 2][j] + r % 2 * 2;
+          reinterpret_cast<uint32_t*>(buffer + chunk_offset(r, j))[member] = pack_pair(v[0], v[1], T{});
+        }
+      }
+    }
+    warp_barrier();
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      if (!valid[r]) continue;
+      T* output = static_cast<T*>(p.output) + pixel_offset(first_pixel, r);
+      const T* chunk = reinterpret_cast<const T*>(buffer + chunk_offset(r, member));
+      if (p.aligned) {
+        *reinterpret_cast<uint4*>(output) = *reinterpret_cast<const uint4*>(chunk);
+      } else {
+        for (int e = 0; e < 8; ++e) output[e] = chunk[e];
+      }
+    }
+  }
+  if constexpr (kBackward) copy_async_wait<0>();
+  if constexpr (!kBackward && !kStatistics) return;
+
+  // Over the lanes of a warp that share channels, then over the rows of warps. The result buffers are free by now.
+  block_barrier();
+  float* firsts = reinterpret_cast<float*>(memory);
+  float* seconds = firsts + kThinWarpRows * kThinColumns;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float first = first_sums[j][h], second = second_sums[j][h];
+#pragma unroll
+      for (int mask = 4; mask < kWarpSize; mask *= 2) {
+        first += shuffle_xor(first, mask);
+        second += shuffle_xor(second, mask);
+      }
+      if (group == 0) {
+        const int column = warp_row * kThinColumns + warp_column + j * 8 + member * 2 + h;
+        firsts[column] = first;
+        seconds[column] = second;
+      }
+    }
+  }
+  block_barrier();
+  if (thread >= kThinColumns) return;
+  float first = 0.0f, second = 0.0f;
+  for (int row = 0; row < kThinWarpRows; ++row) {
+    first += firsts[row * kThinColumns + thread];
+    second += seconds[row * kThinColumns + thread];
+  }
+  const int channel = block_channel + thread;
+  const int64_t offset = int64_t{blockIdx.x} * p.small_channels + channel;
+  if constexpr (kBackward) {
+    if (epilogue.gradients.sum_dz != nullptr) epilogue.gradients.sum_dz[offset] = first;
+    if (epilogue.gradients.sum_dz_xhat != nullptr) {
+      epilogue.gradients.sum_dz_xhat[offset] = second * (epilogue.invstd != nullptr ? epilogue.invstd[channel] : 1.0f);
+    }
+  } else {
+    const float count = static_cast<float>(block_count), deviation = first / count;  // of the mean from the origin
+    epilogue.statistics.mean[offset] = coefficients[kThinColumns + thread] + deviation;
+    epilogue.statistics.m2[offset] = fmaxf(fmaf(-deviation, first, second), 0.0f);
+    if (channel == 0) epilogue.statistics.count[blockIdx.x] = count;
+  }
+}
+
+// --- up --------------------------------------------------------------------------------------------------------------
+
+struct ThinUpParams {
+  const void* input;   // [batch, small_height, small_width, small_channels]
+  const void* weight;  // [4 phases, channels, 4 taps, small_channels]
+  void* output;        // [batch, large_height, large_width, channels]
+  const float* bias;   // [channels]; null: 0
+  ActivationSpec activation;
+  int small_height, small_width, small_channels, large_height, row_elements;
+  int rows;  // of the small grid, in a band
+  // Output rows 2 g + 1 and 2 g + 2 need small rows g and g + 1: that is gap g, from -1 to small_height - 1. A strip is
+  // some gaps of one image; a block takes strips, and a strip in bands of rows.
+  int strip_gaps, strips;
+  FastDivisor strips_per_image;
+  FastDivisor chunks;  // of 32 elements, in an output row
+};
+
+// Words of a pixel in the ring of products: with 8 modulo 16 of them the fragments' stores do not conflict.
+template <int kChannels>
+constexpr int kThinProductStride = 16 * kChannels + 8;
+
+struct alignas(16) ThinWords {
+  uint32_t words[4];
+};
+
+// A band of rows [first, end) of image n, of the strip with gaps [first_gap, end_gap).
+struct ThinBand {
+  int strip, n, first_gap, end_gap, first, last_row;
+
+  __device__ ThinBand(const ThinUpParams& p, int strip_) { start(p, strip_); }
+
+  __device__ void start(const ThinUpParams& p, int strip_) {
+    strip = strip_;
+    n = p.strips_per_image.divide(strip);
+    first_gap = (strip - n * static_cast<int>(p.strips_per_image.divisor)) * p.strip_gaps - 1;
+    end_gap = first_gap + p.strip_gaps < p.small_height ? first_gap + p.strip_gaps : p.small_height;
+    last_row = end_gap < p.small_height ? end_gap : p.small_height - 1;
+    first = first_gap < 0 ? 0 : first_gap;
+  }
+
+  __device__ void advance(const ThinUpParams& p) {
+    first += p.rows;
+    if (first > last_row) start(p, strip + static_cast<int>(gridDim.x));
+  }
+
+  __device__ int rows(const ThinUpParams& p) const {
+    return last_row + 1 - first < p.rows ? last_row + 1 - first : p.rows;
+  }
+};
+
+template <typename T, int kChannels>
+__global__ void __launch_bounds__(kThinThreads, kChannels < 4 ? 2 : 1) thin_up_kernel(ThinUpParams p) {
+  constexpr int kTiles = 2 * kChannels;  // of eight columns
+  constexpr int kStride = kThinProductStride<kChannels>;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
+  const int group = lane / 4, member = lane % 4;
+  float* products = static_cast<float*>(shared_memory());
+  // While one band's products are written, others may still read the band before and the row before that.
+  const int ring = (2 * p.rows + 1) * p.small_width;
+  const int pixel = warp * 16 + group;  // and the one 8 further on
+
+  // 32 channels of a pixel or a column are 16 bytes of four lanes each; words 0 and 1, then 2 and 3 go into one step.
+  ThinWords weights[kTiles][2], input[2][2];
+  const auto load_weights = [&](int channel) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      // Products are ordered [tap][phase][channel]: neighbouring output elements then read neighbouring ones.
+      const int column = j * 8 + group, tap = column / (4 * kChannels);
+      const T* row =
+          static_cast<const T*>(p.weight) + int64_t{(column - tap * 4 * kChannels) * 4 + tap} * p.small_channels;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        weights[j][half] = *reinterpret_cast<const ThinWords*>(row + channel + half * 32 + member * 8);
+      }
+    }
+  };
+  const auto load_input = [&](const ThinBand& band, int channel) {
+    const int count = band.rows(p) * p.small_width;
+    const int64_t first_pixel = (int64_t{band.n} * p.small_height + band.first) * p.small_width;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int m = pixel + r * 8;
+      const T* row = static_cast<const T*>(p.input) + (first_pixel + m) * p.small_channels + channel + member * 8;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        input[r][half] = m < count ? *reinterpret_cast<const ThinWords*>(row + half * 32) : ThinWords{};
+      }
+    }
+  };
+
+  load_weights(0);
+  int position = 0;  // of the band's first pixel in the ring
+  ThinBand band(p, static_cast<int>(blockIdx.x));
+  load_input(band, 0);
+  while (band.strip < p.strips) {
+    ThinBand next = band;
+    next.advance(p);
+    float sums[kTiles][4] = {};
+    for (int channel = 0; channel < p.small_channels; channel += kThinColumns) {
+      if (p.small_channels > kThinColumns) load_weights(channel);
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        const int half = step / 2, word = step % 2 * 2;
+        const uint32_t a[4] = {input[0][half].words[word], input[1][half].words[word], input[0][half].words[word + 1],
+                               input[1][half].words[word + 1]};
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          const uint32_t b[2] = {weights[j][half].words[word], weights[j][half].words[word + 1]};
+          mma_m16n8k16(sums[j], a, b, T{});
+        }
+      }
+      if (channel + kThinColumns < p.small_channels) {
+        load_input(band, channel + kThinColumns);
+      } else if (next.strip < p.strips) {
+        load_input(next, 0);
+      }
+    }
+    const int rows = band.rows(p);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int m = pixel + r * 8;
+      if (m >= rows * p.small_width) continue;
+      const int place = position + m < ring ? position + m : position + m - ring;
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        *reinterpret_cast<ThinPair*>(products + place * kStride + j * 8 + member * 2) = {sums[j][r * 2],
+                                                                                        sums[j][r * 2 + 1]};
+      }
+    }
+    block_barrier();
+
+    // The gaps that these rows complete; with its last rows, all that the strip has.
+    const int first_gap = band.first - 1 > band.first_gap ? band.first - 1 : band.first_gap;
+    const int end_gap = next.strip != band.strip ? band.end_gap : band.first + rows - 1;
+    const int first_row = 2 * first_gap + 1 > 0 ? 2 * first_gap + 1 : 0;
+    const int end_row = 2 * end_gap + 1 < p.large_height ? 2 * end_gap + 1 : p.large_height;
+    T* image = static_cast<T*>(p.output) + int64_t{band.n} * p.large_height * p.row_elements;
+    const int chunks = static_cast<int>(p.chunks.divisor);
+    for (int chunk = warp; chunk < (end_row - first_row) * chunks; chunk += kThinWarps) {
+      const int row_index = p.chunks.divide(chunk), row = first_row + row_index;
+      const int element = (chunk - row_index * chunks) * kWarpSize + lane;
+      if (element >= p.row_elements) continue;
+      const int column = element / kChannels, c = element - column * kChannels;
+      const int top = row / 2 - 1 + row % 2, left = column / 2 - 1 + column % 2;
+      float sum = p.bias != nullptr ? p.bias[c] : 0.0f;
+      const float* product = products + (row % 2 * 2 + column % 2) * kChannels + c;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        int place = position + (top + i - band.first) * p.small_width;
+        if (place < 0) place += ring;
+        if (place >= ring) place -= ring;
+        const bool row_exists = static_cast<unsigned>(top + i) < static_cast<unsigned>(p.small_height);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const bool exists = row_exists && static_cast<unsigned>(left + j) < static_cast<unsigned>(p.small_width);
+          if (exists) sum += product[(place + left + j) * kStride + (i * 2 + j) * 4 * kChannels];
+        }
+      }
+      from_float(activate(p.activation.kind, p.activation.negative_slope, sum),
+                 image[int64_t{row} * p.row_elements + element]);
+    }
+    position += p.rows * p.small_width;
+    if (position >= ring) position -= ring;
+    band = next;
+  }
+}
+
+// --- weight gradient -------------------------------------------------------------------------------------------------
+
+struct ThinWeightGradientParams {
+  ThinTiles tiles;
+  const void* small;  // [batch, small_height, small_width, small_channels]
+  int small_channels;
+  float* partial;  // [splits, small_channels, 16, channels]
+};
+
+constexpr int kThinStages = 4;                        // of the small grid's tiles
+constexpr int kThinRowBytes = kThinColumns * 2 + 16;  // of a pixel: without conflicts for ldmatrix.trans
+constexpr int kThinStageBytes = kThinPixels * kThinRowBytes;
+
+template <typename T, int kChannels>
+__global__ void __launch_bounds__(kThinThreads, 1) thin_weight_gradient_kernel(ThinWeightGradientParams p) {
+  constexpr int kTiles = 2 * kChannels;       // of eight columns
+  constexpr int kValues = 4 * kTiles * 4;     // of a lane
+  constexpr int kAdders = kThinWarps / 2;     // warps whose sums meet in shared memory
+  constexpr int kCopies = kThinPixels * 8 / kThinThreads;
+  const ThinTiles& tiles = p.tiles;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
+  const int group = lane / 4, member = lane % 4;
+  const int block_channel = static_cast<int>(blockIdx.y) * kThinColumns;
+  char* small_stages = static_cast<char*>(shared_memory());
+  uint16_t* image_stages = reinterpret_cast<uint16_t*>(small_stages + kThinStages * kThinStageBytes);
+  const int image_stage_elements = (2 * tiles.rows + 2) * tiles.row_stride;
+
+  int windows[4], elements[kTiles];  // of the lane's pixels and columns in a fragment of windows
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    windows[r] = staged_window<kChannels>(tiles, warp * 16 + member * 2 + r % 2 + r / 2 * 8);
+  }
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) elements[j] = staged_element<kChannels>(tiles, j * 8 + group);
+
+  const auto load_small = [&](int tile, int stage) {
+    if (tile < tiles.tiles) {
+      int count;
+      const int64_t first_pixel = thin_pixels(tiles, tile, count);
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        const int m = (thread + i * kThinThreads) / 8, chunk = thread % 8;
+        const T* row = static_cast<const T*>(p.small) +
+                       (m < count ? (first_pixel + m) * p.small_channels + block_channel + chunk * 8 : 0);
+        copy_async(small_stages + stage * kThinStageBytes + m * kThinRowBytes + chunk * 16, row, m < count);
+      }
+    }
+    copy_async_commit();
+  };
+
+  float sums[4][kTiles][4] = {};
+  uint32_t fetched[kThinFetches];
+  const int first_tile = static_cast<int>(blockIdx.x), tile_step = static_cast<int>(gridDim.x);
+  fetch_image_rows(tiles, first_tile, fetched);
+  for (int i = 0; i < kThinStages - 1; ++i) load_small(first_tile + i * tile_step, i);
+  int current = 0, image_current = 0;
+  for (int tile = first_tile; tile < tiles.tiles; tile += tile_step) {
+    uint16_t* image_stage = image_stages + image_current * image_stage_elements;
+    store_image_rows<kChannels>(tiles, fetched, image_stage);
+    if (tile + tile_step < tiles.tiles) fetch_image_rows(tiles, tile + tile_step, fetched);
+    copy_async_wait<kThinStages - 2>();
+    block_barrier();  // this tile is complete, and everyone has left the stages that are overwritten from here on
+    load_small(tile + (kThinStages - 1) * tile_step, current == 0 ? kThinStages - 1 : current - 1);
+
+    uint32_t b[kTiles][2];
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        b[j][h] = image_stage[windows[2 * h] + elements[j]] |
+                  uint32_t{image_stage[windows[2 * h + 1] + elements[j]]} << 16;
+      }
+    }
+    const char* small = small_stages + current * kThinStageBytes +
+                        (warp * 16 + lane % 8 + lane / 16 * 8) * kThinRowBytes + lane / 8 % 2 * 16;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t a[4];
+      load_matrix_x4_transposed(a, small + i * 32);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) mma_m16n8k16(sums[i][j], a, b[j], T{});
+    }
+    current = current == kThinStages - 1 ? 0 : current + 1;
+    image_current ^= 1;
+  }
+  copy_async_wait<0>();
+  block_barrier();
+
+  // The warps' sums in a fixed order: the second half's to the first half's lanes, then the first half's in turn.
+  float* shared = static_cast<float*>(shared_memory());  // [kAdders, kValues, kWarpSize]
+  float* mine = shared + warp % kAdders * kValues * kWarpSize + lane;
+  const auto exchange = [&](const auto& access) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) access(sums[i][j][e], mine[((i * kTiles + j) * 4 + e) * kWarpSize]);
+      }
+    }
+  };
+  if (warp >= kAdders) exchange([](float sum, float& place) { place = sum; });
+  block_barrier();
+  if (warp < kAdders) exchange([](float sum, float& place) { place += sum; });
+  block_barrier();
+  float* partial = p.partial + (int64_t{blockIdx.x} * p.small_channels + block_channel) * 16 * kChannels;
+  for (int pair = warp; pair < kValues / 2; pair += kThinWarps) {
+    ThinPair total{0.0f, 0.0f};
+#pragma unroll
+    for (int adder = 0; adder < kAdders; ++adder) {
+      const float* values = shared + (adder * kValues + pair * 2) * kWarpSize + lane;
+      total.first += values[0];
+      total.second += values[kWarpSize];
+    }
+    const int i = pair / (2 * kTiles), j = pair / 2 % kTiles;
+    const int row = i * 16 + pair % 2 * 8 + group, column = j * 8 + member * 2;
+    *reinterpret_cast<ThinPair*>(partial + row * 16 * kChannels + column) = total;
+  }
+}
+
+// --- launches --------------------------------------------------------------------------------------------------------
+
+inline size_t thin_image_bytes(const ThinTiles& t) {
+  return static_cast<size_t>(2 * (2 * t.rows + 2) * t.row_stride) * sizeof(uint16_t);
+}
+
+inline size_t thin_down_shared_bytes(const ThinTiles& t) {
+  return kThinWarps * 2 * kThinResultBytes + 4 * kThinColumns * sizeof(float) + thin_image_bytes(t);
+}
+
+// The same memory serves the stages and then the sums of the warps.
+inline size_t thin_weight_gradient_shared_bytes(const ThinTiles& t, int channels) {
+  const size_t sums = static_cast<size_t>(kThinWarps / 2 * kThinColumns * 16 * channels) * sizeof(float);
+  return std::max(kThinStages * kThinStageBytes + thin_image_bytes(t), sums);
+}
+
+inline size_t thin_up_shared_bytes(int rows, int64_t small_width, int64_t channels) {
+  return static_cast<size_t>((2 * rows + 1) * small_width * (16 * channels + 8)) * sizeof(float);
+}
+
+// Rows of the small grid in a tile or band: as many as fit, evenly shared out over the image. 0: not even one.
+inline int thin_rows(const Conv4x4Geometry& g) {
+  const int64_t most = std::min(kThinPixels / g.small_width, g.small_height);
+  return most == 0 ? 0 : static_cast<int>(divide_up(g.small_height, divide_up(g.small_height, most)));
+}
+
+inline ThinTiles thin_tiles(const Conv4x4Geometry& g, const void* image) {
+  ThinTiles t{};
+  t.image = image;
+  t.small_height = static_cast<int>(g.small_height), t.small_width = static_cast<int>(g.small_width);
+  t.large_height = static_cast<int>(g.large_height);
+  t.row_elements = static_cast<int>(g.large_width * g.large_channels);
+  t.rows = thin_rows(g);
+  if (t.rows == 0) return t;
+  const int64_t tiles_per_image = divide_up(g.small_height, t.rows);
+  t.tiles = static_cast<int>(g.batch * tiles_per_image);
+  t.tiles_per_image = FastDivisor(tiles_per_image);
+  t.width = FastDivisor(g.small_width);
+  // From the margin to the last window's last pixel.
+  const int64_t pairs = divide_up(kThinMargin + (2 * g.small_width + 1) * g.large_channels, 2);
+  t.pairs = FastDivisor(pairs);
+  t.words = static_cast<int>((2 * t.rows + 2) * pairs);
+  t.row_stride = static_cast<int>(2 * pairs + 2);
+  t.paired = t.row_elements % 2 == 0 && reinterpret_cast<uintptr_t>(image) % 4 == 0;
+  return t;
+}
+
+inline bool thin_geometry(const Conv4x4Geometry& g, DataType type) {
+  return type != DataType::float32 && g.stride == 2 && g.large_channels <= 4 && g.small_channels % kThinColumns == 0 &&
+         thin_rows(g) > 0;
+}
+
+inline bool is_thin_tiled(const Conv4x4Geometry& g, DataType type) {
+  return thin_geometry(g, type) && thin_tiles(g, nullptr).words <= kThinFetches * kThinThreads;
+}
+
+// Whatever the pointers: callers ask for the number of tiles of statistics before they have set all of them.
+inline bool is_thin_down(const Conv4x4Args& args) {
+  return args.direction == Conv4x4Direction::down && args.prologue.kind == Conv4x4Prologue::Kind::none &&
+         is_thin_tiled(args.geometry, args.type);
+}
+
+inline bool is_thin_up(const Conv4x4Args& args) {
+  using Kind = Conv4x4Epilogue::Kind;
+  const Conv4x4Geometry& g = args.geometry;
+  return args.direction == Conv4x4Direction::up && args.prologue.kind == Conv4x4Prologue::Kind::none &&
+         (args.epilogue.kind == Kind::store || args.epilogue.kind == Kind::bias_activation) &&
+         thin_geometry(g, args.type) && is_aligned16(args.input) &&
+         thin_up_shared_bytes(thin_rows(g), g.small_width, g.large_channels) <= kThinMaxSharedBytes;
+}
+
+inline bool is_thin_weight_gradient(const Conv4x4WeightGradientArgs& args) {
+  constexpr auto kNone = Conv4x4Prologue::Kind::none;
+  return args.small_prologue.kind == kNone && args.large_prologue.kind == kNone && is_aligned16(args.small) &&
+         is_thin_tiled(args.geometry, args.type);
+}
+
+// Blocks that share out the tiles: as many as are resident at a time.
+inline int64_t thin_down_blocks(const Conv4x4Args& args) {
+  return std::min<int64_t>(thin_tiles(args.geometry, nullptr).tiles, int64_t{args.multiprocessors} * 2);
+}
+
+inline int64_t thin_weight_gradient_blocks(const Conv4x4WeightGradientArgs& args) {
+  return std::min<int64_t>(thin_tiles(args.geometry, nullptr).tiles, args.multiprocessors);
+}
+
+// Calls f(T{}, number of channels) with the number as a constant.
+template <typename F>
+cudaError_t dispatch_thin(DataType type, int64_t channels, const F& f) {
+  const auto with_type = [&](auto zero) {
+    switch (channels) {
+      case 1: return f(zero, std::integral_constant<int, 1>{});
+      case 2: return f(zero, std::integral_constant<int, 2>{});
+      case 3: return f(zero, std::integral_constant<int, 3>{});
+      default: return f(zero, std::integral_constant<int, 4>{});
+    }
+  };
+  return type == DataType::bfloat16 ? with_type(BFloat16{}) : with_type(Half{});
+}
+
+inline cudaError_t thin_down_launch(const Conv4x4Args& args, cudaStream_t stream) {
+  using Kind = Conv4x4Epilogue::Kind;
+  const Conv4x4Geometry& g = args.geometry;
+  ThinDownParams p{thin_tiles(g, args.input),
+                   args.packed_weight,
+                   args.output,
+                   static_cast<int>(g.small_channels),
+                   args.epilogue,
+                   is_aligned16(args.output) && is_aligned16(args.epilogue.y)};
+  if (args.epilogue.kind == Kind::store) p.epilogue.activation = {};
+  const dim3 grid(static_cast<unsigned>(thin_down_blocks(args)), static_cast<unsigned>(g.small_channels / kThinColumns));
+  return dispatch_thin(args.type, g.large_channels, [&](auto zero, auto channels) {
+    using T = decltype(zero);
+    constexpr int kChannels = channels.value;
+    const auto run = [&](void (*kernel)(ThinDownParams)) {
+      return launch(kernel, grid, kThinThreads, thin_down_shared_bytes(p.tiles), stream, p);
+    };
+    switch (args.epilogue.kind) {
+      case Kind::statistics: return run(thin_down_kernel<T, kChannels, Kind::statistics>);
+      case Kind::activation_backward: return run(thin_down_kernel<T, kChannels, Kind::activation_backward>);
+      default: return run(thin_down_kernel<T, kChannels, Kind::bias_activation>);
+    }
+  });
+}
+
+inline cudaError_t thin_up_launch(const Conv4x4Args& args, cudaStream_t stream) {
+  const Conv4x4Geometry& g = args.geometry;
+  ThinUpParams p{};
+  p.input = args.input, p.weight = args.packed_weight, p.output = args.output;
+  p.bias = args.epilogue.bias;
+  if (args.epilogue.kind == Conv4x4Epilogue::Kind::bias_activation) p.activation = args.epilogue.activation;
+  p.small_height = static_cast<int>(g.small_height), p.small_width = static_cast<int>(g.small_width);
+  p.small_channels = static_cast<int>(g.small_channels);
+  p.large_height = static_cast<int>(g.large_height);
+  p.row_elements = static_cast<int>(g.large_width * g.large_channels);
+  p.rows = thin_rows(g);
+  p.chunks = FastDivisor(divide_up(p.row_elements, kWarpSize));
+  // Strips as short as pays: each costs a row that its neighbour computes too, and the last round of blocks is as long
+  // as the others.
+  const int64_t blocks = int64_t{args.multiprocessors} * 2, gaps = g.small_height + 1;
+  int64_t best = 0;
+  for (int64_t strips = 1; strips <= std::max<int64_t>(1, gaps / (2 * p.rows)); ++strips) {
+    const int64_t strip_gaps = divide_up(gaps, strips);
+    const int64_t bands = divide_up(g.batch * strips, blocks) * divide_up(strip_gaps + 1, p.rows);
+    if (best != 0 && bands >= best) continue;
+    best = bands;
+    p.strip_gaps = static_cast<int>(strip_gaps);
+  }
+  const int64_t strips_per_image = divide_up(gaps, p.strip_gaps);
+  p.strips_per_image = FastDivisor(strips_per_image);
+  p.strips = static_cast<int>(g.batch * strips_per_image);
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(p.strips, blocks)));
+  return dispatch_thin(args.type, g.large_channels, [&](auto zero, auto channels) {
+    return launch(thin_up_kernel<decltype(zero), channels.value>, grid, kThinThreads,
+                  thin_up_shared_bytes(p.rows, g.small_width, g.large_channels), stream, p);
+  });
+}
+
+inline cudaError_t thin_weight_gradient_launch(const Conv4x4WeightGradientArgs& args, cudaStream_t stream) {
+  const Conv4x4Geometry& g = args.geometry;
+  const ThinWeightGradientParams p{thin_tiles(g, args.large), args.small, static_cast<int>(g.small_channels),
+                                   static_cast<float*>(args.workspace)};
+  const dim3 grid(static_cast<unsigned>(thin_weight_gradient_blocks(args)),
+                  static_cast<unsigned>(g.small_channels / kThinColumns));
+  return dispatch_thin(args.type, g.large_channels, [&](auto zero, auto channels) {
+    return launch(thin_weight_gradient_kernel<decltype(zero), channels.value>, grid, kThinThreads,
+                  thin_weight_gradient_shared_bytes(p.tiles, channels.value), stream, p);
+  });
+}
+
+}  // namespace fastgan::cuda
