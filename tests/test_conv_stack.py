@@ -68,7 +68,7 @@ def is_one_operator(name, device):
 
 def stack_call(network, x):
     """The arguments with which fuse() calls the operator for a whole network."""
-    stack, children, position = StackCall(x), list(network), 0
+    stack, children, position = StackCall(x, x.dtype), list(network), 0
     while position < len(children):
         layer = _match(children, position)
         bn = BatchNormCall(layer.bn) if layer.bn is not None else None

@@ -418,16 +418,15 @@ def _run(layers, input):
 
 def _run_stack(layers, input):
     """The whole run as one operator, or None where it does not take these layers or gains nothing."""
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    device, dtype = input.device.type, input.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
         # Images in the autocast dtype, parameters as they are: the loops round weights where they read them.
         dtype = torch.get_autocast_dtype(device)
         if dtype not in _STACK_AUTOCAST[device]:
             return None
-        input = input.to(dtype)
-    elif input.dtype != torch.float32:
+    elif dtype != torch.float32:
         return None
-    stack = StackCall(input)
+    stack = StackCall(input, dtype)
     calls = []
     for layer in layers:
         uses_batch, running, momentum, group = False, (), 0.0, None

@@ -22,7 +22,9 @@ class StackCall:
     """Collects the arguments of one call, layer by layer.
 
     Args:
-        input: ``[N, C, H, W]``, float32 or bfloat16, on CUDA also float16. Parameters are float32 either way.
+        input: ``[N, C, H, W]``.
+        dtype: of the images, to which input is cast: float32 or bfloat16, on CUDA also float16. Parameters are float32
+            either way.
 
     Attributes:
         shape: ``[N, C, H, W]`` of the output of the layers added so far.
@@ -30,8 +32,8 @@ class StackCall:
             are taken.
     """
 
-    def __init__(self, input):
-        self.input = input
+    def __init__(self, input, dtype):
+        self.input, self.dtype = input, dtype
         self.shape = tuple(input.shape)
         self.gains = False
         self.process_group = None
@@ -87,7 +89,7 @@ class StackCall:
             self._complete = activation != "leaky_relu"
         minimal = tuple(weight.shape[2:]) == (4, 4) and conv.stride == (2, 2) and conv.padding == (1, 1)
         small, large = (channels, out_channels) if transposed else (out_channels, channels)
-        if self.input.dtype == torch.bfloat16:  # conv4x4s2_supported in csrc/cpu/conv4x4s2.cpp
+        if self.dtype == torch.bfloat16:  # conv4x4s2_supported in csrc/cpu/conv4x4s2.cpp
             minimal &= _extension.CPU_ISA in ("avx512_bf16", "amx") and batch >= 16
         self.gains |= self._cuda or minimal and small % 16 == 0 and (large <= 4 or large % 16 == 0)
         self.shape = (batch, out_channels, *new_size)
@@ -116,9 +118,15 @@ class StackCall:
         return shape == ((2, 2), (1, 1)) or shape == ((1, 1), (0, 0)) and tuple(small) == (1, 1)
 
     def run(self):
-        """``[N, C, H, W]``, dtype of input, in channels_last."""
+        """``[N, C, H, W]``, in channels_last."""
+        input = self.input
+        if input.dtype == self.dtype:
+            # What the operator saves for backward is then what its loops read.
+            input = input.contiguous(memory_format=torch.channels_last) if self._cuda else input
+        else:
+            input = input.to(self.dtype, memory_format=torch.channels_last if self._cuda else torch.preserve_format)
         return torch.ops.fastgan.conv_stack(
-            self.input, self.parameters, self.running, self.layers, self.numbers, **group_arguments(self.process_group)
+            input, self.parameters, self.running, self.layers, self.numbers, **group_arguments(self.process_group)
         )
 
 
