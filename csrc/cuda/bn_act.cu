@@ -205,6 +205,7 @@ struct StatisticsParams {
 // odd it is, the cancellation in m2 costs no more than a factor of the thread's number of rows.
 template <typename T, bool kPlanar>
 __global__ void __launch_bounds__(kThreads) batch_statistics_kernel(StatisticsParams p) {
+  wait_for_previous_kernel();
   constexpr int kSize = Vector<T>::kSize, kChannels = kPlanar ? 1 : kSize;
   const Traversal& t = p.traversal;
   const Walk<T, kPlanar> walk(t);
@@ -267,6 +268,7 @@ struct ScaleShiftActParams {
 
 template <typename T, bool kPlanar>
 __global__ void __launch_bounds__(kThreads) scale_shift_act_kernel(ScaleShiftActParams p) {
+  wait_for_previous_kernel();
   const Traversal& t = p.traversal;
   const Walk<T, kPlanar> walk(t);
   const T* input = static_cast<const T*>(p.args.input);
@@ -322,6 +324,7 @@ __device__ __forceinline__ void write_tile_sums(const Traversal& t, const Walk<T
 
 template <typename T, bool kPlanar>
 __global__ void __launch_bounds__(kThreads, 2) bn_act_backward_reduce_kernel(BackwardParams p) {
+  wait_for_previous_kernel();
   constexpr int kSize = Vector<T>::kSize;
   const Traversal& t = p.traversal;
   const Walk<T, kPlanar> walk(t);
@@ -357,6 +360,7 @@ __global__ void __launch_bounds__(kThreads, 2) bn_act_backward_reduce_kernel(Bac
 
 template <typename T, bool kPlanar>
 __global__ void __launch_bounds__(kThreads, 2) bn_act_backward_apply_kernel(BackwardParams p) {
+  wait_for_previous_kernel();
   const Traversal& t = p.traversal;
   const Walk<T, kPlanar> walk(t);
   const T* grad_output = static_cast<const T*>(p.args.grad_output);
@@ -395,6 +399,7 @@ struct ActBackwardParams {
 
 template <typename T, bool kPlanar>
 __global__ void __launch_bounds__(kThreads, 2) act_backward_kernel(ActBackwardParams p) {
+  wait_for_previous_kernel();
   constexpr int kSize = Vector<T>::kSize;
   const Traversal& t = p.traversal;
   const Walk<T, kPlanar> walk(t);
@@ -482,6 +487,7 @@ __device__ __forceinline__ void write_batch_norm(const BatchNormForwardArgs& p, 
 }
 
 __global__ void __launch_bounds__(kThreads) batch_norm_fold_kernel(BatchNormFoldArgs p) {
+  wait_for_previous_kernel();
   const int64_t channel = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (channel < p.channels) fold(p.weight, p.bias, channel, p.mean[channel], p.invstd[channel], p.scale, p.shift);
 }
@@ -504,6 +510,7 @@ constexpr int kMergeThreads = kMergeChannels * kMostMergeLanes;
 
 // One pass: in float64, the sum of squares may cancel against the square of the sum.
 __global__ void __launch_bounds__(kMergeThreads) batch_norm_forward_kernel(MergeForwardParams params) {
+  wait_for_previous_kernel();
   const BatchNormForwardArgs& p = params.args;
   const int64_t channel = int64_t{blockIdx.x} * kMergeChannels + threadIdx.x % kMergeChannels;
   const bool valid = channel < p.channels;
@@ -533,11 +540,13 @@ __global__ void __launch_bounds__(kMergeThreads) batch_norm_forward_kernel(Merge
 }
 
 __global__ void __launch_bounds__(kThreads) batch_norm_inference_kernel(BatchNormForwardArgs p) {
+  wait_for_previous_kernel();
   const int64_t channel = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (channel < p.channels) write_batch_norm(p, channel, p.running_mean[channel], p.running_var[channel]);
 }
 
 __global__ void __launch_bounds__(kMergeThreads) batch_norm_backward_kernel(MergeBackwardParams params) {
+  wait_for_previous_kernel();
   const BatchNormBackwardArgs& p = params.args;
   const int64_t channel = int64_t{blockIdx.x} * kMergeChannels + threadIdx.x % kMergeChannels;
   const bool valid = channel < p.channels;

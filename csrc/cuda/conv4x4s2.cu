@@ -63,17 +63,6 @@ bool gather_uses_large_tile(const Conv4x4Args& args, const Product& product) {
   return uses_large_tile(product.rows, product.columns, product.phases, args.type, args.math, args.multiprocessors);
 }
 
-// Whether this build has code for Hopper, and the current device runs it.
-bool runs_hopper_code() {
-#if defined(FASTGAN_HOPPER)
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
-#else
-  return false;
-#endif
-}
-
 constexpr int kHopperRows = 128;
 
 #if !defined(FASTGAN_HOPPER)
@@ -92,7 +81,7 @@ int hopper_gather_columns(const Conv4x4Args& args, const Product& product) {
   if (args.type == DataType::float32 || args.prologue.kind != Conv4x4Prologue::Kind::none || !is_whole_blocks(channels) ||
       output_channels % 8 != 0 || product.columns <= 32 || product.rows <= SmallTile::kRows || !is_aligned16(args.input) ||
       !is_aligned16(args.output) || !is_aligned16(args.epilogue.y) || !box || box.width * step > 256 || box.height * step > 256 ||
-      !runs_hopper_code()) {
+      device_generation() != 9) {
     return 0;
   }
   const auto blocks = [&](int64_t columns) {
@@ -113,7 +102,7 @@ bool hopper_takes_weight_gradient(const Conv4x4WeightGradientArgs& args) {
   return args.type != DataType::float32 && args.small_prologue.kind == kNone && args.large_prologue.kind == kNone &&
          g.small_channels > 64 && is_whole_blocks(g.small_channels) && is_whole_blocks(g.large_channels) &&
          is_aligned16(args.small) && is_aligned16(args.large) && box && box.width * g.stride <= 256 &&
-         box.height * g.stride <= 256 && runs_hopper_code();
+         box.height * g.stride <= 256 && device_generation() == 9;
 }
 #endif
 
@@ -177,6 +166,7 @@ constexpr int kPackThreads = 128;
 // One thread a pair of channels; neighbouring threads write neighbouring elements.
 template <typename W, typename Math>
 __global__ void __launch_bounds__(kPackThreads) pack_kernel(PackParams p) {
+  wait_for_previous_kernel();
   using T = typename Math::Type;
   const int64_t pair = int64_t{blockIdx.x} * kPackThreads + threadIdx.x;
   if (pair >= p.small_channels * p.large_channels) return;

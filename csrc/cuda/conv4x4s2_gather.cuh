@@ -203,6 +203,7 @@ __device__ __forceinline__ void gather_epilogue(const GatherParams& p, Accumulat
 
 template <typename Math, typename Tile, bool kDirect>
 __global__ void __launch_bounds__(Tile::kThreads) gather_kernel(GatherParams p) {
+  wait_for_previous_kernel();
   using T = typename Math::Type;
   constexpr int kSize = Vector<T>::kSize;
   constexpr int kDepth = kDepthBytes / static_cast<int>(sizeof(T));

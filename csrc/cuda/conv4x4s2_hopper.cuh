@@ -358,6 +358,7 @@ __global__ void __cluster_dims__(Cluster::kSize, 1, 1) __launch_bounds__(256, kB
     for (int k = 0; k < kBoxChannels / 16; ++k) multiply_warpgroup<true>(sums.values[0], a + k * 2, b + k * 2, T{});
   };
   GatherPipeline<kColumns, kStages, Cluster> pipeline(shared_memory());
+  wait_for_previous_kernel();
   pipeline.run(cluster, p.input.columns / kBoxChannels, load, multiply);
   tile_epilogue<T>(p, sums, first_row, first_column, row_tile, phase, pipeline.memory(shared_memory()));
   pipeline.finish();
@@ -428,6 +429,7 @@ __global__ void __cluster_dims__(Cluster::kSize, 1, 1) __launch_bounds__(256, 1)
     }
   };
   WeightPipeline<kStages, Cluster> pipeline(shared_memory());
+  wait_for_previous_kernel();
   pipeline.run(cluster, (last_pixel - first_pixel + kStagePixels - 1) / kStagePixels, load, multiply);
 
   float* partial = p.partial + int64_t{blockIdx.z} * p.small.columns * p.large.columns;

@@ -47,6 +47,7 @@ constexpr int kPixelDownThreads = 256;
 
 template <typename T, int kChannels>
 __global__ void __launch_bounds__(kPixelDownThreads) pixel_down_kernel(PixelDownParams p) {
+  wait_for_previous_kernel();
   constexpr int kSize = Vector<T>::kSize, kWarps = kPixelDownThreads / kWarpSize;
   const T* input = static_cast<const T*>(p.input) + int64_t{blockIdx.x} * p.columns;
   const T* weight = static_cast<const T*>(p.weight);
@@ -109,6 +110,7 @@ constexpr int kPixelUpVectors = 16;  // side by side in a block; the rest of the
 
 template <typename T, int kChannels>
 __global__ void __launch_bounds__(kPixelUpThreads, kChannels == 1 ? 2 : 1) pixel_up_kernel(PixelUpParams p) {
+  wait_for_previous_kernel();
   using Kind = Conv4x4Epilogue::Kind;
   constexpr int kSize = Vector<T>::kSize, kLanes = kPixelUpThreads / kPixelUpVectors;
   const int thread = static_cast<int>(threadIdx.x), tile = static_cast<int>(blockIdx.x) / p.column_blocks;
@@ -264,6 +266,7 @@ __device__ __forceinline__ void store_as(DataType type, void* array, int64_t ind
 
 template <typename T, int kChannels>
 __global__ void __launch_bounds__(kPixelWeightThreads) pixel_weight_gradient_kernel(PixelWeightGradientParams p) {
+  wait_for_previous_kernel();
   constexpr int kSize = Vector<T>::kSize, kLanes = kPixelWeightThreads / kPixelWeightVectors;
   const int thread = static_cast<int>(threadIdx.x);
   const int column = (static_cast<int>(blockIdx.x) * kPixelWeightVectors + thread % kPixelWeightVectors) * kSize;

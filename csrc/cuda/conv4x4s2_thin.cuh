@@ -158,6 +158,7 @@ constexpr int kThinWarpRows = 4;               // of warps, in a block
 // compiler, it leaves registers enough for two blocks on a multiprocessor (of four channels, for one).
 template <typename T, int kChannels, Conv4x4Epilogue::Kind kEpilogue>
 __global__ void __launch_bounds__(kThinThreads, kChannels < 4 ? 2 : 1) thin_down_kernel(ThinDownParams p) {
+  wait_for_previous_kernel();
   using Kind = Conv4x4Epilogue::Kind;
   constexpr bool kBackward = kEpilogue == Kind::activation_backward, kStatistics = kEpilogue == Kind::statistics;
   const Conv4x4Epilogue& epilogue = p.epilogue;
@@ -470,6 +471,7 @@ struct ThinBand {
 
 template <typename T, int kChannels>
 __global__ void __launch_bounds__(kThinThreads, kChannels < 4 ? 2 : 1) thin_up_kernel(ThinUpParams p) {
+  wait_for_previous_kernel();
   constexpr int kTiles = 2 * kChannels;  // of eight columns
   constexpr int kStride = kThinProductStride<kChannels>;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
@@ -600,6 +602,7 @@ constexpr int kThinStageBytes = kThinPixels * kThinRowBytes;
 
 template <typename T, int kChannels>
 __global__ void __launch_bounds__(kThinThreads, 1) thin_weight_gradient_kernel(ThinWeightGradientParams p) {
+  wait_for_previous_kernel();
   constexpr int kTiles = 2 * kChannels;       // of eight columns
   constexpr int kValues = 4 * kTiles * 4;     // of a lane
   constexpr int kAdders = kThinWarps / 2;     // warps whose sums meet in shared memory

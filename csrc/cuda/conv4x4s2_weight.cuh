@@ -46,6 +46,7 @@ __device__ __forceinline__ void store_partial(const WeightGradientParams& p, con
 // Two resident blocks of the small tile are enough to ask for: with more the compiler spills.
 template <typename Math, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) weight_gradient_kernel(WeightGradientParams p) {
+  wait_for_previous_kernel();
   using T = typename Math::Type;
   constexpr int kSize = Vector<T>::kSize;
   constexpr int kPixels = pixels_per_stage<Math>();
@@ -173,6 +174,7 @@ constexpr size_t kReduceSharedBytes =
 // A thread reads four neighbouring elements of every lanes-th split; the lanes' sums are added in a fixed tree.
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads) weight_reduce_kernel(WeightReduceParams p) {
+  wait_for_previous_kernel();
   float4* shared = static_cast<float4*>(shared_memory());
   const int thread = static_cast<int>(threadIdx.x);
   const int vectors = kReduceThreads / p.lanes;

@@ -38,6 +38,23 @@ __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 __device__ __forceinline__ int block_barrier_count(bool predicate) { return __syncthreads_count(predicate); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
+// The first thing that every kernel does. From compute capability 9.0 on its blocks take their places while those of the kernel before are
+// still at work (see launch); what that kernel and all before it wrote is there after this.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Compute capability of the current device, its first number; 0 where it cannot be had.
+inline int device_generation() {
+  int device = 0, major = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess;
+  return known ? major : 0;
+}
+
 // Launches on the stream and reports the launch's own error; nothing here synchronises or allocates.
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
@@ -47,8 +64,16 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_b
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, threads, shared_bytes, stream>>>(args);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = device_generation() >= 9 ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
+  const cudaError_t last = cudaGetLastError();
+  return error != cudaSuccess ? error : last;
 }
 
 inline cudaError_t clear_async(void* memory, size_t bytes, cudaStream_t stream) {
@@ -189,6 +214,8 @@ template <int kPendingGroups>
 inline void copy_async_wait() {
   host::copy_async_wait(kPendingGroups);
 }
+
+inline void wait_for_previous_kernel() {}
 
 inline float reciprocal(float value) { return 1.0f / value; }
 inline float to_float(Half value) { return host::half_to_float(value.bits); }

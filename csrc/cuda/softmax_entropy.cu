@@ -151,6 +151,7 @@ __device__ void stage_rows(const SoftmaxEntropyArgs& p, const FastDivisor& class
 
 template <typename T, int kMaxClasses>
 __global__ void __launch_bounds__(kThreads) forward_thread_kernel(ForwardParams params) {
+  wait_for_previous_kernel();
   const SoftmaxEntropyArgs& p = params.args;
   float* staged = static_cast<float*>(shared_memory());
   const int k_count = static_cast<int>(p.classes), thread = static_cast<int>(threadIdx.x);
@@ -239,6 +240,7 @@ struct WarpRow {
 
 template <typename T, int kPerLane>
 __global__ void __launch_bounds__(kThreads) forward_warp_kernel(ForwardParams params) {
+  wait_for_previous_kernel();
   const SoftmaxEntropyArgs& p = params.args;
   const int classes = static_cast<int>(p.classes);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
@@ -309,6 +311,7 @@ __device__ void block_row(const T* row, int64_t classes, float* shared, float& m
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) forward_block_kernel(ForwardParams params) {
+  wait_for_previous_kernel();
   const SoftmaxEntropyArgs& p = params.args;
   float* shared = static_cast<float*>(shared_memory());
   float* out = params.shares + int64_t{blockIdx.x} * (p.classes + kExtra);
@@ -371,6 +374,7 @@ struct BackwardParams {
 
 template <typename T, int kMaxClasses>
 __global__ void __launch_bounds__(kThreads) backward_thread_kernel(BackwardParams params) {
+  wait_for_previous_kernel();
   const SoftmaxEntropyArgs& p = params.args;
   float* staged = static_cast<float*>(shared_memory());
   const int k_count = static_cast<int>(p.classes), thread = static_cast<int>(threadIdx.x);
@@ -421,6 +425,7 @@ __global__ void __launch_bounds__(kThreads) backward_thread_kernel(BackwardParam
 
 template <typename T, int kPerLane>
 __global__ void __launch_bounds__(kThreads) backward_warp_kernel(BackwardParams params) {
+  wait_for_previous_kernel();
   const SoftmaxEntropyArgs& p = params.args;
   const int classes = static_cast<int>(p.classes);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
@@ -456,6 +461,7 @@ __global__ void __launch_bounds__(kThreads) backward_warp_kernel(BackwardParams 
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) backward_block_kernel(BackwardParams params) {
+  wait_for_previous_kernel();
   const SoftmaxEntropyArgs& p = params.args;
   float* shared = static_cast<float*>(shared_memory());
   const Gradients g(p);
