@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kPixelWeightThreads) pixel_weight_gradient_ker
   const bool column_valid = column < p.columns;
   const T* small = static_cast<const T*>(p.small);
   const T* large = static_cast<const T*>(p.large) + column;
-  float sums[kChannels * kSize] = {};
+  float sums[kChannels][kSize] = {};
   for (int image = thread / kPixelWeightVectors; image < p.batch; image += kPixelBatch * kLanes) {
     Bytes16 bytes[kPixelBatch];
     float dy[kPixelBatch][kChannels];
@@ -294,11 +294,15 @@ __global__ void __launch_bounds__(kPixelWeightThreads) pixel_weight_gradient_ker
 #pragma unroll
       for (int k = 0; k < kChannels; ++k) {
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) sums[k * kSize + i] = fmaf(dy[u][k], x.values[i], sums[k * kSize + i]);
+        for (int i = 0; i < kSize; ++i) sums[k][i] = fmaf(dy[u][k], x.values[i], sums[k][i]);
       }
     }
   }
-  reduce_rows<kPixelWeightThreads>(static_cast<float*>(shared_memory()), sums, kPixelWeightVectors, Add{});
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) {
+    if (k > 0) block_barrier();  // the channel before has been read
+    reduce_rows<kPixelWeightThreads>(static_cast<float*>(shared_memory()), sums[k], kPixelWeightVectors, Add{});
+  }
   if (thread >= kPixelWeightVectors || !column_valid) return;
 #pragma unroll
   for (int k = 0; k < kChannels; ++k) {
@@ -308,7 +312,7 @@ __global__ void __launch_bounds__(kPixelWeightThreads) pixel_weight_gradient_ker
       const int tap = p.channels.divide(column + i);
       const int channel = column + i - tap * static_cast<int>(p.channels.divisor);
       const int index = p.contiguous ? channel * kTaps + tap : column + i;
-      store_as(p.weight_type, p.grad_weight, int64_t{k} * p.columns + index, sums[k * kSize + i]);
+      store_as(p.weight_type, p.grad_weight, int64_t{k} * p.columns + index, sums[k][i]);
     }
   }
 }
@@ -334,9 +338,8 @@ cudaError_t pixel_weight_gradient_launch(const Conv4x4WeightGradientArgs& args, 
                                          args.grad_weight};
   const dim3 grid(static_cast<unsigned>(divide_up(columns, kPixelWeightVectors * Vector<T>::kSize)));
   return dispatch_pixel_channels(g.small_channels, [&](auto channels) {
-    constexpr size_t kSharedBytes = channels.value * Vector<T>::kSize * kPixelWeightThreads * sizeof(float);
-    return launch(pixel_weight_gradient_kernel<T, channels.value>, grid, kPixelWeightThreads, kSharedBytes, stream,
-                  params);
+    return launch(pixel_weight_gradient_kernel<T, channels.value>, grid, kPixelWeightThreads,
+                  Vector<T>::kSize * kPixelWeightThreads * sizeof(float), stream, params);
   });
 }
 
