@@ -100,7 +100,7 @@ void run_main_loop(const Conv4x4Geometry& geometry, Conv4x4Direction direction, 
                              nullptr};
   const Tensor packed = scratch(input, conv4x4s2_packed_bytes(pack));
   pack.packed = packed.mutable_data_ptr();
-  C10_CUDA_CHECK(conv4x4s2_pack_launch(pack, current_stream()));
+  C10_CUDA_CHECK(conv4x4s2_pack_launch(&pack, 1, current_stream()));
 
   cuda::Conv4x4Args args;
   args.geometry = geometry;

@@ -203,7 +203,7 @@ void check_direction(const Case& c, Conv4x4Direction direction, Prologue prologu
     Conv4x4PackArgs pack{c.g, direction, c.type, c.math, weight_type, layout, w.data(), nullptr};
     Buffer packed(c.type, static_cast<int64_t>(conv4x4s2_packed_bytes(pack)) / size_of(c.type));
     pack.packed = packed.data();
-    expect_success(name, conv4x4s2_pack_launch(pack, nullptr));
+    expect_success(name, conv4x4s2_pack_launch(&pack, 1, nullptr));
 
     Conv4x4Args args;
     args.geometry = c.g, args.direction = direction, args.type = c.type, args.math = c.math;
