@@ -63,7 +63,7 @@ bool gather_uses_large_tile(const Conv4x4Args& args, const Product& product) {
 }
 
 // Whether this build has code for Hopper, and the current device runs it.
-bool runs_hopper_code() {
+[[maybe_unused]] bool runs_hopper_code() {
 #if defined(FASTGAN_HOPPER)
   int device = 0, major = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
@@ -73,7 +73,7 @@ bool runs_hopper_code() {
 #endif
 }
 
-constexpr int kHopperRows = 128;
+[[maybe_unused]] constexpr int kHopperRows = 128;
 
 #if !defined(FASTGAN_HOPPER)
 int hopper_gather_columns(const Conv4x4Args&, const Product&) { return 0; }

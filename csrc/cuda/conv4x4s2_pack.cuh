@@ -15,11 +15,11 @@
 namespace fastgan::cuda {
 
 constexpr int kPackThreads = 128;
-constexpr int kPackColumns = 4;                    // of a thread
-constexpr int kPackLaneColumns = 4;                // lanes side by side: a warp has 16 columns
+constexpr int kPackColumns = 4;      // of a thread
+constexpr int kPackLaneColumns = 4;  // lanes side by side: a warp has 16 columns
 constexpr int kPackLaneRows = kWarpSize / kPackLaneColumns;
 constexpr int kConvertedElements = kPackThreads * 32;  // of a block
-constexpr int kMostPackLayers = 8;                 // in one launch
+constexpr int kMostPackLayers = 8;                     // of a launch
 
 enum class PackOrder : int { convert = 0, taps_outward, phases, from_pixel };
 
@@ -87,15 +87,27 @@ struct alignas(4 * sizeof(T)) Quad {
   T elements[4];
 };
 
-template <typename W>
-__device__ __forceinline__ void load_quad(const W* p, bool aligned, float (&values)[4]) {
+// kCount times four elements, `stride` apart, of which `count` are there; 0 beyond.
+template <int kCount, typename W>
+__device__ __forceinline__ void load_quads(const W* p, int64_t stride, int count, bool aligned,
+                                           float (&values)[kCount][4]) {
   if (aligned) {
-    const Quad<W> quad = *reinterpret_cast<const Quad<W>*>(p);
+    Quad<W> quads[kCount] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = to_float(quad.elements[i]);
+    for (int i = 0; i < kCount; ++i) {
+      if (i < count) quads[i] = *reinterpret_cast<const Quad<W>*>(p + i * stride);
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) values[i][j] = to_float(quads[i].elements[j]);
+    }
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = to_float(p[i]);
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) values[i][j] = i < count ? to_float(p[i * stride + j]) : 0.0f;
+    }
   }
 }
 
@@ -107,23 +119,17 @@ __device__ __forceinline__ float as_operand(float value) {
 template <typename W, typename Math>
 __device__ __forceinline__ void pack_converted(const PackLayer& p, int block) {
   using T = typename Math::Type;
-  constexpr int kQuads = kConvertedElements / kPackThreads / 4;
+  constexpr int kQuads = kConvertedElements / kPackThreads / 4, kStride = kPackThreads * 4;
   const int64_t first = int64_t{block} * kConvertedElements + threadIdx.x * 4;
+  const int64_t count = (p.elements - first + kStride - 1) / kStride;
   float values[kQuads][4];
+  load_quads(static_cast<const W*>(p.weight) + first, kStride, static_cast<int>(count), p.aligned, values);
 #pragma unroll
   for (int i = 0; i < kQuads; ++i) {
-    const int64_t at = first + i * kPackThreads * 4;
-    if (at < p.elements) load_quad(static_cast<const W*>(p.weight) + at, p.aligned, values[i]);
-  }
+    Quad<T> quad;
 #pragma unroll
-  for (int i = 0; i < kQuads; ++i) {
-    const int64_t at = first + i * kPackThreads * 4;
-    if (at < p.elements) {
-      Quad<T> quad;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) from_float(as_operand<Math>(values[i][j]), quad.elements[j]);
-      *reinterpret_cast<Quad<T>*>(static_cast<T*>(p.packed) + at) = quad;
-    }
+    for (int j = 0; j < 4; ++j) from_float(as_operand<Math>(values[i][j]), quad.elements[j]);
+    if (i < count) *reinterpret_cast<Quad<T>*>(static_cast<T*>(p.packed) + first + i * kStride) = quad;
   }
 }
 
@@ -160,12 +166,9 @@ __device__ __forceinline__ void pack_transposed(const PackLayer& p, int block) {
   const int column = (warp_column * kPackLaneColumns + lane % kPackLaneColumns) * kPackColumns;
   if (row >= p.rows + p.padding) return;
 
-  float values[kRows][kPackColumns] = {};
-  const W* from = static_cast<const W*>(p.weight) + int64_t{row} * p.columns + column;
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    if (row + i < p.rows) load_quad(from + int64_t{i} * p.columns, p.aligned, values[i]);
-  }
+  float values[kRows][kPackColumns];
+  load_quads(static_cast<const W*>(p.weight) + int64_t{row} * p.columns + column, p.columns, p.rows - row, p.aligned,
+             values);
 #pragma unroll
   for (int j = 0; j < kPackColumns; ++j) {
     const PackRun run = pack_run(p, column + j);
@@ -187,10 +190,10 @@ __device__ __forceinline__ void pack_transposed(const PackLayer& p, int block) {
 }
 
 template <typename W, typename Math>
-__global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constant__ PackParams params) {
+__global__ void __launch_bounds__(kPackThreads, 4) pack_kernel(const __grid_constant__ PackParams params) {
   int layer = 0, block = static_cast<int>(blockIdx.x);
   while (block >= params.layers[layer].blocks) block -= params.layers[layer++].blocks;
-  const PackLayer& p = params.layers[layer];
+  const PackLayer p = params.layers[layer];
   if (p.order == PackOrder::convert) {
     pack_converted<W, Math>(p, block);
   } else {
