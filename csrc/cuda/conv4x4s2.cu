@@ -8,6 +8,7 @@
 
 #include "conv4x4s2_gather.cuh"
 #include "conv4x4s2_hopper.cuh"
+#include "conv4x4s2_pack.cuh"
 #include "conv4x4s2_pixel.cuh"
 #include "conv4x4s2_thin.cuh"
 #include "conv4x4s2_weight.cuh"
@@ -63,7 +64,7 @@ bool gather_uses_large_tile(const Conv4x4Args& args, const Product& product) {
   return uses_large_tile(product.rows, product.columns, product.phases, args.type, args.math, args.multiprocessors);
 }
 
-constexpr int kHopperRows = 128;
+[[maybe_unused]] constexpr int kHopperRows = 128;
 
 #if !defined(FASTGAN_HOPPER)
 int hopper_gather_columns(const Conv4x4Args&, const Product&) { return 0; }
@@ -150,48 +151,6 @@ cudaError_t dispatch_tile(bool large, const F& f) {
     if (large) return f(LargeTile{});
   }
   return f(SmallTile{});
-}
-
-struct PackParams {
-  const void* weight;
-  WeightStrides strides;
-  void* packed;
-  int64_t small_channels, large_channels;
-  int64_t columns, depth_padded;
-  bool up, from_pixel;
-};
-
-constexpr int kPackThreads = 128;
-
-// One thread a pair of channels; neighbouring threads write neighbouring elements.
-template <typename W, typename Math>
-__global__ void __launch_bounds__(kPackThreads) pack_kernel(PackParams p) {
-  wait_for_previous_kernel();
-  using T = typename Math::Type;
-  const int64_t pair = int64_t{blockIdx.x} * kPackThreads + threadIdx.x;
-  if (pair >= p.small_channels * p.large_channels) return;
-  const int64_t inner = p.up ? p.small_channels : p.large_channels;
-  const int64_t outer_index = pair / inner, inner_index = pair - outer_index * inner;
-  const int64_t k = p.up ? inner_index : outer_index, c = p.up ? outer_index : inner_index;
-  const W* taps = static_cast<const W*>(p.weight) + k * kTaps * p.large_channels + c * p.strides.channel;
-  T* packed = static_cast<T*>(p.packed);
-#pragma unroll
-  for (int tap = 0; tap < kTaps; ++tap) {
-    float value = to_float(taps[tap * p.strides.tap]);
-    if constexpr (Math::kTf32) value = round_to_tf32(value);
-    int64_t index;
-    if (!p.up) {
-      index = k * p.depth_padded + tap * p.large_channels + c;
-    } else if (p.from_pixel) {
-      index = (tap * p.large_channels + c) * p.depth_padded + k;
-    } else {
-      // Kernel row r meets output rows of parity (r + 1) % 2, of which it is tap (3 - r) / 2; columns alike.
-      const int r = tap / 4, s = tap % 4;
-      const int phase = (r + 1) % 2 * 2 + (s + 1) % 2, phase_tap = (3 - r) / 2 * 2 + (3 - s) / 2;
-      index = (phase * p.columns + c) * p.depth_padded + phase_tap * p.small_channels + k;
-    }
-    from_float(value, packed[index]);
-  }
 }
 
 struct Split {
@@ -349,31 +308,31 @@ size_t conv4x4s2_packed_bytes(const Conv4x4PackArgs& args) {
   return static_cast<size_t>(product.phases * product.columns * padded_depth(product, args.type) * size_of(args.type));
 }
 
-cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs& args, cudaStream_t stream) {
-  const Product product = product_of(args.geometry, args.direction);
-  const WeightStrides strides(args.weight_layout, args.geometry.large_channels);
-  const PackParams params{args.weight,
-                          strides,
-                          args.packed,
-                          args.geometry.small_channels,
-                          args.geometry.large_channels,
-                          product.columns,
-                          padded_depth(product, args.type),
-                          args.direction == Conv4x4Direction::up,
-                          product.from_pixel};
-  if (params.depth_padded != product.depth) {
-    const cudaError_t error = clear_async(args.packed, conv4x4s2_packed_bytes(args), stream);
+cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs* args, int count, cudaStream_t stream) {
+  for (; count > 0; args += kMostPackLayers, count -= kMostPackLayers) {
+    PackParams params{};
+    int64_t blocks = 0;
+    for (int i = 0; i < std::min(count, kMostPackLayers); ++i) {
+      const Conv4x4Geometry& g = args[i].geometry;
+      if (args[i].type != args->type || args[i].math != args->math || args[i].weight_type != args->weight_type ||
+          g.small_channels * g.large_channels >= kMaxIndex / kTaps) {
+        return cudaErrorInvalidValue;
+      }
+      params.layers[i] = make_pack_layer(args[i], padded_depth(product_of(g, args[i].direction), args[i].type));
+      blocks += params.layers[i].blocks;
+    }
+    const dim3 grid(static_cast<unsigned>(blocks));
+    const cudaError_t error = dispatch_math(args->type, args->math, [&](auto math) {
+      using M = decltype(math);
+      if (args->weight_type == DataType::float32) {
+        return launch(pack_kernel<float, M>, grid, kPackThreads, 0, stream, params);
+      }
+      if (args->weight_type != args->type) return cudaErrorInvalidValue;
+      return launch(pack_kernel<typename M::Type, M>, grid, kPackThreads, 0, stream, params);
+    });
     if (error != cudaSuccess) return error;
   }
-  const dim3 grid(static_cast<unsigned>(divide_up(params.small_channels * params.large_channels, kPackThreads)));
-  return dispatch_math(args.type, args.math, [&](auto math) {
-    using M = decltype(math);
-    if (args.weight_type == DataType::float32) {
-      return launch(pack_kernel<float, M>, grid, kPackThreads, 0, stream, params);
-    }
-    if (args.weight_type != args.type) return cudaErrorInvalidValue;
-    return launch(pack_kernel<typename M::Type, M>, grid, kPackThreads, 0, stream, params);
-  });
+  return cudaSuccess;
 }
 
 StatisticsTiles conv4x4s2_statistics_shape(const Conv4x4Args& args) {

@@ -105,7 +105,8 @@ struct Conv4x4PackArgs {
   void* packed = nullptr;        // conv4x4s2_packed_bytes, aligned to 16 bytes
 };
 size_t conv4x4s2_packed_bytes(const Conv4x4PackArgs& args);
-cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs& args, cudaStream_t stream);
+// Of `count` layers at once, all with the same types and arithmetic: one launch for every eight.
+cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs* args, int count, cudaStream_t stream);
 
 // tiles and rows_per_count that `args` will write; the pointers are the caller's. For the statistics epilogue and, with
 // the same number of tiles, for activation_backward. Entries of `count`: tiles / rows_per_count.

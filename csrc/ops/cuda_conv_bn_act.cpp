@@ -100,7 +100,7 @@ void run_main_loop(const Conv4x4Geometry& geometry, Conv4x4Direction direction, 
                              nullptr};
   const Tensor packed = scratch(input, conv4x4s2_packed_bytes(pack));
   pack.packed = packed.mutable_data_ptr();
-  C10_CUDA_CHECK(conv4x4s2_pack_launch(pack, current_stream()));
+  C10_CUDA_CHECK(conv4x4s2_pack_launch(&pack, 1, current_stream()));
 
   cuda::Conv4x4Args args;
   args.geometry = geometry;
@@ -179,10 +179,10 @@ Tensor in_output_format(const Tensor& output, const Tensor& input, const Tensor&
 Tensor channels(const Tensor& array) { return array.view({1, -1, 1, 1}); }
 
 // act'(z) from y = act(z)
-Tensor derivative_from_output(const Tensor& y, const cuda::ActivationSpec& activation) {
-  switch (activation.kind) {
+Tensor derivative_from_output(const Tensor& y, Activation activation, double negative_slope) {
+  switch (activation) {
     case Activation::relu: return (y > 0).to(y.scalar_type());
-    case Activation::leaky_relu: return at::where(y > 0, 1.0, double{activation.negative_slope}).to(y.scalar_type());
+    case Activation::leaky_relu: return at::where(y > 0, 1.0, negative_slope).to(y.scalar_type());
     case Activation::tanh: return 1 - y * y;
     case Activation::sigmoid: return y * (1 - y);
     default: return at::ones_like(y);
@@ -226,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cuda(
     }
     const Tensor invstd = (var + eps).rsqrt();
     const Tensor xhat = (y - channels(mean)) * channels(invstd);
-    return {dense(activate(with_bn_parameters(xhat, bn_weight, bn_bias), activation.kind, activation.negative_slope)),
+    return {dense(activate(with_bn_parameters(xhat, bn_weight, bn_bias), activation.kind, negative_slope)),
             saved(y), mean.clone(), invstd};
   }
 
@@ -304,8 +304,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cuda(
   if (y.scalar_type() == at::kDouble) {
     const Tensor xhat = (y - channels(mean)) * channels(invstd);
     const Tensor output =
-        activate(with_bn_parameters(xhat, bn_weight, bn_bias), activation.kind, activation.negative_slope);
-    const Tensor dz = grad_output * derivative_from_output(output, activation);
+        activate(with_bn_parameters(xhat, bn_weight, bn_bias), activation.kind, negative_slope);
+    const Tensor dz = grad_output * derivative_from_output(output, activation.kind, negative_slope);
     sum_dz = dz.sum({0, 2, 3});
     sum_dz_xhat = (dz * xhat).sum({0, 2, 3});
     scale = defined(bn_weight) ? invstd * bn_weight->to(at::kDouble) : invstd;
@@ -383,7 +383,7 @@ Tensor conv_act_forward_cuda(const Tensor& input, const Tensor& weight, const Op
   const cuda::ActivationSpec activation{parse_activation("conv_act_forward", activation_name),
                                         static_cast<float>(negative_slope)};
   if (input.scalar_type() == at::kDouble) {
-    return dense(activate(convolution(input, weight, bias, layer), activation.kind, activation.negative_slope));
+    return dense(activate(convolution(input, weight, bias, layer), activation.kind, negative_slope));
   }
   const auto sizes = output_sizes(input, weight, layer);
   if (const auto geometry = fast_geometry(input, weight, layer, sizes)) {
@@ -417,7 +417,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_act_backward_cuda(const Tensor& grad_out
                                         static_cast<float>(negative_slope)};
   Tensor dy, sum;
   if (output.scalar_type() == at::kDouble) {
-    dy = grad_output * derivative_from_output(output, activation);
+    dy = grad_output * derivative_from_output(output, activation.kind, negative_slope);
     sum = dy.sum({0, 2, 3});
   } else {
     // Our main loops want channels_last; beside cuDNN the output's own format is kept.

@@ -62,21 +62,39 @@ class Launches {
         tiles(images),
         math_(math_of(images)),
         multiprocessors_(multiprocessors()),
-        operands_(images) {}
+        packed_(images),
+        partial_(images) {}
+
+  // Packs, by one launch, the weights of layers first, first + 1, ... for the main loops in their `direction`
+  // (&LayerPlan::forward or backward). Returns them by layer.
+  std::vector<const void*> pack(const Plan& plan, const std::vector<LayerParameters>& parameters, size_t first,
+                                Conv4x4Direction LayerPlan::*direction) {
+    constexpr size_t kAlignment = 256;
+    std::vector<cuda::Conv4x4PackArgs> packs;
+    std::vector<size_t> offsets;
+    size_t bytes = 0;
+    for (size_t i = first; i < plan.layers.size(); ++i) {
+      const Tensor& weight = parameters[i].weight;
+      cuda::Conv4x4PackArgs& pack = packs.emplace_back();
+      pack.geometry = plan.layers[i].geometry;
+      pack.direction = plan.layers[i].*direction;
+      pack.type = type;
+      pack.math = math_;
+      pack.weight_layout = weight_layout(weight_format(weight));
+      pack.weight = weight.const_data_ptr();
+      offsets.push_back(bytes);
+      bytes += (conv4x4s2_packed_bytes(pack) + kAlignment - 1) / kAlignment * kAlignment;
+    }
+    auto* memory = static_cast<char*>(packed_.take(bytes));
+    std::vector<const void*> packed(first, nullptr);
+    for (size_t i = 0; i < packs.size(); ++i) packed.push_back(packs[i].packed = memory + offsets[i]);
+    C10_CUDA_CHECK(conv4x4s2_pack_launch(packs.data(), static_cast<int>(packs.size()), stream));
+    return packed;
+  }
 
   // A main loop. The epilogue's tiles are allocated here: for statistics, or `sums` of them for activation_backward.
-  void convolve(const LayerPlan& layer, Conv4x4Direction direction, const Tensor& weight, const void* input,
+  void convolve(const LayerPlan& layer, Conv4x4Direction direction, const void* packed_weight, const void* input,
                 void* output, Conv4x4Epilogue& epilogue, int sums = 0) {
-    cuda::Conv4x4PackArgs pack;
-    pack.geometry = layer.geometry;
-    pack.direction = direction;
-    pack.type = type;
-    pack.math = math_;
-    pack.weight_layout = weight_layout(weight_format(weight));
-    pack.weight = weight.const_data_ptr();
-    pack.packed = operands_.take(conv4x4s2_packed_bytes(pack));
-    C10_CUDA_CHECK(conv4x4s2_pack_launch(pack, stream));
-
     cuda::Conv4x4Args args;
     args.geometry = layer.geometry;
     args.direction = direction;
@@ -84,7 +102,7 @@ class Launches {
     args.math = math_;
     args.multiprocessors = multiprocessors_;
     args.input = input;
-    args.packed_weight = pack.packed;
+    args.packed_weight = packed_weight;
     args.output = output;
     args.epilogue = epilogue;
     const bool down = direction == Conv4x4Direction::down;
@@ -116,7 +134,7 @@ class Launches {
     args.large = up ? dy : input;
     args.weight_layout = weight_layout(weight_format(weight));
     args.grad_weight = grad_weight.mutable_data_ptr();
-    args.workspace = operands_.take(conv4x4s2_weight_gradient_workspace_bytes(args));
+    args.workspace = partial_.take(conv4x4s2_weight_gradient_workspace_bytes(args));
     C10_CUDA_CHECK(conv4x4s2_weight_gradient_launch(args, stream));
     return grad_weight;
   }
@@ -128,7 +146,8 @@ class Launches {
  private:
   const cuda::Conv4x4Math math_;
   const int multiprocessors_;
-  Workspace operands_;  // packed weights, or the parts of a weight gradient
+  Workspace packed_;   // weights
+  Workspace partial_;  // sums of a weight gradient
 };
 
 // Parameters as the kernels read them: weights in either memory format, arrays dense.
@@ -162,6 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cuda(const Tensor& input, 
   const Tensor statistics = empty_floats(images, 2 * plan.statistics_size);
   const Saved saved(memory);
   Launches launches(images);
+  const auto packed = launches.pack(plan, split, 0, &LayerPlan::forward);
 
   Tensor output, unsaved[2];  // of the layer before and of this one
   const void* x = images.const_data_ptr();
@@ -184,11 +204,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cuda(const Tensor& input, 
     if (!layer.has_batch_norm) {
       epilogue.kind = Conv4x4Epilogue::Kind::bias_activation;
       epilogue.activation = p.activation;
-      launches.convolve(p, p.forward, split[i].weight, x, activated, epilogue);
+      launches.convolve(p, p.forward, packed[i], x, activated, epilogue);
     } else {
       void* raw = save_for_backward ? saved.raw(p) : activated;
       epilogue.kind = layer.training ? Conv4x4Epilogue::Kind::statistics : Conv4x4Epilogue::Kind::store;
-      launches.convolve(p, p.forward, split[i].weight, x, raw, epilogue);
+      launches.convolve(p, p.forward, packed[i], x, raw, epilogue);
       const Statistics s(statistics, plan, p);
       cuda::BatchNormForwardArgs merge;
       merge.channels = p.channels();
@@ -332,6 +352,8 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
     return dy;
   };
 
+  const auto packed =
+      launches.pack(plan, split, wanted.lowest + (wants_input(wanted.lowest) ? 0 : 1), &LayerPlan::backward);
   Tensor dy = last_layer_backward(grad_output.contiguous(kChannelsLast));
   for (int64_t i = last; i >= wanted.lowest; --i) {
     const LayerPlan& p = plan.layers[i];
@@ -345,7 +367,7 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
     Conv4x4Epilogue epilogue;
     if (i == 0) {
       results[0] = at::empty(input.sizes(), input.options().memory_format(kChannelsLast));
-      launches.convolve(p, p.backward, weight, dy.const_data_ptr(), results[0].mutable_data_ptr(), epilogue);
+      launches.convolve(p, p.backward, packed[i], dy.const_data_ptr(), results[0].mutable_data_ptr(), epilogue);
       break;
     }
     const LayerPlan& below = plan.layers[i - 1];
@@ -359,7 +381,7 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
       epilogue.y = saved.raw(below);
       epilogue.scale = s.scale, epilogue.shift = s.shift, epilogue.mean = s.mean, epilogue.invstd = s.invstd;
     }
-    launches.convolve(p, p.backward, weight, dy.const_data_ptr(), dz.mutable_data_ptr(), epilogue, sums_needed(i - 1));
+    launches.convolve(p, p.backward, packed[i], dy.const_data_ptr(), dz.mutable_data_ptr(), epilogue, sums_needed(i - 1));
     merge(i - 1, epilogue.gradients);
     if (has_batch_norm && (wants_weight(i - 1) || wants_input(i - 1))) {
       cuda::BnActBackwardArgs args = batch_norm_backward(i - 1);

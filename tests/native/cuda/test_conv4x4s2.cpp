@@ -205,7 +205,7 @@ void check_direction(const Case& c, Conv4x4Direction direction, Prologue prologu
     Conv4x4PackArgs pack{c.g, direction, c.type, c.math, weight_type, layout, w.data(), nullptr};
     Buffer packed(c.type, static_cast<int64_t>(conv4x4s2_packed_bytes(pack)) / size_of(c.type));
     pack.packed = packed.data();
-    expect_success(name, conv4x4s2_pack_launch(pack, nullptr));
+    expect_success(name, conv4x4s2_pack_launch(&pack, 1, nullptr));
 
     Conv4x4Args args;
     args.geometry = c.g, args.direction = direction, args.type = c.type, args.math = c.math;
@@ -334,6 +334,74 @@ Conv4x4Geometry halving(int64_t batch, int64_t large_height, int64_t large_width
 
 Conv4x4Geometry pixel(int64_t batch, int64_t small_channels, int64_t large_channels) {
   return {batch, 1, 1, small_channels, 4, 4, large_channels, 1};
+}
+
+// A weight in the order that Conv4x4Direction's main loop reads, zeros where rows are padded.
+Values packed_order(const Conv4x4PackArgs& pack, const Values& weight) {
+  const Conv4x4Geometry& g = pack.geometry;
+  const int64_t small = g.small_channels, large = g.large_channels;
+  Values packed(conv4x4s2_packed_bytes(pack) / size_of(pack.type));
+  const int64_t size = static_cast<int64_t>(packed.size());
+  for (int64_t k = 0; k < small; ++k) {
+    for (int64_t c = 0; c < large; ++c) {
+      for (int64_t tap = 0; tap < 16; ++tap) {
+        const int64_t r = tap / 4, s = tap % 4;
+        const int64_t phase = (r + 1) % 2 * 2 + (s + 1) % 2, phase_tap = (3 - r) / 2 * 2 + (3 - s) / 2;
+        const int64_t index = pack.direction == Conv4x4Direction::down ? k * (size / small) + tap * large + c
+                              : g.stride == 1 ? (tap * large + c) * (size / (16 * large)) + k
+                                              : (phase * large + c) * (size / (4 * large)) + phase_tap * small + k;
+        packed[index] = weight[(k * large + c) * 16 + tap];
+      }
+    }
+  }
+  return packed;
+}
+
+// More layers than one launch takes, in every order: as expected, and each as it is when packed alone.
+void check_packs(DataType type, Conv4x4Math math, DataType weight_type) {
+  const std::string name = std::string("packs of ") + name_of(weight_type) + " for " + name_of(type);
+  struct Layer {
+    Conv4x4Geometry g;
+    bool misaligned;
+  };
+  const Layer layers[] = {{halving(1, 4, 4, 72, 40), false}, {halving(1, 4, 4, 65, 3), false},
+                          {pixel(1, 100, 24), false},        {halving(1, 4, 4, 16, 8), true},
+                          {halving(1, 4, 4, 8, 136), false}, {pixel(1, 7, 5), false}};
+  std::vector<Values> values;
+  for (const Layer& layer : layers) {
+    values.push_back(random_values(layer.g.small_channels * layer.g.large_channels * 16, weight_type));
+  }
+  std::vector<Conv4x4PackArgs> packs;
+  std::vector<Values> weights;
+  std::vector<Buffer> outputs;
+  under_every_schedule(name, [&] {
+    std::vector<Buffer> sources;
+    packs.clear(), weights.clear(), outputs.clear();
+    for (size_t i = 0; i < values.size(); ++i) {
+      for (const Conv4x4WeightLayout layout : kLayouts) {
+        for (const Conv4x4Direction direction : {Conv4x4Direction::down, Conv4x4Direction::up}) {
+          const Conv4x4PackArgs pack{layers[i].g, direction, type, math, weight_type, layout, nullptr, nullptr};
+          const Case c{layers[i].g, type, math, false, false};
+          sources.emplace_back(weight_type, in_layout(c, layout, values[i]), layers[i].misaligned);
+          outputs.emplace_back(type, static_cast<int64_t>(conv4x4s2_packed_bytes(pack)) / size_of(type));
+          packs.push_back(pack), weights.push_back(values[i]);
+        }
+      }
+    }
+    for (size_t i = 0; i < packs.size(); ++i) packs[i].weight = sources[i].data(), packs[i].packed = outputs[i].data();
+    expect_success(name, conv4x4s2_pack_launch(packs.data(), static_cast<int>(packs.size()), nullptr));
+    for (size_t i = 0; i < packs.size(); ++i) {
+      Buffer alone(type, outputs[i].size());
+      packs[i].packed = alone.data();
+      expect_success(name, conv4x4s2_pack_launch(&packs[i], 1, nullptr));
+      if (alone.bytes() != outputs[i].bytes()) std::printf("FAILED %s: %zu differs from itself alone\n", name.c_str(), i), ++failures;
+    }
+    return outputs;
+  });
+  const double tolerance = type == DataType::float32 && math == Conv4x4Math::tf32 ? 5e-4 : rounding_of(type);
+  for (size_t i = 0; i < packs.size(); ++i) {
+    expect_close(name + " " + std::to_string(i), outputs[i].values(), packed_order(packs[i], weights[i]), tolerance);
+  }
 }
 
 }  // namespace
@@ -471,6 +539,11 @@ int main(int argc, char** argv) {
     check_weight_gradient(c, Prologue::none, Prologue::none);
     ++cases;
   }
+
+  for (const DataType type : {f32, bf16, f16}) check_packs(type, exact, type);
+  check_packs(f32, tf32, f32);
+  check_packs(bf16, exact, f32);
+  check_packs(f16, exact, f32);
 
   // What the kernels do not take must be refused, not computed wrongly.
   const auto expect_refused = [&](const char* what, bool supported) {
