@@ -103,7 +103,9 @@ class Step:
         d_loss, g_loss, d_gradients, g_gradients = self.losses_and_gradients()
         for optimizer, gradients in zip(self.optimizers, (g_gradients, d_gradients)):
             for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients):
-                parameter.grad = gradient
+                # In the parameter's strides, as backward() leaves it: a fused optimizer takes no others.
+                same = gradient.stride() == parameter.stride()
+                parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
             optimizer.step()
         return d_loss, g_loss
 

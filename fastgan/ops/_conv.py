@@ -88,6 +88,17 @@ if _extension.has_kernels("cpu"):
         )
         return y.contiguous(memory_format=torch._prims_common.suggest_memory_format(y))
 
+    def _cuda_main_loop(input, weight, y, stride, padding, dilation, transposed, groups):
+        """Whether the raw output y comes from a main loop of csrc/cuda, in channels_last: fast_geometry() in
+        csrc/ops/cuda_conv_bn_act.cpp."""
+        if input.device.type != "cuda" or y.dtype == torch.float64 or y.numel() == 0 or input.numel() == 0:
+            return False
+        if tuple(weight.shape[2:]) != (4, 4) or groups != 1 or any(d != 1 for d in dilation):
+            return False
+        shape = (tuple(stride), tuple(padding))
+        small = input if transposed else y
+        return shape == ((2, 2), (1, 1)) or shape == ((1, 1), (0, 0)) and tuple(small.shape[2:]) == (1, 1)
+
     def _statistics_dtype(y):
         return torch.float64 if y.dtype == torch.float64 else torch.float32
 
@@ -99,7 +110,12 @@ if _extension.has_kernels("cpu"):
     ):  # fmt: skip
         y = _fake_conv(input, weight, stride, padding, dilation, transposed, output_padding, groups)
         mean = y.new_empty([y.shape[1]], dtype=_statistics_dtype(y))
-        saved = torch.empty_like(y) if save_for_backward else y.new_empty([0])
+        if not save_for_backward:
+            saved = y.new_empty([0])
+        elif _cuda_main_loop(input, weight, y, stride, padding, dilation, transposed, groups):
+            saved = torch.empty_like(y, memory_format=torch.channels_last)
+        else:
+            saved = torch.empty_like(y)
         return y, saved, mean, torch.empty_like(mean)
 
     @torch.library.register_fake("fastgan::conv_bn_act_backward")
