@@ -2,17 +2,19 @@
 // 64s, 16-bit storage, stride 2, nothing to do while loading. The generic loops read such images element by element and
 // pad their few columns to a tile's; these are limited by the small grid's memory traffic alone.
 //
-//   down             image rows lie in shared memory with their zero border. The window of output pixel q in one kernel
-//                    row is 4 * channels neighbouring elements there, at an even offset: fragments of A are read straight
-//                    from the rows, 16 * channels deep, with no im2col. The product's second operand stays in registers.
-//   up               P[small pixel, 16 taps * channels] is a matrix product whose A comes from global memory, 16 bytes a
-//                    lane: the order of the summed channels is free as long as both operands agree, so a lane's 16 bytes
-//                    are fragments of two steps. P of a band of rows goes to shared memory, float32, into a ring that
-//                    keeps the row before the band; every output pixel then adds its 2x2 contributions.
+//   down             image rows lie in shared memory with their zero border. The window of output pixel q in a kernel row
+//                    is 4 * channels neighbouring elements there, at an even offset: fragments of A are read straight
+//                    from the rows, 16 * channels deep, with no im2col. The weights stay in registers.
+//   up               P[small pixel, 16 taps * channels] is a matrix product whose A comes from global memory, 16 bytes
+//                    a lane: the order of the summed channels is free as long as both operands agree, so that a lane's
+//                    16 bytes are fragments of two steps. P of a band of rows goes to shared memory, float32, into a
+//                    ring that keeps the row before the band; every output pixel then adds its 2x2 contributions.
 //   weight gradient  every warp takes 16 pixels as one step of depth and sums the whole 64 x 16 * channels result.
 //
 // Down and the weight gradient cut the small grid into tiles of whole rows, at most 128 pixels, and walk over them with
 // as many blocks as the device holds at a time; each block writes one row of statistics or one partial result.
+//
+// Not run on a GPU yet, so nothing here has been measured.
 #pragma once
 
 #include <algorithm>
@@ -155,9 +157,9 @@ constexpr int kThinResultBytes = 32 * 32 * 2;  // of a warp
 constexpr int kThinWarpRows = 4;               // of warps, in a block
 
 // The epilogue is one of bias_activation (which does for store), statistics and activation_backward: known to the
-// compiler, it leaves registers enough for two blocks on a multiprocessor (of four channels, for one).
+// compiler, it leaves registers enough for two blocks on a multiprocessor (of two or four channels, for one).
 template <typename T, int kChannels, Conv4x4Epilogue::Kind kEpilogue>
-__global__ void __launch_bounds__(kThinThreads, kChannels < 4 ? 2 : 1) thin_down_kernel(ThinDownParams p) {
+__global__ void __launch_bounds__(kThinThreads, kChannels % 2 == 0 ? 1 : 2) thin_down_kernel(ThinDownParams p) {
   wait_for_previous_kernel();
   using Kind = Conv4x4Epilogue::Kind;
   constexpr bool kBackward = kEpilogue == Kind::activation_backward, kStatistics = kEpilogue == Kind::statistics;
@@ -168,7 +170,8 @@ __global__ void __launch_bounds__(kThinThreads, kChannels < 4 ? 2 : 1) thin_down
   const int warp_row = warp % kThinWarpRows, warp_column = warp / kThinWarpRows * 32;
   const int block_channel = static_cast<int>(blockIdx.y) * kThinColumns, first_channel = block_channel + warp_column;
 
-  // Shared memory: two result buffers a warp (the second for the next tile's y), per-channel arrays, two stages of rows.
+  // Shared memory: two result buffers a warp (the second for the next tile's y), per-channel arrays, two stages of
+  // image rows.
   char* memory = static_cast<char*>(shared_memory());
   char* results = memory + warp * 2 * kThinResultBytes;
   float* coefficients = reinterpret_cast<float*>(memory + kThinWarps * 2 * kThinResultBytes);
@@ -444,7 +447,7 @@ struct alignas(16) ThinWords {
   uint32_t words[4];
 };
 
-// A band of rows [first, end) of image n, of the strip with gaps [first_gap, end_gap).
+// A band: rows of image n from `first` on, in the strip with gaps [first_gap, end_gap), which needs rows to last_row.
 struct ThinBand {
   int strip, n, first_gap, end_gap, first, last_row;
 
@@ -818,7 +821,8 @@ inline cudaError_t thin_down_launch(const Conv4x4Args& args, cudaStream_t stream
                    args.epilogue,
                    is_aligned16(args.output) && is_aligned16(args.epilogue.y)};
   if (args.epilogue.kind == Kind::store) p.epilogue.activation = {};
-  const dim3 grid(static_cast<unsigned>(thin_down_blocks(args)), static_cast<unsigned>(g.small_channels / kThinColumns));
+  const dim3 grid(static_cast<unsigned>(thin_down_blocks(args)),
+                  static_cast<unsigned>(g.small_channels / kThinColumns));
   return dispatch_thin(args.type, g.large_channels, [&](auto zero, auto channels) {
     using T = decltype(zero);
     constexpr int kChannels = channels.value;
