@@ -30,15 +30,15 @@ struct PackLayer {
   bool aligned;  // the weight, to 16 bytes
   int blocks;
   int64_t elements;
-  // The matrix that is transposed. Element (row, column) goes to run_start(column) + row + row / run * jump.
+  // The matrix that is transposed. Element (row, column) goes to pack_run(column).start + row + row / large_channels *
+  // jump.
   int rows, columns;
-  FastDivisor run;   // rows that stay together
-  int64_t jump;      // between runs
-  bool whole;        // a vector of rows stays together, at a multiple of 16 bytes
+  int64_t jump;
+  bool whole;  // a vector of rows stays together, at a multiple of 16 bytes
   FastDivisor warp_columns;
-  // Of up: which column is which, and where it goes.
   int small_channels, large_channels;
   FastDivisor channel_divisor;  // by large_channels
+  // Of up:
   bool channels_last;
   int64_t depth_padded;
   int padding;  // zeros at the end of each packed row
@@ -67,7 +67,7 @@ inline PackLayer make_pack_layer(const Conv4x4PackArgs& args, int64_t depth_padd
   if (args.direction == Conv4x4Direction::down) {
     p.order = PackOrder::taps_outward;
     p.rows = static_cast<int>(small * large), p.columns = kTaps;
-    p.run = p.channel_divisor, p.jump = (kTaps - 1) * large;
+    p.jump = (kTaps - 1) * large;
     p.whole = large % vector == 0;
   } else {
     p.order = args.geometry.stride == 1 ? PackOrder::from_pixel : PackOrder::phases;
@@ -177,12 +177,12 @@ __device__ __forceinline__ void pack_transposed(const PackLayer& p, int block) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) vector.values[i] = as_operand<Math>(values[i][j]);
     if (p.whole) {
-      const int64_t jumps = p.jump == 0 ? 0 : p.run.divide(row) * p.jump;
+      const int64_t jumps = p.jump == 0 ? 0 : p.channel_divisor.divide(row) * p.jump;
       if (row < run.rows) store_vector(to + jumps, kRows, true, vector);
     } else {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const int64_t jumps = p.jump == 0 ? 0 : p.run.divide(row + i) * p.jump;
+        const int64_t jumps = p.jump == 0 ? 0 : p.channel_divisor.divide(row + i) * p.jump;
         if (row + i < run.rows) from_float(vector.values[i], to[i + jumps]);
       }
     }

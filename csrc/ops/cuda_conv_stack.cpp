@@ -4,7 +4,7 @@
 // normalisation and activation; a layer without is a main loop alone. Backward, the main loop of the input gradient
 // multiplies by the activation's derivative and sums what batch norm's backward needs of the layer below, so that one
 // merge and one pass remain. Main loops read activated tensors as they lie: on their way to the tensor cores nothing
-// is computed.
+// is computed. Weights are packed for all main loops of a call by one launch at its beginning.
 //
 // Saved for backward are, of every layer, the raw output where batch norm follows, and the activated output, which is
 // the operand of the next weight gradient; without batch norm the activation's derivative is taken from it. The last
@@ -381,7 +381,8 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
       epilogue.y = saved.raw(below);
       epilogue.scale = s.scale, epilogue.shift = s.shift, epilogue.mean = s.mean, epilogue.invstd = s.invstd;
     }
-    launches.convolve(p, p.backward, packed[i], dy.const_data_ptr(), dz.mutable_data_ptr(), epilogue, sums_needed(i - 1));
+    launches.convolve(p, p.backward, packed[i], dy.const_data_ptr(), dz.mutable_data_ptr(), epilogue,
+                      sums_needed(i - 1));
     merge(i - 1, epilogue.gradients);
     if (has_batch_norm && (wants_weight(i - 1) || wants_input(i - 1))) {
       cuda::BnActBackwardArgs args = batch_norm_backward(i - 1);
