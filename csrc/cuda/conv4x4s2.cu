@@ -29,9 +29,21 @@ struct Product {
   int64_t grid_height, grid_width;
   int phases, log2_taps;
   bool from_pixel;  // up, stride 1: one row an image, all 16 output pixels as columns
+  bool paired;      // weights are packed for pairs of phases, and Hopper's loop takes them so
 };
 
-Product product_of(const Conv4x4Geometry& g, Conv4x4Direction direction) {
+#if defined(FASTGAN_HOPPER)
+// Depends on nothing that one launch may change: weights are packed before. What Hopper's loop then does not take (a misaligned pointer)
+// runs gather_kernel, which reads both orders.
+bool packs_pairs_of_phases(const Conv4x4Geometry& g, Conv4x4Direction direction, DataType type) {
+  return direction == Conv4x4Direction::up && g.stride == 2 && type != DataType::float32 && g.large_channels == 64 &&
+         g.small_channels % kBoxChannels == 0 && g.large_width % 2 == 0 && device_generation() == 9;
+}
+#else
+bool packs_pairs_of_phases(const Conv4x4Geometry&, Conv4x4Direction, DataType) { return false; }
+#endif
+
+Product product_of(const Conv4x4Geometry& g, Conv4x4Direction direction, DataType type) {
   Product p{};
   p.phases = 1;
   if (direction == Conv4x4Direction::down) {
@@ -45,10 +57,12 @@ Product product_of(const Conv4x4Geometry& g, Conv4x4Direction direction) {
     p.columns = kTaps * g.large_channels, p.depth = g.small_channels, p.log2_taps = 0, p.from_pixel = true;
   }
   p.rows = g.batch * p.grid_height * p.grid_width;
+  p.paired = packs_pairs_of_phases(g, direction, type);
   return p;
 }
 
 int64_t padded_depth(const Product& product, DataType type) {
+  if (product.paired) return product.depth / 4 * 6;
   const int64_t vector = 16 / size_of(type);
   return divide_up(product.depth, vector) * vector;
 }
@@ -88,12 +102,9 @@ int hopper_gather_columns(const Conv4x4Args& args, const Product& product) {
   const auto blocks = [&](int64_t columns) {
     return divide_up(product.rows, kHopperRows) * divide_up(product.columns, columns) * product.phases;
   };
+  if (product.paired) return 128;
   if (product.columns <= 64 || blocks(128) * 2 <= args.multiprocessors) return 64;
-#if VARIANT == 1
   return product.columns % 256 == 0 && blocks(256) >= args.multiprocessors - 8 ? 256 : 128;
-#else
-  return 128;
-#endif
 }
 
 bool hopper_takes_weight_gradient(const Conv4x4WeightGradientArgs& args) {
@@ -202,11 +213,6 @@ int64_t blocks_at_once() {
   return most;
 }
 
-template <typename T>
-struct Tag {
-  using type = T;
-};
-
 uint64_t size(int64_t value) { return static_cast<uint64_t>(value); }
 
 cudaError_t map_windows(CUtensorMap& map, DataType type, const WindowOperand& operand, int64_t batch, const PixelBox& box, int step) {
@@ -246,15 +252,9 @@ cudaError_t choose_gather_stages(GatherBoxParams& params, const Conv4x4Args& arg
 }
 
 template <typename M, int kColumns>
-cudaError_t launch_gather_box(const GatherParams& gather, const Conv4x4Args& args, const Product& product, dim3 grid, cudaStream_t stream) {
-  GatherBoxParams params;
-  params.gather = gather;
-  const bool half_boxes(PixelBox(kHopperRows / 2, product.grid_height, product.grid_width));
-  if (gather.row_tiles % 2 == 0 && gather.column_tiles % 2 == 0 && half_boxes) {
-    return choose_gather_stages<M, kColumns, Cluster<2, 2>>(params, args, product, grid, stream);
-  }
-  if (gather.row_tiles % 2 == 0) return choose_gather_stages<M, kColumns, Cluster<2, 1>>(params, args, product, grid, stream);
-  return choose_gather_stages<M, kColumns, Cluster<1, 1>>(params, args, product, grid, stream);
+cudaError_t launch_gather_box(GatherBoxParams& params, const Conv4x4Args& args, const Product& product, dim3 grid, cudaStream_t stream) {
+  return params.gather.row_tiles % 2 == 0 ? choose_gather_stages<M, kColumns, Cluster<2, 1>>(params, args, product, grid, stream)
+                                          : choose_gather_stages<M, kColumns, Cluster<1, 1>>(params, args, product, grid, stream);
 }
 
 template <typename M>
@@ -268,12 +268,8 @@ cudaError_t launch_weight_gradient_box(const Conv4x4WeightGradientArgs& args, co
   if (error != cudaSuccess) return error;
   error = map_windows(params.large, args.type, gradient.large, g.batch, PixelBox(kStagePixels, g.small_height, g.small_width), g.stride);
   if (error != cudaSuccess) return error;
-  const auto start = [&](auto cluster) {
-    using C = decltype(cluster);
-    return launch(weight_gradient_box_kernel<M, 4, typename C::type>, grid, 256, WeightPipeline<4, typename C::type>::shared_bytes(),
-                  stream, params);
-  };
-  return gradient.row_tiles % 2 == 0 ? start(Tag<Cluster<2, 2>>{}) : start(Tag<Cluster<1, 2>>{});
+  using Pair = Cluster<1, 2>;
+  return launch(weight_gradient_box_kernel<M, 4, Pair>, grid, 256, WeightPipeline<4, Pair>::shared_bytes(), stream, params);
 }
 #endif
 
@@ -304,7 +300,7 @@ bool conv4x4s2_supported(const Conv4x4Geometry& g, Conv4x4Direction direction) {
 }
 
 size_t conv4x4s2_packed_bytes(const Conv4x4PackArgs& args) {
-  const Product product = product_of(args.geometry, args.direction);
+  const Product product = product_of(args.geometry, args.direction, args.type);
   return static_cast<size_t>(product.phases * product.columns * padded_depth(product, args.type) * size_of(args.type));
 }
 
@@ -318,7 +314,8 @@ cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs* args, int count, cudaSt
           g.small_channels * g.large_channels >= kMaxIndex / kTaps) {
         return cudaErrorInvalidValue;
       }
-      params.layers[i] = make_pack_layer(args[i], padded_depth(product_of(g, args[i].direction), args[i].type));
+      const Product product = product_of(g, args[i].direction, args[i].type);
+      params.layers[i] = make_pack_layer(args[i], padded_depth(product, args[i].type), product.paired);
       blocks += params.layers[i].blocks;
     }
     const dim3 grid(static_cast<unsigned>(blocks));
@@ -341,9 +338,11 @@ StatisticsTiles conv4x4s2_statistics_shape(const Conv4x4Args& args) {
     tiles.tiles = thin_down_blocks(args);
     return tiles;
   }
-  const Product product = product_of(args.geometry, args.direction);
-  tiles.rows_per_count = product.from_pixel ? kTaps : 1;
-  tiles.tiles = product.phases * divide_up(product.rows, tile_rows(args, product)) * tiles.rows_per_count;
+  const Product product = product_of(args.geometry, args.direction, args.type);
+  const bool pairs = product.paired && hopper_gather_columns(args, product) != 0;
+  const int64_t row_tiles = divide_up(product.rows, tile_rows(args, product));
+  tiles.rows_per_count = product.from_pixel ? kTaps : pairs ? 2 : 1;
+  tiles.tiles = product.phases * row_tiles * (product.from_pixel ? kTaps : 1);
   return tiles;
 }
 
@@ -353,7 +352,7 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
   if (is_thin_down(args)) return thin_down_launch(args, stream);
   if (is_thin_up(args)) return thin_up_launch(args, stream);
   const bool down = args.direction == Conv4x4Direction::down;
-  const Product product = product_of(g, args.direction);
+  const Product product = product_of(g, args.direction, args.type);
   if (takes_pixel(args)) {
     return dispatch_math(args.type, args.math, [&](auto math) {
       using T = typename decltype(math)::Type;
@@ -378,7 +377,8 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
   p.window_step = down ? g.stride : 1;
   p.window_origin = g.stride == 2 ? -1 : 0;
   p.output_height = p.output_width = 1;  // from_pixel: the whole picture is one pixel of 16 * channels columns
-  p.output_step = product.phases == 4 ? 2 : 1;
+  p.output_step = p.output_step_w = product.phases == 4 ? 2 : 1;
+  if (product.paired) p.paired_channels = static_cast<int>(g.small_channels);
   if (!product.from_pixel) {
     p.output_height = static_cast<int>(down ? g.small_height : g.large_height);
     p.output_width = static_cast<int>(down ? g.small_width : g.large_width);
@@ -396,12 +396,23 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
   };
 #if defined(FASTGAN_HOPPER)
   if (const int columns = hopper_gather_columns(args, product)) {
-    const dim3 grid = set_tiles(kHopperRows, columns);
+    GatherBoxParams params;
+    Product boxed = product;
+    params.tap_rows = params.tap_columns = 1 << product.log2_taps, params.phase_step = 1;
+    if (product.paired) {
+      params.tap_columns = 3, params.phase_step = 2;
+      boxed.columns *= 2, boxed.phases /= 2;
+      p.columns *= 2, p.output_width /= 2, p.output_step_w = 1;
+    }
+    p.row_tiles = static_cast<int>(divide_up(boxed.rows, kHopperRows));
+    p.column_tiles = static_cast<int>(divide_up(boxed.columns, columns));
+    const dim3 grid(static_cast<unsigned>(p.row_tiles * p.column_tiles), 1, static_cast<unsigned>(boxed.phases));
+    params.gather = p;
     const auto run = [&](auto math) {
       using M = decltype(math);
-      if (columns == 256) return launch_gather_box<M, 256>(p, args, product, grid, stream);
-      return columns == 128 ? launch_gather_box<M, 128>(p, args, product, grid, stream)
-                            : launch_gather_box<M, 64>(p, args, product, grid, stream);
+      if (columns == 256) return launch_gather_box<M, 256>(params, args, boxed, grid, stream);
+      return columns == 128 ? launch_gather_box<M, 128>(params, args, boxed, grid, stream)
+                            : launch_gather_box<M, 64>(params, args, boxed, grid, stream);
     };
     return args.type == DataType::bfloat16 ? run(Bfloat16Math{}) : run(Float16Math{});
   }

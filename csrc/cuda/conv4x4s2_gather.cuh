@@ -29,7 +29,9 @@ struct GatherParams {
   int grid_height, grid_width;  // windows an image has in one phase
   FastDivisor grid_size, grid_width_divisor;
   int window_step, window_origin;                // first pixel of window p: p * step + origin (+ phase parity)
-  int output_height, output_width, output_step;  // output pixel of window p: p * step + phase parity
+  int output_height, output_width;  // in runs of `columns`
+  int output_step, output_step_w;   // output row of window row p: p * step + phase parity; columns alike
+  int paired_channels;              // of the input, where weights are packed for pairs of phases (conv4x4s2_hopper.cuh); else 0
   int channels;  // epilogue arrays have this many entries; column j is channel j % channels
   FastDivisor channel_divisor;
   int row_tiles, column_tiles;
@@ -88,7 +90,7 @@ __device__ __forceinline__ void gather_epilogue(const GatherParams& p, Accumulat
     int n, h, w;
     split_row(p, m < p.rows ? m : 0, n, h, w);
     h = h * p.output_step + (phase >> 1);
-    w = w * p.output_step + (phase & 1);
+    w = w * p.output_step_w + (phase & 1);
     const bool valid = m < p.rows && h < p.output_height && w < p.output_width;
     offsets[r] = valid ? ((int64_t{n} * p.output_height + h) * p.output_width + w) * p.columns : -1;
   }
@@ -239,9 +241,10 @@ __global__ void __launch_bounds__(Tile::kThreads) gather_kernel(GatherParams p) 
     for (int i = 0; i < kBChunks; ++i) {
       const int row = (thread + i * Tile::kThreads) / kChunksPerRow;
       const int column = first_column + row, j = depth + chunk * kSize;
-      const bool valid = column < p.columns && j < p.depth_padded;
+      const bool valid = column < p.columns && j < (p.paired_channels ? 4 * p.paired_channels : p.depth_padded);
+      const int at = j + p.paired_channels * ((phase & 1) + (j >= 2 * p.paired_channels ? 1 : 0));
       copy_async(stage + kABytes + row * kRowBytes + chunk * 16,
-                 weight + (valid ? int64_t{column} * p.depth_padded + j : 0), valid);
+                 weight + (valid ? int64_t{column} * p.depth_padded + at : 0), valid);
     }
   };
   const auto load_windows_direct = [&](char* stage, int depth) {

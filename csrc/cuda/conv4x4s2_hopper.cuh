@@ -203,7 +203,7 @@ struct TileEpilogue {
 
 template <typename T, typename Tile>
 __device__ __forceinline__ void tile_epilogue(const GatherParams& p, const Accumulators<Tile>& sums, int first_row, int first_column,
-                                              int row_tile, int phase, char* shared) {
+                                              int64_t tile, int phase, char* shared) {
   using Kind = Conv4x4Epilogue::Kind;
   const Conv4x4Epilogue& epilogue = p.epilogue;
   TileEpilogue<T, Tile> e(p, shared, first_column);
@@ -214,7 +214,7 @@ __device__ __forceinline__ void tile_epilogue(const GatherParams& p, const Accum
     int n, h, w;
     split_row(p, m < p.rows ? m : 0, n, h, w);
     h = h * p.output_step + (phase >> 1);
-    w = w * p.output_step + (phase & 1);
+    w = w * p.output_step_w + (phase & 1);
     valid = m < p.rows && h < p.output_height && w < p.output_width;
     e.offsets[thread] = valid ? ((int64_t{n} * p.output_height + h) * p.output_width + w) * p.columns : -1;
   }
@@ -238,7 +238,6 @@ __device__ __forceinline__ void tile_epilogue(const GatherParams& p, const Accum
 
   T* output = static_cast<T*>(p.output);
   float first[8] = {}, second[8] = {};
-  const int64_t tile = int64_t{phase} * p.row_tiles + row_tile;
   const int64_t tile_offset = tile * p.columns + first_column;
   const bool writes_column = thread < Tile::kColumns && first_column + thread < p.columns;
   if (epilogue.kind == Kind::store) {
@@ -310,10 +309,15 @@ __device__ __forceinline__ void tile_epilogue(const GatherParams& p, const Accum
   }
 }
 
+// Two phases that differ in the parity of the output column make one product: their windows of 2 x 2 taps lie in one of 2 x 3, and a row
+// of the product is two neighbouring output pixels. A third of the multiplications is by zeros, but a tile of few channels has
+// 128 columns, and is filled by fewer copies.
 struct GatherBoxParams {
   CUtensorMap windows;  // [batch, height, width, channels] of the input; a box is one tap of the windows of a part of a tile's pixels
   CUtensorMap weights;  // [1, 1, phases * columns, depth]; a box is a part of a tile's columns
   GatherParams gather;
+  int tap_rows, tap_columns;  // of a window
+  int phase_step;             // 2 for pairs of phases, else 1
 };
 
 template <int kColumns, int kStages, typename Cluster>
@@ -330,7 +334,7 @@ __global__ void __cluster_dims__(Cluster::kSize, 1, 1) __launch_bounds__(256, kB
   constexpr int kPartRows = Tile::kRows / Cluster::kColumns, kPartColumns = kColumns / Cluster::kRows;
   const GatherParams& p = params.gather;
   const Cluster cluster;
-  const int phase = static_cast<int>(blockIdx.z);
+  const int product = static_cast<int>(blockIdx.z), phase = product * params.phase_step;
   const int column_groups = p.column_tiles / Cluster::kColumns, row_group = Cluster::group() / column_groups;
   const int row_tile = row_group * Cluster::kRows + cluster.row;
   const int column_tile = (Cluster::group() - row_group * column_groups) * Cluster::kColumns + cluster.column;
@@ -339,15 +343,17 @@ __global__ void __cluster_dims__(Cluster::kSize, 1, 1) __launch_bounds__(256, kB
   int n, h, w;
   split_row(p, first_row + cluster.column * kPartRows, n, h, w);
   const int h0 = h * p.window_step + p.window_origin + (phase >> 1), w0 = p.window_origin + (phase & 1);
-  const int taps = 1 << p.input.log2_taps;
-  int tap = 0, channel = 0;
+  int tap_h = 0, tap_w = 0, channel = 0;
   const auto load = [&](uint32_t stage, uint32_t barrier, int) {
     copy_box_to<Cluster::kColumns>(stage + cluster.column * kPartRows * kSwizzledRowBytes, params.windows,
-                                   {channel, w0 + (tap & (taps - 1)), h0 + (tap >> p.input.log2_taps), n}, barrier, cluster.same_row());
+                                   {channel, w0 + tap_w, h0 + tap_h, n}, barrier, cluster.same_row());
     copy_box_to<Cluster::kRows>(stage + kABytes + cluster.row * kPartColumns * kSwizzledRowBytes, params.weights,
-                                {tap * p.input.channels + channel, phase * p.columns + first_column + cluster.row * kPartColumns, 0, 0},
+                                {(tap_h * params.tap_columns + tap_w) * p.input.channels + channel,
+                                 product * p.columns + first_column + cluster.row * kPartColumns, 0, 0},
                                 barrier, cluster.same_column());
-    if (++tap == taps * taps) tap = 0, channel += kBoxChannels;
+    if (++tap_w < params.tap_columns) return;
+    tap_w = 0;
+    if (++tap_h == params.tap_rows) tap_h = 0, channel += kBoxChannels;
   };
   Accumulators<Tile> sums;
   const int warpgroup = static_cast<int>(threadIdx.x) / 128;
@@ -359,8 +365,8 @@ __global__ void __cluster_dims__(Cluster::kSize, 1, 1) __launch_bounds__(256, kB
   };
   GatherPipeline<kColumns, kStages, Cluster> pipeline(shared_memory());
   wait_for_previous_kernel();
-  pipeline.run(cluster, p.input.columns / kBoxChannels, load, multiply);
-  tile_epilogue<T>(p, sums, first_row, first_column, row_tile, phase, pipeline.memory(shared_memory()));
+  pipeline.run(cluster, p.depth_padded / kBoxChannels, load, multiply);
+  tile_epilogue<T>(p, sums, first_row, first_column, int64_t{product} * p.row_tiles + row_tile, phase, pipeline.memory(shared_memory()));
   pipeline.finish();
 #endif
 }

@@ -21,7 +21,7 @@ constexpr int kPackLaneRows = kWarpSize / kPackLaneColumns;
 constexpr int kConvertedElements = kPackThreads * 32;  // of a block
 constexpr int kMostPackLayers = 8;                     // of a launch
 
-enum class PackOrder : int { convert = 0, taps_outward, phases, from_pixel };
+enum class PackOrder : int { convert = 0, taps_outward, phases, paired_phases, from_pixel };
 
 struct PackLayer {
   const void* weight;
@@ -41,14 +41,14 @@ struct PackLayer {
   // Of up:
   bool channels_last;
   int64_t depth_padded;
-  int padding;  // zeros at the end of each packed row
+  int padding;  // zeros at the end of each packed row; paired_phases: for the tap that a phase does not have
 };
 
 struct PackParams {
   PackLayer layers[kMostPackLayers];
 };
 
-inline PackLayer make_pack_layer(const Conv4x4PackArgs& args, int64_t depth_padded) {
+inline PackLayer make_pack_layer(const Conv4x4PackArgs& args, int64_t depth_padded, bool paired_phases) {
   const int64_t small = args.geometry.small_channels, large = args.geometry.large_channels;
   const int vector = 16 / size_of(args.type);
   PackLayer p{};
@@ -70,9 +70,9 @@ inline PackLayer make_pack_layer(const Conv4x4PackArgs& args, int64_t depth_padd
     p.jump = (kTaps - 1) * large;
     p.whole = large % vector == 0;
   } else {
-    p.order = args.geometry.stride == 1 ? PackOrder::from_pixel : PackOrder::phases;
+    p.order = args.geometry.stride == 1 ? PackOrder::from_pixel : paired_phases ? PackOrder::paired_phases : PackOrder::phases;
     p.rows = static_cast<int>(small), p.columns = static_cast<int>(kTaps * large);
-    p.padding = static_cast<int>(depth_padded - (p.order == PackOrder::phases ? 4 : 1) * small);
+    p.padding = static_cast<int>(paired_phases ? small : depth_padded - (p.order == PackOrder::phases ? 4 : 1) * small);
     p.whole = p.order == PackOrder::from_pixel || small % vector == 0;
   }
   const int64_t warp_columns = p.columns / (kPackColumns * kPackLaneColumns);
@@ -137,6 +137,7 @@ __device__ __forceinline__ void pack_converted(const PackLayer& p, int block) {
 struct PackRun {
   int64_t start;
   int rows;
+  int zeros_jump = 0;  // from where they would come next
 };
 
 __device__ __forceinline__ PackRun pack_run(const PackLayer& p, int column) {
@@ -150,6 +151,13 @@ __device__ __forceinline__ PackRun pack_run(const PackLayer& p, int column) {
   // Kernel row r meets output rows of parity (r + 1) % 2, of which it is tap (3 - r) / 2; columns alike.
   const int r = tap / 4, s = tap % 4;
   const int phase = (r + 1) % 2 * 2 + (s + 1) % 2, phase_tap = (3 - r) / 2 * 2 + (3 - s) / 2;
+  if (p.order == PackOrder::paired_phases) {
+    // Windows of 2 x 3 taps: the even columns' phase has none at the end, the odd columns' none at the beginning.
+    const int odd = phase % 2, column_tap = phase_tap % 2;
+    return {(int64_t{phase} * p.large_channels + c) * p.depth_padded +
+                int64_t{phase_tap / 2 * 3 + column_tap + odd} * p.small_channels,
+            column_tap != odd ? p.rows + p.padding : p.rows, odd ? -2 * p.small_channels : 0};
+  }
   return {(int64_t{phase} * p.large_channels + c) * p.depth_padded + int64_t{phase_tap} * p.small_channels,
           phase_tap == 3 ? p.rows + p.padding : p.rows};
 }
@@ -178,7 +186,8 @@ __device__ __forceinline__ void pack_transposed(const PackLayer& p, int block) {
     for (int i = 0; i < kRows; ++i) vector.values[i] = as_operand<Math>(values[i][j]);
     if (p.whole) {
       const int64_t jumps = p.jump == 0 ? 0 : p.channel_divisor.divide(row) * p.jump;
-      if (row < run.rows) store_vector(to + jumps, kRows, true, vector);
+      const int zeros_jump = row < p.rows ? 0 : run.zeros_jump;
+      if (row < run.rows) store_vector(to + jumps + zeros_jump, kRows, true, vector);
     } else {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {

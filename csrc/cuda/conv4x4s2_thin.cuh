@@ -2,9 +2,9 @@
 // 64s, 16-bit storage, stride 2, nothing to do while loading. The generic loops read such images element by element and
 // pad their few columns to a tile's; these are limited by the small grid's memory traffic alone.
 //
-//   down             image rows lie in shared memory with their zero border. The window of output pixel q in a kernel row
-//                    is 4 * channels neighbouring elements there, at an even offset: fragments of A are read straight
-//                    from the rows, 16 * channels deep, with no im2col. The weights stay in registers.
+//   down             image rows lie in shared memory with their zero border. The window of output pixel q in a kernel
+//                    row is 4 * channels neighbouring elements there, at an even offset: fragments of A are read
+//                    straight from the rows, 16 * channels deep, with no im2col. The weights stay in registers.
 //   up               P[small pixel, 16 taps * channels] is a matrix product whose A comes from global memory, 16 bytes
 //                    a lane: the order of the summed channels is free as long as both operands agree, so that a lane's
 //                    16 bytes are fragments of two steps. P of a band of rows goes to shared memory, float32, into a

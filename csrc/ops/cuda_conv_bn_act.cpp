@@ -7,6 +7,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/native/ConvUtils.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/where.h>
@@ -162,6 +163,10 @@ std::tuple<Tensor, Tensor> gradients_of_convolution(const Tensor& dy, const Tens
   if (const auto geometry = fast_geometry(input, weight, layer, dy.sizes())) {
     return main_loop_backward(*geometry, dy, input, weight, layer, want_input, want_weight);
   }
+  // cuDNN gives wrong gradients in float64 for some operands that are not contiguous (seen with 9.x, grouped convolutions).
+  if (input.scalar_type() == at::kDouble) {
+    return convolution_backward(dy.contiguous(), input.contiguous(), weight.contiguous(), layer, {want_input, want_weight});
+  }
   return convolution_backward(dy, input, weight, layer, {want_input, want_weight});
 }
 
@@ -182,7 +187,7 @@ Tensor channels(const Tensor& array) { return array.view({1, -1, 1, 1}); }
 Tensor derivative_from_output(const Tensor& y, Activation activation, double negative_slope) {
   switch (activation) {
     case Activation::relu: return (y > 0).to(y.scalar_type());
-    case Activation::leaky_relu: return at::where(y > 0, 1.0, negative_slope).to(y.scalar_type());
+    case Activation::leaky_relu: return at::where(y > 0, at::ones_like(y), at::full_like(y, negative_slope));
     case Activation::tanh: return 1 - y * y;
     case Activation::sigmoid: return y * (1 - y);
     default: return at::ones_like(y);
