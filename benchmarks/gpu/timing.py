@@ -1,5 +1,6 @@
 """Timing on a GPU, shared by the benchmarks of this folder (and a CPU clock, to try them without one)."""
 
+import functools
 import json
 import platform
 import statistics
@@ -87,7 +88,12 @@ def captured(function, device: torch.device, calls: int = 1):
     with torch.cuda.graph(graph):
         for _ in range(calls):
             function()
-    return graph.replay
+    # What the graph works on belongs to the function, and must live as long.
+    return functools.partial(_replay, graph, function)
+
+
+def _replay(graph, function):
+    graph.replay()
 
 
 def seconds_per_call(function, device: torch.device, calls: int) -> float:

@@ -169,7 +169,7 @@ struct TileEpilogue {
 
   // Calls f(row, offset of this thread's piece in the output) for its rows.
   template <typename F>
-  __device__ void for_each_row(const F& f) const {
+  __device__ __forceinline__ void for_each_row(const F& f) const {
     if (!exists) return;
 #pragma unroll 4
     for (int row = lane; row < Tile::kRows; row += kLanes) {
@@ -243,12 +243,14 @@ __device__ __forceinline__ void tile_epilogue(const GatherParams& p, const Accum
   if (epilogue.kind == Kind::store) {
     e.for_each_row([&](int row, int64_t offset) { *reinterpret_cast<uint4*>(output + offset) = e.load(row).words; });
   } else if (epilogue.kind == Kind::bias_activation) {
-    e.for_each_row([&](int row, int64_t offset) {
-      Vector<T> x;
-      unpack(e.load(row), x);
+    for_activation(epilogue.activation.kind, [&](auto kind) {
+      e.for_each_row([&](int row, int64_t offset) {
+        Vector<T> x;
+        unpack(e.load(row), x);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x.values[i] = activate(epilogue.activation.kind, epilogue.activation.negative_slope, x.values[i]);
-      *reinterpret_cast<uint4*>(output + offset) = pack(x).words;
+        for (int i = 0; i < 8; ++i) x.values[i] = activate(decltype(kind)::value, epilogue.activation.negative_slope, x.values[i]);
+        *reinterpret_cast<uint4*>(output + offset) = pack(x).words;
+      });
     });
   } else if (epilogue.kind == Kind::statistics) {
     // Sums of differences from the tile's first row, which lies among the values: nothing cancels.
@@ -280,20 +282,34 @@ __device__ __forceinline__ void tile_epilogue(const GatherParams& p, const Accum
     e.load_channels(epilogue.scale, 1.0f, scale);
     e.load_channels(epilogue.shift, 0.0f, shift);
     e.load_channels(epilogue.mean, 0.0f, mean);
-    e.for_each_row([&](int row, int64_t offset) {
-      Bytes16 bytes;
-      bytes.words = *reinterpret_cast<const uint4*>(y + offset);
-      Vector<T> previous, x;
-      unpack(bytes, previous);
-      unpack(e.load(row), x);
+    for_activation(epilogue.activation.kind, [&](auto kind) {
+      // Loads of several rows before their stores, which y might be for all the compiler knows.
+      constexpr int kBatch = 4;
+      if (!e.exists) return;
+      for (int first_of_batch = e.lane; first_of_batch < Tile::kRows; first_of_batch += kBatch * e.kLanes) {
+        int64_t offsets[kBatch];
+        Bytes16 bytes[kBatch];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        x.values[i] *= activation_derivative(epilogue.activation.kind, epilogue.activation.negative_slope,
-                                             fmaf(scale[i], previous.values[i], shift[i]));
-        first[i] += x.values[i];
-        second[i] = fmaf(x.values[i], previous.values[i] - mean[i], second[i]);
+        for (int r = 0; r < kBatch; ++r) {
+          offsets[r] = e.offsets[first_of_batch + r * e.kLanes];
+          if (offsets[r] >= 0) bytes[r].words = *reinterpret_cast<const uint4*>(y + offsets[r] + e.column);
+        }
+#pragma unroll
+        for (int r = 0; r < kBatch; ++r) {
+          if (offsets[r] < 0) continue;
+          Vector<T> previous, x;
+          unpack(bytes[r], previous);
+          unpack(e.load(first_of_batch + r * e.kLanes), x);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            x.values[i] *= activation_derivative(decltype(kind)::value, epilogue.activation.negative_slope,
+                                                 fmaf(scale[i], previous.values[i], shift[i]));
+            first[i] += x.values[i];
+            second[i] = fmaf(x.values[i], previous.values[i] - mean[i], second[i]);
+          }
+          *reinterpret_cast<uint4*>(output + offsets[r] + e.column) = pack(x).words;
+        }
       }
-      *reinterpret_cast<uint4*>(output + offset) = pack(x).words;
     });
     if (epilogue.gradients.sum_dz == nullptr && epilogue.gradients.sum_dz_xhat == nullptr) return;
     e.add_lanes(first, second);

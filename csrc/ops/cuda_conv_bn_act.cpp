@@ -163,10 +163,6 @@ std::tuple<Tensor, Tensor> gradients_of_convolution(const Tensor& dy, const Tens
   if (const auto geometry = fast_geometry(input, weight, layer, dy.sizes())) {
     return main_loop_backward(*geometry, dy, input, weight, layer, want_input, want_weight);
   }
-  // cuDNN gives wrong gradients in float64 for some operands that are not contiguous (seen with 9.x, grouped convolutions).
-  if (input.scalar_type() == at::kDouble) {
-    return convolution_backward(dy.contiguous(), input.contiguous(), weight.contiguous(), layer, {want_input, want_weight});
-  }
   return convolution_backward(dy, input, weight, layer, {want_input, want_weight});
 }
 
@@ -308,9 +304,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cuda(
   Tensor dy, sum_dz, sum_dz_xhat, scale;
   if (y.scalar_type() == at::kDouble) {
     const Tensor xhat = (y - channels(mean)) * channels(invstd);
-    const Tensor output =
-        activate(with_bn_parameters(xhat, bn_weight, bn_bias), activation.kind, negative_slope);
-    const Tensor dz = grad_output * derivative_from_output(output, activation.kind, negative_slope);
+    // By the sign of z itself: that of a leaky ReLU's output does not tell where negative_slope < 0.
+    const Tensor z = with_bn_parameters(xhat, bn_weight, bn_bias);
+    const bool by_sign = activation.kind == Activation::relu || activation.kind == Activation::leaky_relu;
+    const Tensor from = by_sign ? z : activate(z, activation.kind, negative_slope);
+    const Tensor dz = grad_output * derivative_from_output(from, activation.kind, negative_slope);
     sum_dz = dz.sum({0, 2, 3});
     sum_dz_xhat = (dz * xhat).sum({0, 2, 3});
     scale = defined(bn_weight) ? invstd * bn_weight->to(at::kDouble) : invstd;

@@ -392,7 +392,7 @@ class _Norm:
             momentum=call.momentum, eps=self.bn.eps, activation=self.activation, negative_slope=self.negative_slope,
             noise_std=self.noise.std if self.noise is not None and self.noise.training else 0.0,
         )  # fmt: skip
-        call.done()
+        BatchNormCall.done(call)
         return output
 
 
@@ -443,8 +443,7 @@ def _run_stack(layers, input):
     if not stack.gains:
         return None
     output = stack.run()
-    for call in calls:
-        call.done()
+    BatchNormCall.done(*calls)
     return output
 
 

@@ -49,10 +49,14 @@ class BatchNormCall:
         else:  # cumulative average
             self.momentum = 1.0 / float(bn.num_batches_tracked + 1) if self._counts else 0.0
 
-    def done(self):
+    @staticmethod
+    def done(*calls):
         """To be called when the operator has run: counts the batch."""
-        if self._counts:
-            self._bn.num_batches_tracked.add_(1)
+        counters = [call._bn.num_batches_tracked for call in calls if call._counts]
+        if len(counters) == 1:
+            counters[0].add_(1)
+        elif counters:  # on CUDA by one kernel
+            torch._foreach_add_(counters, 1)
 
 
 def run_batch_norm_layer(operator, input, conv, bn, arguments):
@@ -63,7 +67,7 @@ def run_batch_norm_layer(operator, input, conv, bn, arguments):
         input, conv.weight, conv.bias, bn.weight, bn.bias, running_mean, running_var,
         training=call.uses_batch, momentum=call.momentum, eps=bn.eps, process_group=call.process_group, **arguments,
     )  # fmt: skip
-    call.done()
+    BatchNormCall.done(call)
     return output
 
 

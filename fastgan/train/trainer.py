@@ -146,7 +146,12 @@ class Trainer:
             generator, discriminator = map(convert_sync_batch_norm, (generator, discriminator))
         if config.fuse:
             generator, discriminator = fuse(generator, inplace=True), fuse(discriminator, inplace=True)
-        self.networks = {"generator": generator.to(self.device), "discriminator": discriminator.to(self.device)}
+        # On a GPU convolutions work in channels_last: between them nothing is then reordered.
+        layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
+        self.networks = {
+            "generator": generator.to(self.device, memory_format=layout),
+            "discriminator": discriminator.to(self.device, memory_format=layout),
+        }
         self.optimizers = {
             name: adam(network.parameters(), config.learning_rate, (config.beta1, config.beta2), self.device)
             for name, network in self.networks.items()
