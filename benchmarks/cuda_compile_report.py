@@ -75,6 +75,7 @@ def compile_source(stem: str, dynamic_shared: dict[str, int]) -> list[dict]:
                 "-std=c++17",
                 "-O3",
                 "-c",
+                "-DFASTGAN_HOPPER",  # as setup.py, for targets with 9.0a among them
                 *gencode,
                 "-Werror",
                 "all-warnings",

@@ -70,7 +70,7 @@ def _path(name, input, arguments):
     info = _extension.build_info()
     if device == "cuda":
         devices = ", ".join(info["cuda_devices_run"]) or "none yet"
-        return "fused CUDA kernels", info["cuda_reason"], f"run and tested on these GPUs: {devices}"
+        return "fused CUDA kernels", info["cuda_reason"], f"run on these GPUs: {devices}"
     return "fused CPU kernels", f"instruction set {info['cpu_isa']}: {_why_this_isa()}"
 
 
@@ -110,9 +110,12 @@ def _convolution_loop(arguments):
             "inside a Sequential given to fastgan.fuse), kernel 4, stride 2, padding 1, and channels in multiples of "
             "16 (up to 4 on the image side)"
         )
-    if _has_cuda_loop(arguments):
+    if dtype.itemsize == 2 and _has_cuda_loop(arguments):
         return f"fastgan's for kernel 4 {in_dtype}, with batch statistics or activation in its epilogue"
-    return f"ATen's (cuDNN) {in_dtype}, since fastgan's take kernel 4 with stride 2, padding 1, or from or to one pixel"
+    return (
+        f"ATen's (cuDNN) {in_dtype}, since fastgan's take bfloat16 and float16, kernel 4 with stride 2, padding 1, or from or to "
+        "one pixel"
+    )
 
 
 def _minimal_filtering(arguments):

@@ -76,8 +76,8 @@ def build_info():
         CUDA) and ``torch_running``; ``cpu_kernels``, ``cpu_isas_compiled``, ``cpu_isas_available`` (on this machine),
         ``cpu_isa`` (the one in use; environment variable FASTGAN_CPU_ISA overrides it); ``cuda_kernels``,
         ``cuda_architectures`` and ``cuda_reason``, which says why the CUDA kernels are there or not;
-        ``cuda_devices_run``, the GPUs on which they have been run and tested (empty: none yet, only their logic was
-        tested on the CPU); ``cpu_reason`` where the CPU kernels are missing.
+        ``cuda_devices_run``, the GPUs on which they have been run (for others only their logic was tested, on the CPU);
+        ``cpu_reason`` where the CPU kernels are missing.
     """
     config = _build_config
     info = {

@@ -79,6 +79,14 @@ def test_thin_image_loops_leave_room_for_a_block_on_every_multiprocessor(report)
         assert row["static_shared"] + row["dynamic_shared"] <= MAX_SHARED_BYTES, row
 
 
+def test_hopper_loops_have_the_registers_that_their_blocks_need(report):
+    loops = [row for row in report if "box_kernel" in row["kernel"] and row["architecture"] == "sm_90a"]
+    assert len(loops) == 2 * (2 * (2 * 2 + 1) + 1)  # types * (clusters * (columns * stages, and 256 columns); W)
+    for row in loops:
+        blocks = 2 if ", 2, Cluster" in row["kernel"] else 1
+        assert row["registers"] > 64 and row["registers"] * 256 * blocks <= 65536, row  # and it is no empty body
+
+
 def test_other_kernels_leave_shared_memory_to_the_launch(report):
     # What a launch gets without asking for more is 48 KiB less the static part.
     assert {row["static_shared"] for row in report if row["dynamic_shared"] is None} == {0}

@@ -1,15 +1,16 @@
 // Launches of the 4x4 convolutions: geometry to kernel parameters, choice of tile and split, packing of weights.
 //
-// Not run on a GPU yet, so no variant has been measured. Tiles are chosen by occupancy alone: 128x128 where that fills
-// the multiprocessors, else 64x64.
+// On Hopper 16-bit numbers run the loops of conv4x4s2_hopper.cuh wherever those take them; elsewhere tiles are chosen by occupancy alone,
+// 128x128 where that fills the multiprocessors, else 64x64, which no measurement stands behind.
 #include "conv4x4s2.h"
 
 #include <algorithm>
 
 #include "conv4x4s2_gather.cuh"
-#include "conv4x4s2_hopper.cuh"
+#include "conv4x4s2_hopper_launch.cuh"
 #include "conv4x4s2_pack.cuh"
 #include "conv4x4s2_pixel.cuh"
+#include "conv4x4s2_product.cuh"
 #include "conv4x4s2_thin.cuh"
 #include "conv4x4s2_weight.cuh"
 
@@ -23,50 +24,6 @@ bool grid_matches(int64_t small, int64_t large, int stride) {
                      : stride == 1 && small >= 1 && large == small + 3;
 }
 
-// The shape of the matrix product of one direction: rows windows of depth numbers, times columns.
-struct Product {
-  int64_t rows, columns, depth;
-  int64_t grid_height, grid_width;
-  int phases, log2_taps;
-  bool from_pixel;  // up, stride 1: one row an image, all 16 output pixels as columns
-  bool paired;      // weights are packed for pairs of phases, and Hopper's loop takes them so
-};
-
-#if defined(FASTGAN_HOPPER)
-// Depends on nothing that one launch may change: weights are packed before. What Hopper's loop then does not take (a misaligned pointer)
-// runs gather_kernel, which reads both orders.
-bool packs_pairs_of_phases(const Conv4x4Geometry& g, Conv4x4Direction direction, DataType type) {
-  return direction == Conv4x4Direction::up && g.stride == 2 && type != DataType::float32 && g.large_channels == 64 &&
-         g.small_channels % kBoxChannels == 0 && g.large_width % 2 == 0 && device_generation() == 9;
-}
-#else
-bool packs_pairs_of_phases(const Conv4x4Geometry&, Conv4x4Direction, DataType) { return false; }
-#endif
-
-Product product_of(const Conv4x4Geometry& g, Conv4x4Direction direction, DataType type) {
-  Product p{};
-  p.phases = 1;
-  if (direction == Conv4x4Direction::down) {
-    p.grid_height = g.small_height, p.grid_width = g.small_width;
-    p.columns = g.small_channels, p.depth = kTaps * g.large_channels, p.log2_taps = 2;
-  } else if (g.stride == 2) {
-    p.grid_height = (g.large_height + 1) / 2, p.grid_width = (g.large_width + 1) / 2;
-    p.columns = g.large_channels, p.depth = 4 * g.small_channels, p.log2_taps = 1, p.phases = 4;
-  } else {
-    p.grid_height = p.grid_width = 1;
-    p.columns = kTaps * g.large_channels, p.depth = g.small_channels, p.log2_taps = 0, p.from_pixel = true;
-  }
-  p.rows = g.batch * p.grid_height * p.grid_width;
-  p.paired = packs_pairs_of_phases(g, direction, type);
-  return p;
-}
-
-int64_t padded_depth(const Product& product, DataType type) {
-  if (product.paired) return product.depth / 4 * 6;
-  const int64_t vector = 16 / size_of(type);
-  return divide_up(product.depth, vector) * vector;
-}
-
 bool uses_large_tile(int64_t rows, int64_t columns, int64_t repeats, DataType type, Conv4x4Math math,
                      int multiprocessors) {
   if (type == DataType::float32 && math == Conv4x4Math::float32) return false;  // registers
@@ -77,46 +34,6 @@ bool uses_large_tile(int64_t rows, int64_t columns, int64_t repeats, DataType ty
 bool gather_uses_large_tile(const Conv4x4Args& args, const Product& product) {
   return uses_large_tile(product.rows, product.columns, product.phases, args.type, args.math, args.multiprocessors);
 }
-
-[[maybe_unused]] constexpr int kHopperRows = 128;
-
-#if !defined(FASTGAN_HOPPER)
-int hopper_gather_columns(const Conv4x4Args&, const Product&) { return 0; }
-bool hopper_takes_weight_gradient(const Conv4x4WeightGradientArgs&) { return false; }
-#else
-bool is_whole_blocks(int64_t channels) { return channels % kBoxChannels == 0; }
-
-// Columns of a tile of gather_box_kernel, 0 where it does not take these arguments: as many as leave no multiprocessor without a block.
-int hopper_gather_columns(const Conv4x4Args& args, const Product& product) {
-  const bool down = args.direction == Conv4x4Direction::down;
-  const int64_t channels = down ? args.geometry.large_channels : args.geometry.small_channels;
-  const int64_t output_channels = down ? args.geometry.small_channels : args.geometry.large_channels;
-  const int64_t step = down ? args.geometry.stride : 1;
-  const PixelBox box(kHopperRows, product.grid_height, product.grid_width);
-  if (args.type == DataType::float32 || args.prologue.kind != Conv4x4Prologue::Kind::none || !is_whole_blocks(channels) ||
-      output_channels % 8 != 0 || product.columns <= 32 || product.rows <= SmallTile::kRows || !is_aligned16(args.input) ||
-      !is_aligned16(args.output) || !is_aligned16(args.epilogue.y) || !box || box.width * step > 256 || box.height * step > 256 ||
-      device_generation() != 9) {
-    return 0;
-  }
-  const auto blocks = [&](int64_t columns) {
-    return divide_up(product.rows, kHopperRows) * divide_up(product.columns, columns) * product.phases;
-  };
-  if (product.paired) return 128;
-  if (product.columns <= 64 || blocks(128) * 2 <= args.multiprocessors) return 64;
-  return product.columns % 256 == 0 && blocks(256) >= args.multiprocessors - 8 ? 256 : 128;
-}
-
-bool hopper_takes_weight_gradient(const Conv4x4WeightGradientArgs& args) {
-  const Conv4x4Geometry& g = args.geometry;
-  constexpr auto kNone = Conv4x4Prologue::Kind::none;
-  const PixelBox box(kStagePixels, g.small_height, g.small_width);
-  return args.type != DataType::float32 && args.small_prologue.kind == kNone && args.large_prologue.kind == kNone &&
-         g.small_channels > 64 && is_whole_blocks(g.small_channels) && is_whole_blocks(g.large_channels) &&
-         is_aligned16(args.small) && is_aligned16(args.large) && box && box.width * g.stride <= 256 &&
-         box.height * g.stride <= 256 && device_generation() == 9;
-}
-#endif
 
 // Rows of a tile of sums, whichever kernel writes it.
 int64_t tile_rows(const Conv4x4Args& args, const Product& product) {
@@ -193,86 +110,6 @@ Split split_of(const Conv4x4WeightGradientArgs& args) {
   split.splits = divide_up(pixels, split.pixels_per_split);
   return split;
 }
-
-#if defined(FASTGAN_HOPPER)
-// Blocks of a kernel that are on the device at once, in whole clusters. Asked once a kernel: of a machine's devices the first one counts.
-template <auto kKernel, int kClusterSize, size_t kSharedBytes>
-int64_t blocks_at_once() {
-  static const int most = [] {
-    cudaLaunchConfig_t config{};
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = kClusterSize;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.gridDim = dim3(kClusterSize), config.blockDim = dim3(256);
-    config.dynamicSmemBytes = kSharedBytes, config.attrs = &attribute, config.numAttrs = 1;
-    int clusters = 0;
-    cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
-    return cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) == cudaSuccess ? clusters * kClusterSize : 0;
-  }();
-  return most;
-}
-
-uint64_t size(int64_t value) { return static_cast<uint64_t>(value); }
-
-cudaError_t map_windows(CUtensorMap& map, DataType type, const WindowOperand& operand, int64_t batch, const PixelBox& box, int step) {
-  return make_box_map(
-      map, type, operand.x, {size(operand.channels), size(operand.width), size(operand.height), size(batch)},
-      {kBoxChannels, static_cast<uint32_t>(box.width), static_cast<uint32_t>(box.height), static_cast<uint32_t>(box.images)},
-      static_cast<uint32_t>(step));
-}
-
-template <typename M, int kColumns, int kStages, int kBlocks, typename Cluster>
-cudaError_t start_gather_box(GatherBoxParams& params, const Conv4x4Args& args, const Product& product, dim3 grid, cudaStream_t stream) {
-  const PixelBox box(kHopperRows / Cluster::kColumns, product.grid_height, product.grid_width);
-  const GatherParams& gather = params.gather;
-  const int step = args.direction == Conv4x4Direction::down ? args.geometry.stride : 1;
-  cudaError_t error = map_windows(params.windows, args.type, gather.input, args.geometry.batch, box, step);
-  if (error != cudaSuccess) return error;
-  error = make_box_map(params.weights, args.type, args.packed_weight,
-                       {size(gather.depth_padded), size(product.phases * product.columns), 1, 1},
-                       {kBoxChannels, kColumns / Cluster::kRows, 1, 1}, 1);
-  if (error != cudaSuccess) return error;
-  return launch(gather_box_kernel<M, kColumns, kStages, kBlocks, Cluster>, grid, 256,
-                GatherPipeline<kColumns, kStages, Cluster>::shared_bytes(), stream, params);
-}
-
-// One block a multiprocessor gets all of its shared memory as stages; where there are more blocks, two live together.
-template <typename M, int kColumns, typename Cluster>
-cudaError_t choose_gather_stages(GatherBoxParams& params, const Conv4x4Args& args, const Product& product, dim3 grid, cudaStream_t stream) {
-  if constexpr (kColumns == 256) {
-    return start_gather_box<M, 256, 4, 1, Cluster>(params, args, product, grid, stream);
-  } else {
-    constexpr int kDeep = kColumns == 64 ? 8 : 6, kShallow = kDeep / 2;
-    const int64_t at_once = blocks_at_once<gather_box_kernel<M, kColumns, kDeep, 1, Cluster>, Cluster::kSize,
-                                           GatherPipeline<kColumns, kDeep, Cluster>::shared_bytes()>();
-    return int64_t{grid.x} * grid.z <= at_once ? start_gather_box<M, kColumns, kDeep, 1, Cluster>(params, args, product, grid, stream)
-                 : start_gather_box<M, kColumns, kShallow, 2, Cluster>(params, args, product, grid, stream);
-  }
-}
-
-template <typename M, int kColumns>
-cudaError_t launch_gather_box(GatherBoxParams& params, const Conv4x4Args& args, const Product& product, dim3 grid, cudaStream_t stream) {
-  return params.gather.row_tiles % 2 == 0 ? choose_gather_stages<M, kColumns, Cluster<2, 1>>(params, args, product, grid, stream)
-                                          : choose_gather_stages<M, kColumns, Cluster<1, 1>>(params, args, product, grid, stream);
-}
-
-template <typename M>
-cudaError_t launch_weight_gradient_box(const Conv4x4WeightGradientArgs& args, const WeightGradientParams& gradient, dim3 grid,
-                                       cudaStream_t stream) {
-  const Conv4x4Geometry& g = args.geometry;
-  WeightBoxParams params;
-  params.gradient = gradient;
-  cudaError_t error = make_box_map(params.small, args.type, args.small, {size(g.small_channels), size(gradient.pixels), 1, 1},
-                                   {64, kStagePixels, 1, 1}, 1);
-  if (error != cudaSuccess) return error;
-  error = map_windows(params.large, args.type, gradient.large, g.batch, PixelBox(kStagePixels, g.small_height, g.small_width), g.stride);
-  if (error != cudaSuccess) return error;
-  using Pair = Cluster<1, 2>;
-  return launch(weight_gradient_box_kernel<M, 4, Pair>, grid, 256, WeightPipeline<4, Pair>::shared_bytes(), stream, params);
-}
-#endif
-
 
 // One partial result in the gradient's own order and type is the gradient.
 bool partial_is_gradient(const Conv4x4WeightGradientArgs& args, const Split& split) {
@@ -394,29 +231,7 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
     return dim3(static_cast<unsigned>(p.row_tiles) * static_cast<unsigned>(p.column_tiles), 1,
                 static_cast<unsigned>(product.phases));
   };
-#if defined(FASTGAN_HOPPER)
-  if (const int columns = hopper_gather_columns(args, product)) {
-    GatherBoxParams params;
-    Product boxed = product;
-    params.tap_rows = params.tap_columns = 1 << product.log2_taps, params.phase_step = 1;
-    if (product.paired) {
-      params.tap_columns = 3, params.phase_step = 2;
-      boxed.columns *= 2, boxed.phases /= 2;
-      p.columns *= 2, p.output_width /= 2, p.output_step_w = 1;
-    }
-    p.row_tiles = static_cast<int>(divide_up(boxed.rows, kHopperRows));
-    p.column_tiles = static_cast<int>(divide_up(boxed.columns, columns));
-    const dim3 grid(static_cast<unsigned>(p.row_tiles * p.column_tiles), 1, static_cast<unsigned>(boxed.phases));
-    params.gather = p;
-    const auto run = [&](auto math) {
-      using M = decltype(math);
-      if (columns == 256) return launch_gather_box<M, 256>(params, args, boxed, grid, stream);
-      return columns == 128 ? launch_gather_box<M, 128>(params, args, boxed, grid, stream)
-                            : launch_gather_box<M, 64>(params, args, boxed, grid, stream);
-    };
-    return args.type == DataType::bfloat16 ? run(Bfloat16Math{}) : run(Float16Math{});
-  }
-#endif
+  if (const int columns = hopper_gather_columns(args, product)) return hopper_gather_launch(args, product, p, columns, stream);
   const bool direct = args.prologue.kind == Conv4x4Prologue::Kind::none && p.input.aligned;
   return dispatch_math(args.type, args.math, [&](auto math) {
     using M = decltype(math);
@@ -469,13 +284,7 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
   const auto run = [&](auto math) {
     using M = decltype(math);
     if (split.thin) return thin_weight_gradient_launch(args, stream);
-#if defined(FASTGAN_HOPPER)
-    if constexpr (sizeof(typename M::Type) == 2) {
-      if (split.hopper) {
-        return launch_weight_gradient_box<M>(args, p, set_tiles(WeightTile::kRows, WeightTile::kColumns), stream);
-      }
-    }
-#endif
+    if (split.hopper) return hopper_weight_gradient_launch(args, p, set_tiles(kHopperRows, 256), stream);
     return dispatch_tile<M>(split.large_tile, [&](auto tile) {
       using Tile = decltype(tile);
       return launch(weight_gradient_kernel<M, Tile>, set_tiles(Tile::kRows, Tile::kColumns), Tile::kThreads,

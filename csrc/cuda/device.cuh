@@ -38,8 +38,8 @@ __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 __device__ __forceinline__ int block_barrier_count(bool predicate) { return __syncthreads_count(predicate); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
-// The first thing that every kernel does. From compute capability 9.0 on its blocks take their places while those of the kernel before are
-// still at work (see launch); what that kernel and all before it wrote is there after this.
+// The first thing that every kernel does. On Hopper its blocks take their places while those of the kernel before are still at work (see
+// launch); what that kernel and all before it wrote is there after this.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -47,12 +47,15 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// Compute capability of the current device, its first number; 0 where it cannot be had.
-inline int device_generation() {
+// Whether the current device is a Hopper and this build has code for it (FASTGAN_HOPPER: for sm_90a), which is what then runs.
+inline bool runs_hopper_code() {
+#if defined(FASTGAN_HOPPER)
   int device = 0, major = 0;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess;
-  return known ? major : 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+#else
+  return false;
+#endif
 }
 
 // Launches on the stream and reports the launch's own error; nothing here synchronises or allocates.
@@ -70,7 +73,7 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_b
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = device_generation() >= 9 ? 1 : 0;
+  config.attrs = &attribute, config.numAttrs = runs_hopper_code() ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
   const cudaError_t last = cudaGetLastError();
   return error != cudaSuccess ? error : last;
@@ -216,6 +219,7 @@ inline void copy_async_wait() {
 }
 
 inline void wait_for_previous_kernel() {}
+inline bool runs_hopper_code() { return false; }
 
 inline float reciprocal(float value) { return 1.0f / value; }
 inline float to_float(Half value) { return host::half_to_float(value.bits); }

@@ -16,6 +16,12 @@
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define FASTGAN_HOPPER_TARGET 1
 #endif
+// Kernels are compiled for every target of a build; for others than Hopper they are empty.
+#if defined(FASTGAN_HOPPER_TARGET) || !defined(__CUDA_ARCH__)
+#define FASTGAN_CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
+#else
+#define FASTGAN_CLUSTER(blocks)
+#endif
 
 namespace fastgan::cuda {
 

@@ -7,7 +7,7 @@
 //   one warp    (up to 1024): a lane holds classes lane, lane + 32, ... in registers;
 //   one block   (more): two passes over the row, the second from the L2 cache.
 //
-// Not run on a GPU yet, so no variant has been measured.
+// Its tests pass on an H200; no variant has been measured there.
 #include "softmax_entropy.h"
 
 #include <algorithm>

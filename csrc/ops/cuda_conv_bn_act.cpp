@@ -61,14 +61,15 @@ std::vector<int64_t> output_sizes(const Tensor& input, const Tensor& weight, con
                                      layer.dilation, layer.groups);
 }
 
-// The layer as our main loops know it, or nothing where they do not take it.
+// The layer as our main loops know it, or nothing where they do not take it, or cuDNN is faster: float32 storage (a whole step in TF32
+// took 8.2 ms on ours and 3.4 ms on cuDNN, H200, 64 px, batch 128).
 std::optional<Conv4x4Geometry> fast_geometry(const Tensor& input, const Tensor& weight, const ConvLayer& layer,
                                              at::IntArrayRef output) {
   const auto both = [](IntArrayRef pair, int64_t value) { return pair[0] == value && pair[1] == value; };
   const bool shape_known =
       weight.size(2) == 4 && weight.size(3) == 4 && layer.groups == 1 && both(layer.dilation, 1) &&
       ((both(layer.stride, 2) && both(layer.padding, 1)) || (both(layer.stride, 1) && both(layer.padding, 0)));
-  if (!shape_known || input.scalar_type() == at::kDouble || input.numel() == 0) return std::nullopt;
+  if (!shape_known || at::elementSize(input.scalar_type()) != 2 || input.numel() == 0) return std::nullopt;
   const at::IntArrayRef small = layer.transposed ? input.sizes() : output;
   const at::IntArrayRef large = layer.transposed ? output : input.sizes();
   const Conv4x4Geometry geometry{small[0], small[2], small[3], small[1],

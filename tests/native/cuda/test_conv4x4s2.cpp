@@ -24,9 +24,10 @@ struct Case {
   int64_t large_size() const { return g.batch * g.large_height * g.large_width * g.large_channels; }
   int64_t weight_size() const { return g.small_channels * g.large_channels * 16; }
   int multiprocessors() const { return device_multiprocessors ? device_multiprocessors : large_tile ? 1 : 1000000; }
-  // One rounding of each operand (none for exact float32), float32 sums, one rounding of the result.
+  // One rounding of each operand (none for exact float32; TF32 has 11 bits, so two operands are off by 1e-3 of the terms' magnitudes,
+  // whose sum is larger than that of the terms), float32 sums, one rounding of the result.
   double tolerance() const {
-    return math == Conv4x4Math::tf32 && type == DataType::float32 ? 1.5e-3 : 1e-5 + 2 * rounding_of(type);
+    return math == Conv4x4Math::tf32 && type == DataType::float32 ? 2e-3 : 1e-5 + 2 * rounding_of(type);
   }
 
   std::string name() const {
@@ -267,7 +268,8 @@ void check_direction(const Case& c, Conv4x4Direction direction, Prologue prologu
     for (int64_t i = 0; i < output_size; ++i) want_mean[i % channels] += want[i] / n;
     for (int64_t i = 0; i < output_size; ++i)
       want_var[i % channels] += std::pow(want[i] - want_mean[i % channels], 2) / n;
-    expect_close(name + " mean", got_mean, want_mean, c.tolerance());
+    // The mean of a single channel may be 0 but for rounding.
+    expect_close(name + " mean", got_mean, want_mean, c.tolerance(), 0.1 * typical);
     expect_close(name + " variance", got_var, want_var, 2 * c.tolerance());
   }
   if (epilogue_kind == Epilogue::activation_backward) {
@@ -464,6 +466,7 @@ int main(int argc, char** argv) {
     run(c);
   }
 
+#if !defined(FASTGAN_CUDA_HOST)
   // Channels in 64s and nothing to do while loading: Hopper's own loops where the device has them, on grids that boxes of 128 and 64
   // pixels fit and, at the beginning, on others.
   for (const Case& c :
@@ -480,6 +483,7 @@ int main(int argc, char** argv) {
     check_weight_gradient(c, Prologue::none, Prologue::none);
     ++cases;
   }
+#endif
 
   // One pixel of up to four channels: kernels of their own, in both tiles of images; what they do not take (a large side
   // that is misaligned or has odd channels, the other epilogues) goes the generic way.
