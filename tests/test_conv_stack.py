@@ -211,15 +211,16 @@ ONE, EACH = ["conv_stack"], ["conv_act", "conv_bn_act"]
 
 @pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="no compiled kernels")
 @pytest.mark.parametrize("layers, autocast, expected", [
-    (lambda: [down(3, 5), nn.ReLU(), down(5, 7, True), nn.BatchNorm2d(7), nn.Tanh()], None, ONE),
+    (lambda: [down(3, 5), nn.ReLU(), down(5, 7), nn.BatchNorm2d(7), nn.Tanh()], None, EACH),
+    (lambda: [down(3, 5), nn.ReLU(), down(5, 7, True), nn.BatchNorm2d(7), nn.Tanh()], torch.bfloat16, ONE),
     (lambda: [down(3, 5), nn.ReLU(), down(5, 7), nn.BatchNorm2d(7), nn.Tanh()], torch.bfloat16, ONE),
     (lambda: [down(3, 5), nn.ReLU(), down(5, 7), nn.BatchNorm2d(7), nn.Tanh()], torch.float16, ONE),
-    (lambda: [down(3, 5), nn.LeakyReLU(0.2), down(5, 7), nn.BatchNorm2d(7), nn.LeakyReLU(-0.2)], None, ONE),
-    (lambda: [down(3, 5), nn.LeakyReLU(-0.2), down(5, 7), nn.BatchNorm2d(7)], None, EACH[1:]),
-    (lambda: [down(3, 5), nn.Tanh(), down(5, 7), nn.BatchNorm2d(7)], None, EACH),
-    (lambda: [down(3, 5), nn.BatchNorm2d(5), nn.Tanh(), nn.Conv2d(5, 7, 4, 1, 0), nn.Sigmoid()], None, ONE),
-    (lambda: [nn.Conv2d(3, 5, 4, 1, 0), nn.ReLU(), down(5, 7), nn.BatchNorm2d(7)], None, EACH),
-    (lambda: [down(3, 5), nn.ReLU(), nn.Conv2d(5, 7, 3), nn.BatchNorm2d(7)], None, EACH),
+    (lambda: [down(3, 5), nn.LeakyReLU(0.2), down(5, 7), nn.BatchNorm2d(7), nn.LeakyReLU(-0.2)], torch.bfloat16, ONE),
+    (lambda: [down(3, 5), nn.LeakyReLU(-0.2), down(5, 7), nn.BatchNorm2d(7)], torch.bfloat16, EACH[1:]),
+    (lambda: [down(3, 5), nn.Tanh(), down(5, 7), nn.BatchNorm2d(7)], torch.bfloat16, EACH),
+    (lambda: [down(3, 5), nn.BatchNorm2d(5), nn.Tanh(), nn.Conv2d(5, 7, 4, 1, 0), nn.Sigmoid()], torch.bfloat16, ONE),
+    (lambda: [nn.Conv2d(3, 5, 4, 1, 0), nn.ReLU(), down(5, 7), nn.BatchNorm2d(7)], torch.bfloat16, EACH),
+    (lambda: [down(3, 5), nn.ReLU(), nn.Conv2d(5, 7, 3), nn.BatchNorm2d(7)], torch.bfloat16, EACH),
 ])  # fmt: skip
 def test_which_runs_are_one_operator_on_cuda(monkeypatch, layers, autocast, expected):
     """fuse() on fake tensors, without a GPU."""

@@ -11,6 +11,7 @@
 #     native      200 + 60 the kernels' own tests, without PyTorch (built beside install)
 #     sanitize    60       compute-sanitizer over them (built if native is left out)
 #     pytest      150      the CUDA tests
+#     main_loops  200 + 40 the kernels alone, batch 128 and 1024 (built beside install)
 #     cudnn       70       each direction of each convolution against cuDNN's
 #     ops         90       each layer, and CatGAN's loss
 #     train_step  260      whole training steps
@@ -24,7 +25,7 @@ cd "$(dirname "$0")/../.."
 here=$PWD
 out=$(mkdir -p "${1:?usage: benchmarks/gpu/run.sh OUT_DIR [STEP...]}" && cd "$1" && pwd)
 shift
-known="environment install native sanitize pytest cudnn ops train_step profile"
+known="environment install native sanitize pytest main_loops cudnn ops train_step profile"
 wanted=" ${*:-$known} "
 for name in $wanted; do
   [[ " $known " == *" $name "* ]] || { echo "run.sh: no step '$name'; there are: $known" >&2; exit 2; }
@@ -80,20 +81,30 @@ install() {
   fi && cd / && python3 -c 'import fastgan; print(fastgan.__version__, fastgan.__file__)'
 }
 
-build_native() {
-  nvcc -std=c++17 -O3 -gencode="arch=compute_$2,code=sm_$2" -lineinfo -x cu "csrc/cuda/$1.cu" \
-    "tests/native/cuda/test_$1.cpp" -o "$work/$1"
+nvcc_for() {  # architecture, further arguments
+  local hopper=()
+  [ "$1" = 90a ] && hopper=(-DFASTGAN_HOPPER)  # as setup.py
+  nvcc -std=c++17 -O3 -gencode="arch=compute_$1,code=sm_$1" "${hopper[@]}" -lineinfo -x cu "${@:2}"
 }
 
-export -f environment install build_native architecture
+build_native() { nvcc_for "$2" "csrc/cuda/$1.cu" "tests/native/cuda/test_$1.cpp" -o "$work/$1"; }
+
+build_main_loops() {
+  nvcc_for "$1" benchmarks/gpu/main_loops.cpp csrc/cuda/conv4x4s2.cu csrc/cuda/bn_act.cu -o "$work/main_loops"
+}
+
+run_main_loops() { "$work/main_loops" 128 && "$work/main_loops" 1024; }
+
+export -f environment install nvcc_for build_native build_main_loops run_main_loops architecture
 export work wheel here
 
 : > "$out/summary.txt"
 : > "$out/logs.txt"
 wants environment && step environment 60 bash -c environment
 wants install && step install 300 bash -c install &
+arch=$(architecture)
+wants main_loops && step build_main_loops 200 bash -c "build_main_loops $arch" &
 if wants native || wants sanitize; then
-  arch=$(architecture)
   for stem in $stems; do step "build_$stem" 200 bash -c "build_native $stem $arch" & done
 fi
 wait
@@ -109,7 +120,9 @@ fi
 # From another folder, so that the installed package is the one that is imported.
 cd "$work"
 wants pytest && step pytest 150 python3 -m pytest -o addopts= -q -k cuda -p no:cacheprovider "$here/tests" \
-  --ignore="$here/tests/test_cuda_host.py" --ignore="$here/tests/test_cuda_compile.py"
+  --ignore="$here/tests/test_cuda_host.py" --ignore="$here/tests/test_cuda_conv_stack_host.py" \
+  --ignore="$here/tests/test_cuda_compile.py" --ignore="$here/tests/test_docs.py" --ignore="$here/tests/test_notebook.py"
+wants main_loops && shown_step main_loops 40 bash -c run_main_loops
 measure="$here/benchmarks/gpu"
 wants cudnn && shown_step cudnn 70 python3 "$measure/cudnn.py" --output "$out/cudnn.json" ${CUDNN_OPTIONS:-}
 wants ops && shown_step ops 90 python3 "$measure/ops.py" --output "$out/ops.json" ${OPS_OPTIONS:-}
