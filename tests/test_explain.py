@@ -78,10 +78,11 @@ class OnCuda(torch.Tensor):
 )
 def test_cuda_convolution_loop_goes_by_the_layer(monkeypatch, shapes, options, loop):
     monkeypatch.setattr(_extension, "_DEVICES", frozenset({"cpu", "cuda"}))
-    input, weight = (torch.ones(shape).as_subclass(OnCuda) for shape in shapes)
+    input, weight = (torch.ones(shape, dtype=torch.bfloat16).as_subclass(OnCuda) for shape in shapes)
     text = fastgan.explain("conv2d_act", input, weight, **options)
     assert "fused CUDA kernels" in text and f"convolution: {loop}" in text
-    assert "run and tested on these GPUs: " in text
+    assert "run on these GPUs: " in text
+    assert "convolution: ATen's" in fastgan.explain("conv2d_act", input.float(), weight.float(), **options)
     assert "no fused CUDA kernels" in fastgan.explain("conv2d_act", input.double(), weight.double(), **options)
 
 
