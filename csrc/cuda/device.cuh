@@ -15,6 +15,10 @@
 #include <cuda_runtime.h>
 #endif
 
+#if defined(FASTGAN_HOPPER) && CUDART_VERSION < 12050  // has no cudaGetDriverEntryPointByVersion
+#undef FASTGAN_HOPPER
+#endif
+
 namespace fastgan::cuda {
 
 struct BFloat16 {
