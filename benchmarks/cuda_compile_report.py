@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,14 +61,13 @@ def main_loop_shared_bytes() -> dict[str, int]:
     return {start: int(count) for start, count in lines}
 
 
-def compile_source(stem: str, dynamic_shared: dict[str, int]) -> list[dict]:
-    """One row a kernel and architecture; raises on any warning.
+def compile_source(stem: str, architecture: str, dynamic_shared: dict[str, int]) -> list[dict]:
+    """One row a kernel; raises on any warning.
 
     Returns:
         Rows with stem, kernel, architecture, registers, stack, spill_stores, spill_loads, static_shared and
         dynamic_shared, which is None where a launch decides by the size of its data or by its number of threads.
     """
-    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     with tempfile.TemporaryDirectory() as folder:
         result = subprocess.run(
             [
@@ -76,7 +76,7 @@ def compile_source(stem: str, dynamic_shared: dict[str, int]) -> list[dict]:
                 "-O3",
                 "-c",
                 "-DFASTGAN_HOPPER",  # as setup.py, for targets with 9.0a among them
-                *gencode,
+                f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
                 "-Werror",
                 "all-warnings",
                 "-Xptxas",
@@ -139,7 +139,10 @@ def main() -> None:
     if shutil.which("nvcc") is None:
         raise SystemExit("cuda_compile_report: nvcc is not on PATH")
     dynamic_shared = main_loop_shared_bytes()
-    rows = [row for stem in STEMS for row in compile_source(stem, dynamic_shared)]
+    jobs = [(stem, architecture) for stem in reversed(STEMS) for architecture in ARCHITECTURES]  # the longest first
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = pool.map(lambda job: compile_source(*job, dynamic_shared), jobs)
+        rows = [row for part in compiled for row in part]
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     if arguments.output:
         write_table(rows, arguments.output, usage.ru_utime + usage.ru_stime)
