@@ -3,8 +3,6 @@
 
 import copy
 import os
-import platform
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from test_conv_stack import down, stack_call, up
+from test_cuda_host import ROOT, pytestmark  # noqa: F401
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from fastgan import _extension
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
     "csrc/ops/cuda_conv_stack.cpp", "csrc/ops/cuda_conv_stack_plan.cpp", "csrc/ops/conv_stack_layers.cpp",
     "csrc/cuda/bn_act.cu",
@@ -29,14 +27,6 @@ FLAGS = (
     "-x c++ -std=c++20 -DFASTGAN_CUDA_HOST -O1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Werror "
     "-Wno-unknown-pragmas -ftrivial-auto-var-init=pattern"
 ).split()
-
-pytestmark = [
-    pytest.mark.sources,
-    pytest.mark.skipif(
-        platform.machine() != "x86_64" or platform.system() != "Linux" or shutil.which("g++") is None,
-        reason="the host shim needs g++ on x86-64 Linux",
-    ),
-]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,9 @@ using at::IntArrayRef;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Its float32 values, null where it is undefined.
+inline float* floats(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr<float>() : nullptr; }
+
 // The arguments of a convolution after its tensors, two numbers each for height and width.
 struct ConvLayer {
   IntArrayRef stride, padding, dilation;

@@ -40,7 +40,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-float* floats(const Tensor& t) { return t.defined() ? t.mutable_data_ptr<float>() : nullptr; }
 void* image_data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
 // Calls f(kernels, data) for the dtype of image, where data(t) is the typed pointer of an image.

@@ -58,4 +58,8 @@ inline at::Tensor scratch(const at::Tensor& like, size_t bytes) {
                    like.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
 }
 
+inline at::Tensor empty_floats(const at::Tensor& like, at::IntArrayRef sizes) {
+  return at::empty(sizes, like.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+}
+
 }  // namespace fastgan

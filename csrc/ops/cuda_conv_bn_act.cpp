@@ -44,13 +44,7 @@ cuda::BnActShape kernel_shape(const Tensor& tensor) {  // [N, C, H, W], dense
   return {tensor.size(0) * plane, tensor.size(1), 1};
 }
 
-float* floats(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr<float>() : nullptr; }
-
 Tensor as_float(const OptionalTensor& array) { return defined(array) ? array->to(at::kFloat).contiguous() : Tensor(); }
-
-Tensor empty_floats(const Tensor& like, at::IntArrayRef sizes) {
-  return at::empty(sizes, like.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
-}
 
 // Sizes of the convolution's output.
 std::vector<int64_t> output_sizes(const Tensor& input, const Tensor& weight, const ConvLayer& layer) {

@@ -27,10 +27,6 @@ using cuda::Conv4x4Epilogue;
 
 constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
 
-Tensor empty_floats(const Tensor& like, int64_t size) {
-  return at::empty({size}, like.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
-}
-
 // Memory that one launch after the other uses, as large as the largest of them has asked for.
 class Workspace {
  public:

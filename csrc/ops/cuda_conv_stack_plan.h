@@ -9,8 +9,6 @@
 
 namespace fastgan {
 
-inline float* floats(const Tensor& t) { return t.defined() ? t.mutable_data_ptr<float>() : nullptr; }
-
 struct LayerPlan {
   cuda::Conv4x4Geometry geometry;
   cuda::Conv4x4Direction forward, backward;
