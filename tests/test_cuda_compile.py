@@ -3,6 +3,7 @@ a multiprocessor's registers and shared memory."""
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def test_hopper_loops_have_the_registers_that_their_blocks_need(report):
     loops = [row for row in report if "box_kernel" in row["kernel"] and row["architecture"] == "sm_90a"]
     assert len(loops) == 2 * (2 * (2 * 2 + 1) + 1)  # types * (clusters * (columns * stages, and 256 columns); W)
     for row in loops:
-        blocks = 2 if ", 2, Cluster" in row["kernel"] else 1
+        gather = re.search(r"gather_box_kernel<\w+, \d+, \d+, (\d), \d>", row["kernel"])  # columns, stages, blocks, cluster
+        blocks = int(gather[1]) if gather else 1
         assert row["registers"] > 64 and row["registers"] * 256 * blocks <= 65536, row  # and it is no empty body
 
 

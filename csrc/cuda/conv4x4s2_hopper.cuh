@@ -1,7 +1,6 @@
 // The main loops on Hopper, for 16-bit numbers whose channels come in 64s and that need nothing done to them as they are loaded.
 // One thread asks for the stages ahead by box copies, which also make the zeros outside of the picture; two warpgroups multiply 64 rows
-// each. What the second-level cache delivers is the bound, so blocks of one cluster that read the same rows, or the same columns, ask
-// for a part each, for all of them.
+// each. What the second-level cache delivers is the bound, so the blocks of a cluster ask for a part each of what all of them read.
 //
 // H200, 256 <-> 512 channels, 8 <-> 4 px, bfloat16, batch 128 / 1024, us: down 25 / 89, up 17 / 108, weight gradient 24 / 102. Tried:
 //   copies by all threads (cp.async) in place of boxes      35 / 134, 18 / 139, 28 / 134
@@ -39,42 +38,29 @@ struct PixelBox {
     height = static_cast<int>(rows < grid_height ? rows : grid_height);
     images = static_cast<int>(pixels / (int64_t{width} * height));
   }
-  explicit operator bool() const { return width != 0; }
+  // Whether such a box exists and a copy takes it from a grid `step` times as fine: it spans at most 256 there.
+  bool copies_from(int64_t step) const { return width != 0 && width * step <= 256 && height * step <= 256; }
 };
 
-// A cluster of blocks: rows_ tiles of rows by columns_ tiles of columns.
-template <int kRows_, int kColumns_>
-struct Cluster {
-  static constexpr int kRows = kRows_, kColumns = kColumns_, kSize = kRows * kColumns;
-  static constexpr int kPeers = kRows + kColumns - 1;  // blocks of the same row or column, with oneself
-  int rank, row, column;
+// This block's place among the kCluster neighbouring blocks that read the same rows, or the same columns.
+template <int kCluster>
+__device__ __forceinline__ int rank_in_cluster() {
+  return static_cast<int>(blockIdx.x) % kCluster;
+}
 
-  __device__ Cluster() : rank(static_cast<int>(blockIdx.x) % kSize), row(rank % kRows), column(rank / kRows) {}
-  __device__ static int group() { return static_cast<int>(blockIdx.x) / kSize; }
-  __device__ bool is_peer(int other) const { return other % kRows == row || other / kRows == column; }
-  // Those with the same rows, those with the same columns: a bit each.
-  __device__ uint16_t same_row() const {
-    unsigned mask = 0;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) mask |= 1u << (c * kRows + row);
-    return static_cast<uint16_t>(mask);
-  }
-  __device__ uint16_t same_column() const { return static_cast<uint16_t>(((1u << kRows) - 1) << (column * kRows)); }
-};
-
-// To `blocks` of the cluster, or to this block alone where that is all of them.
-template <int kBlocks>
-__device__ __forceinline__ void copy_box_to(uint32_t shared, const CUtensorMap& map, const int (&at)[4], uint32_t barrier, uint16_t blocks) {
-  if constexpr (kBlocks > 1) {
-    copy_box_to_cluster(shared, map, at, barrier, blocks);
+// To all blocks of the cluster.
+template <int kCluster>
+__device__ __forceinline__ void copy_box_to_all(uint32_t shared, const CUtensorMap& map, const int (&at)[4], uint32_t barrier) {
+  if constexpr (kCluster > 1) {
+    copy_box_to_cluster(shared, map, at, barrier, (1 << kCluster) - 1);
   } else {
     copy_box(shared, map, at, barrier);
   }
 }
 
-// The stages of a main loop: memory of kStages stages, and two barriers each. full: its copies have arrived. empty: all warps of all
-// blocks that this block sends copies to have done with it.
-template <int kStages, int kStageBytes, typename Cluster>
+// The stages of a main loop: memory of kStages stages, and two barriers each. full: its copies have arrived. empty: all warps of the
+// cluster have done with it.
+template <int kStages, int kStageBytes, int kCluster>
 struct Pipeline {
   uint32_t stages, full, empty;
 
@@ -88,17 +74,17 @@ struct Pipeline {
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages; ++i) {
         barrier_init(full + i * 8, 1);
-        barrier_init(empty + i * 8, 8 * Cluster::kPeers);
+        barrier_init(empty + i * 8, 8 * kCluster);
       }
       barriers_ready();
     }
     block_barrier();
-    if constexpr (Cluster::kSize > 1) cluster_arrive(), cluster_wait();
+    if constexpr (kCluster > 1) cluster_arrive(), cluster_wait();
   }
 
   // load(stage's address, its barrier, i) asks for the copies of stage i < count, multiply(stage's address) for its products.
   template <typename Load, typename Multiply>
-  __device__ __forceinline__ void run(const Cluster& cluster, int count, const Load& load, const Multiply& multiply) {
+  __device__ __forceinline__ void run(int count, const Load& load, const Multiply& multiply) {
     const bool loads = threadIdx.x == 0;
     if (loads) {
       for (int i = 0; i < kStages && i < count; ++i) {
@@ -116,9 +102,7 @@ struct Pipeline {
       products_wait<0>();  // meanwhile the tensor cores have the other warpgroup's
       if (threadIdx.x % kWarpSize == 0) {
 #pragma unroll
-        for (int rank = 0; rank < Cluster::kSize; ++rank) {
-          if (cluster.is_peer(rank)) barrier_arrive(empty + current * 8, rank);
-        }
+        for (int rank = 0; rank < kCluster; ++rank) barrier_arrive(empty + current * 8, rank);
       }
       // The stage before, which the other warps have probably left by now.
       const int next = i - 1 + kStages;
@@ -132,12 +116,12 @@ struct Pipeline {
       if (++current == kStages) current = 0, parity ^= 1;
     }
     block_barrier();
-    if constexpr (Cluster::kSize > 1) cluster_arrive();  // see finish
+    if constexpr (kCluster > 1) cluster_arrive();  // see finish
   }
 
   // A block stays until the others of its cluster have sent their arrivals.
   __device__ void finish() const {
-    if constexpr (Cluster::kSize > 1) cluster_wait();
+    if constexpr (kCluster > 1) cluster_wait();
   }
 
   __device__ char* memory(void* shared) const { return static_cast<char*>(shared) + (stages - shared_address(shared)); }
@@ -342,37 +326,35 @@ struct GatherBoxParams {
   int phase_step;             // 2 for pairs of phases, else 1
 };
 
-template <int kColumns, int kStages, typename Cluster>
-using GatherPipeline = Pipeline<kStages, (128 + kColumns) * kSwizzledRowBytes, Cluster>;
+template <int kColumns, int kStages, int kCluster>
+using GatherPipeline = Pipeline<kStages, (128 + kColumns) * kSwizzledRowBytes, kCluster>;
 
-// Main loops F and T, as gather_kernel.
-template <typename Math, int kColumns, int kStages, int kBlocks, typename Cluster>
-__global__ void FASTGAN_CLUSTER(Cluster::kSize) __launch_bounds__(256, kBlocks)
+// Main loops F and T, as gather_kernel. The blocks of a cluster have the same columns.
+template <typename Math, int kColumns, int kStages, int kBlocks, int kCluster>
+__global__ void FASTGAN_CLUSTER(kCluster) __launch_bounds__(256, kBlocks)
     gather_box_kernel(const __grid_constant__ GatherBoxParams params) {
 #if defined(FASTGAN_HOPPER_TARGET)
   using T = typename Math::Type;
   using Tile = WarpgroupTile<kColumns>;
   constexpr int kABytes = Tile::kRows * kSwizzledRowBytes;
-  constexpr int kPartRows = Tile::kRows / Cluster::kColumns, kPartColumns = kColumns / Cluster::kRows;
+  constexpr int kPartColumns = kColumns / kCluster;
   const GatherParams& p = params.gather;
-  const Cluster cluster;
+  const int rank = rank_in_cluster<kCluster>(), group = static_cast<int>(blockIdx.x) / kCluster;
   const int product = static_cast<int>(blockIdx.z), phase = product * params.phase_step;
-  const int column_groups = p.column_tiles / Cluster::kColumns, row_group = Cluster::group() / column_groups;
-  const int row_tile = row_group * Cluster::kRows + cluster.row;
-  const int column_tile = (Cluster::group() - row_group * column_groups) * Cluster::kColumns + cluster.column;
+  const int row_group = group / p.column_tiles, column_tile = group - row_group * p.column_tiles;
+  const int row_tile = row_group * kCluster + rank;
   const int first_row = row_tile * Tile::kRows, first_column = column_tile * kColumns;
 
   int n, h, w;
-  split_row(p, first_row + cluster.column * kPartRows, n, h, w);
+  split_row(p, first_row, n, h, w);
   const int h0 = h * p.window_step + p.window_origin + (phase >> 1), w0 = p.window_origin + (phase & 1);
   int tap_h = 0, tap_w = 0, channel = 0;
   const auto load = [&](uint32_t stage, uint32_t barrier, int) {
-    copy_box_to<Cluster::kColumns>(stage + cluster.column * kPartRows * kSwizzledRowBytes, params.windows,
-                                   {channel, w0 + tap_w, h0 + tap_h, n}, barrier, cluster.same_row());
-    copy_box_to<Cluster::kRows>(stage + kABytes + cluster.row * kPartColumns * kSwizzledRowBytes, params.weights,
-                                {(tap_h * params.tap_columns + tap_w) * p.input.channels + channel,
-                                 product * p.columns + first_column + cluster.row * kPartColumns, 0, 0},
-                                barrier, cluster.same_column());
+    copy_box(stage, params.windows, {channel, w0 + tap_w, h0 + tap_h, n}, barrier);
+    copy_box_to_all<kCluster>(stage + kABytes + rank * kPartColumns * kSwizzledRowBytes, params.weights,
+                              {(tap_h * params.tap_columns + tap_w) * p.input.channels + channel,
+                               product * p.columns + first_column + rank * kPartColumns, 0, 0},
+                              barrier);
     if (++tap_w < params.tap_columns) return;
     tap_w = 0;
     if (++tap_h == params.tap_rows) tap_h = 0, channel += kBoxChannels;
@@ -385,16 +367,16 @@ __global__ void FASTGAN_CLUSTER(Cluster::kSize) __launch_bounds__(256, kBlocks)
 #pragma unroll
     for (int k = 0; k < kBoxChannels / 16; ++k) multiply_warpgroup<true>(sums.values[0], a + k * 2, b + k * 2, T{});
   };
-  GatherPipeline<kColumns, kStages, Cluster> pipeline(shared_memory());
+  GatherPipeline<kColumns, kStages, kCluster> pipeline(shared_memory());
   wait_for_previous_kernel();
-  pipeline.run(cluster, p.depth_padded / kBoxChannels, load, multiply);
+  pipeline.run(p.depth_padded / kBoxChannels, load, multiply);
   tile_epilogue<T>(p, sums, first_row, first_column, int64_t{product} * p.row_tiles + row_tile, phase, pipeline.memory(shared_memory()));
   pipeline.finish();
 #endif
 }
 
 // Main loop W, as weight_gradient_kernel: a stage holds 64 pixels, each operand in blocks of 64 channels. A tile has 64 channels of the
-// large operand at four taps, r and r + 2 by s and s + 2. The blocks of a cluster have the same rows.
+// large operand at four taps, r and r + 2 by s and s + 2. The blocks of a cluster have the same rows. The blocks of a cluster have the same rows.
 constexpr int kStagePixels = 64, kTileTaps = 4;
 using WeightTile = WarpgroupTile<kTileTaps * 64>;
 
@@ -409,21 +391,19 @@ __host__ __device__ constexpr int tap_of_block(int tile, int block) {
   return (tile / 2 + block / 2 * 2) * 4 + tile % 2 + block % 2 * 2;
 }
 
-template <int kStages, typename Cluster>
-using WeightPipeline = Pipeline<kStages, (2 + kTileTaps) * kStagePixels * kSwizzledRowBytes, Cluster>;
+template <int kStages, int kCluster>
+using WeightPipeline = Pipeline<kStages, (2 + kTileTaps) * kStagePixels * kSwizzledRowBytes, kCluster>;
 
-template <typename Math, int kStages, typename Cluster>
-__global__ void FASTGAN_CLUSTER(Cluster::kSize) __launch_bounds__(256, 1)
+template <typename Math, int kStages, int kCluster>
+__global__ void FASTGAN_CLUSTER(kCluster) __launch_bounds__(256, 1)
     weight_gradient_box_kernel(const __grid_constant__ WeightBoxParams params) {
 #if defined(FASTGAN_HOPPER_TARGET)
   using T = typename Math::Type;
   constexpr int kBlockBytes = kStagePixels * kSwizzledRowBytes, kABlocks = 2;
-  constexpr int kPartABlocks = kABlocks / Cluster::kColumns, kPartTaps = kTileTaps / Cluster::kRows;
+  constexpr int kPartABlocks = kABlocks / kCluster;
   const WeightGradientParams& p = params.gradient;
-  const Cluster cluster;
-  const int column_groups = p.column_tiles / Cluster::kColumns, row_group = Cluster::group() / column_groups;
-  const int row_tile = row_group * Cluster::kRows + cluster.row;
-  const int column_tile = (Cluster::group() - row_group * column_groups) * Cluster::kColumns + cluster.column;
+  const int row_tile = static_cast<int>(blockIdx.x) / p.column_tiles;
+  const int column_tile = static_cast<int>(blockIdx.x) - row_tile * p.column_tiles;
   const int first_row = row_tile * WeightTile::kRows, first_channel = column_tile / 4 * 64;
   const int first_pixel = static_cast<int>(blockIdx.z) * p.pixels_per_split;
   const int last_pixel = p.pixels - first_pixel < p.pixels_per_split ? p.pixels : first_pixel + p.pixels_per_split;
@@ -432,17 +412,15 @@ __global__ void FASTGAN_CLUSTER(Cluster::kSize) __launch_bounds__(256, 1)
     const int pixel = first_pixel + i * kStagePixels;
 #pragma unroll
     for (int part = 0; part < kPartABlocks; ++part) {
-      const int b = cluster.column * kPartABlocks + part;
-      copy_box_to<Cluster::kColumns>(stage + b * kBlockBytes, params.small, {first_row + b * 64, pixel, 0, 0}, barrier, cluster.same_row());
+      const int b = rank_in_cluster<kCluster>() * kPartABlocks + part;
+      copy_box_to_all<kCluster>(stage + b * kBlockBytes, params.small, {first_row + b * 64, pixel, 0, 0}, barrier);
     }
     const int n = p.grid_size.divide(pixel), rest = pixel - n * static_cast<int>(p.grid_size.divisor);
     const int h = p.grid_width_divisor.divide(rest) * p.window_step + p.window_origin + first_tap / 4;
     const int w = p.window_origin + first_tap % 4;
 #pragma unroll
-    for (int part = 0; part < kPartTaps; ++part) {
-      const int b = cluster.row * kPartTaps + part;
-      copy_box_to<Cluster::kRows>(stage + (kABlocks + b) * kBlockBytes, params.large, {first_channel, w + b % 2 * 2, h + b / 2 * 2, n},
-                                  barrier, cluster.same_column());
+    for (int b = 0; b < kTileTaps; ++b) {
+      copy_box(stage + (kABlocks + b) * kBlockBytes, params.large, {first_channel, w + b % 2 * 2, h + b / 2 * 2, n}, barrier);
     }
   };
   Accumulators<WeightTile> sums;
@@ -456,9 +434,9 @@ __global__ void FASTGAN_CLUSTER(Cluster::kSize) __launch_bounds__(256, 1)
       multiply_warpgroup<false>(sums.values[0], a + k * kStep, b + k * kStep, T{});
     }
   };
-  WeightPipeline<kStages, Cluster> pipeline(shared_memory());
+  WeightPipeline<kStages, kCluster> pipeline(shared_memory());
   wait_for_previous_kernel();
-  pipeline.run(cluster, (last_pixel - first_pixel + kStagePixels - 1) / kStagePixels, load, multiply);
+  pipeline.run((last_pixel - first_pixel + kStagePixels - 1) / kStagePixels, load, multiply);
 
   float* partial = p.partial + int64_t{blockIdx.z} * p.small.columns * p.large.columns;
 #pragma unroll

@@ -32,8 +32,7 @@ inline int hopper_gather_columns(const Conv4x4Args& args, const Product& product
   const PixelBox box(kHopperRows, product.grid_height, product.grid_width);
   if (args.type == DataType::float32 || args.prologue.kind != Conv4x4Prologue::Kind::none || !is_whole_blocks(channels) ||
       output_channels % 8 != 0 || product.columns <= 32 || product.rows <= SmallTile::kRows || !is_aligned16(args.input) ||
-      !is_aligned16(args.output) || !is_aligned16(args.epilogue.y) || !box || box.width * step > 256 || box.height * step > 256 ||
-      !runs_hopper_code()) {
+      !is_aligned16(args.output) || !is_aligned16(args.epilogue.y) || !box.copies_from(step) || !runs_hopper_code()) {
     return 0;
   }
   const auto blocks = [&](int64_t columns) {
@@ -50,8 +49,7 @@ inline bool hopper_takes_weight_gradient(const Conv4x4WeightGradientArgs& args) 
   const PixelBox box(kStagePixels, g.small_height, g.small_width);
   return args.type != DataType::float32 && args.small_prologue.kind == kNone && args.large_prologue.kind == kNone &&
          g.small_channels > 64 && is_whole_blocks(g.small_channels) && is_whole_blocks(g.large_channels) &&
-         is_aligned16(args.small) && is_aligned16(args.large) && box && box.width * g.stride <= 256 &&
-         box.height * g.stride <= 256 && runs_hopper_code();
+         is_aligned16(args.small) && is_aligned16(args.large) && box.copies_from(g.stride) && runs_hopper_code();
 }
 
 // Blocks of a kernel that are on the device at once, in whole clusters. Asked once a kernel: of a machine's devices the first one counts.
@@ -81,39 +79,40 @@ inline cudaError_t map_windows(CUtensorMap& map, DataType type, const WindowOper
       static_cast<uint32_t>(step));
 }
 
-template <typename M, int kColumns, int kStages, int kBlocks, typename Cluster>
+template <typename M, int kColumns, int kStages, int kBlocks, int kCluster>
 cudaError_t start_gather_box(GatherBoxParams& params, const Conv4x4Args& args, const Product& product, dim3 grid, cudaStream_t stream) {
-  const PixelBox box(kHopperRows / Cluster::kColumns, product.grid_height, product.grid_width);
+  const PixelBox box(kHopperRows, product.grid_height, product.grid_width);
   const GatherParams& gather = params.gather;
   const int step = args.direction == Conv4x4Direction::down ? args.geometry.stride : 1;
   cudaError_t error = map_windows(params.windows, args.type, gather.input, args.geometry.batch, box, step);
   if (error != cudaSuccess) return error;
   error = make_box_map(params.weights, args.type, args.packed_weight,
                        {size(gather.depth_padded), size(product.phases * product.columns), 1, 1},
-                       {kBoxChannels, kColumns / Cluster::kRows, 1, 1}, 1);
+                       {kBoxChannels, kColumns / kCluster, 1, 1}, 1);
   if (error != cudaSuccess) return error;
-  return launch(gather_box_kernel<M, kColumns, kStages, kBlocks, Cluster>, grid, 256,
-                GatherPipeline<kColumns, kStages, Cluster>::shared_bytes(), stream, params);
+  return launch(gather_box_kernel<M, kColumns, kStages, kBlocks, kCluster>, grid, 256,
+                GatherPipeline<kColumns, kStages, kCluster>::shared_bytes(), stream, params);
 }
 
 // One block a multiprocessor gets all of its shared memory as stages; where there are more blocks, two live together.
-template <typename M, int kColumns, typename Cluster>
+template <typename M, int kColumns, int kCluster>
 cudaError_t choose_gather_stages(GatherBoxParams& params, const Conv4x4Args& args, const Product& product, dim3 grid, cudaStream_t stream) {
   if constexpr (kColumns == 256) {
-    return start_gather_box<M, 256, 4, 1, Cluster>(params, args, product, grid, stream);
+    return start_gather_box<M, 256, 4, 1, kCluster>(params, args, product, grid, stream);
   } else {
     constexpr int kDeep = kColumns == 64 ? 8 : 6, kShallow = kDeep / 2;
-    const int64_t at_once = blocks_at_once<gather_box_kernel<M, kColumns, kDeep, 1, Cluster>, Cluster::kSize,
-                                           GatherPipeline<kColumns, kDeep, Cluster>::shared_bytes()>();
-    return int64_t{grid.x} * grid.z <= at_once ? start_gather_box<M, kColumns, kDeep, 1, Cluster>(params, args, product, grid, stream)
-                 : start_gather_box<M, kColumns, kShallow, 2, Cluster>(params, args, product, grid, stream);
+    const int64_t at_once = blocks_at_once<gather_box_kernel<M, kColumns, kDeep, 1, kCluster>, kCluster,
+                                           GatherPipeline<kColumns, kDeep, kCluster>::shared_bytes()>();
+    return int64_t{grid.x} * grid.z <= at_once
+               ? start_gather_box<M, kColumns, kDeep, 1, kCluster>(params, args, product, grid, stream)
+               : start_gather_box<M, kColumns, kShallow, 2, kCluster>(params, args, product, grid, stream);
   }
 }
 
 template <typename M, int kColumns>
 cudaError_t launch_gather_box(GatherBoxParams& params, const Conv4x4Args& args, const Product& product, dim3 grid, cudaStream_t stream) {
-  return params.gather.row_tiles % 2 == 0 ? choose_gather_stages<M, kColumns, Cluster<2, 1>>(params, args, product, grid, stream)
-                                          : choose_gather_stages<M, kColumns, Cluster<1, 1>>(params, args, product, grid, stream);
+  return params.gather.row_tiles % 2 == 0 ? choose_gather_stages<M, kColumns, 2>(params, args, product, grid, stream)
+                                          : choose_gather_stages<M, kColumns, 1>(params, args, product, grid, stream);
 }
 
 // `columns` as hopper_gather_columns has it; `gather` complete but for its tiles.
@@ -151,9 +150,9 @@ inline cudaError_t hopper_weight_gradient_launch(const Conv4x4WeightGradientArgs
   if (error != cudaSuccess) return error;
   error = map_windows(params.large, args.type, gradient.large, g.batch, PixelBox(kStagePixels, g.small_height, g.small_width), g.stride);
   if (error != cudaSuccess) return error;
-  using Pair = Cluster<1, 2>;
+  constexpr int kPair = 2;  // blocks of a cluster
   const auto run = [&](auto math) {
-    return launch(weight_gradient_box_kernel<decltype(math), 4, Pair>, grid, 256, WeightPipeline<4, Pair>::shared_bytes(), stream, params);
+    return launch(weight_gradient_box_kernel<decltype(math), 4, kPair>, grid, 256, WeightPipeline<4, kPair>::shared_bytes(), stream, params);
   };
   return args.type == DataType::bfloat16 ? run(Bfloat16Math{}) : run(Float16Math{});
 }

@@ -119,59 +119,43 @@ __device__ __forceinline__ void products_wait() {
   FASTGAN_REGISTERS32                                                                                           \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
   "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FASTGAN_REGISTERS128 FASTGAN_REGISTERS64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define FASTGAN_REGISTERS128 \
+  FASTGAN_REGISTERS64       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// c[j] are columns 8 j to 8 j + 7 of D as in mma.m16n8: the layout of Accumulators for a tile of one warp a 16 rows.
-template <bool kDepthInner>
-__device__ __forceinline__ void multiply_warpgroup(float (&c)[8][4], uint64_t a, uint64_t b, BFloat16) {
+// c[j] are columns 8 j to 8 j + 7 of D as in mma.m16n8: the layout of Accumulators for a tile of one warp a 16 rows. The first three
+// registers after those of D are a, b and whether they are transposed.
 #if defined(FASTGAN_HOPPER_TARGET)
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" FASTGAN_REGISTERS32 "}, %32, %33, 1, 1, 1, %34, %34;"
-               : FASTGAN_FRAGMENTS8(0)
-               : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
+#define FASTGAN_MULTIPLY(columns, type, registers, operands, ...)                                           \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" registers "}, " operands ";" \
+               : __VA_ARGS__                                                                                \
+               : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1))
+#else
+#define FASTGAN_MULTIPLY(...)
 #endif
-}
-template <bool kDepthInner>
-__device__ __forceinline__ void multiply_warpgroup(float (&c)[8][4], uint64_t a, uint64_t b, Half) {
-#if defined(FASTGAN_HOPPER_TARGET)
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" FASTGAN_REGISTERS32 "}, %32, %33, 1, 1, 1, %34, %34;"
-               : FASTGAN_FRAGMENTS8(0)
-               : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
-#endif
-}
-template <bool kDepthInner>
-__device__ __forceinline__ void multiply_warpgroup(float (&c)[16][4], uint64_t a, uint64_t b, BFloat16) {
-#if defined(FASTGAN_HOPPER_TARGET)
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" FASTGAN_REGISTERS64 "}, %64, %65, 1, 1, 1, %66, %66;"
-               : FASTGAN_FRAGMENTS8(0), FASTGAN_FRAGMENTS8(8)
-               : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
-#endif
-}
-template <bool kDepthInner>
-__device__ __forceinline__ void multiply_warpgroup(float (&c)[16][4], uint64_t a, uint64_t b, Half) {
-#if defined(FASTGAN_HOPPER_TARGET)
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" FASTGAN_REGISTERS64 "}, %64, %65, 1, 1, 1, %66, %66;"
-               : FASTGAN_FRAGMENTS8(0), FASTGAN_FRAGMENTS8(8)
-               : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
-#endif
-}
+#define FASTGAN_DEFINE_MULTIPLY(T, type)                                                                       \
+  template <bool kDepthInner>                                                                                  \
+  __device__ __forceinline__ void multiply_warpgroup(float (&c)[8][4], uint64_t a, uint64_t b, T) {            \
+    FASTGAN_MULTIPLY(64, type, FASTGAN_REGISTERS32, "%32, %33, 1, 1, 1, %34, %34", FASTGAN_FRAGMENTS8(0));     \
+  }                                                                                                            \
+  template <bool kDepthInner>                                                                                  \
+  __device__ __forceinline__ void multiply_warpgroup(float (&c)[16][4], uint64_t a, uint64_t b, T) {           \
+    FASTGAN_MULTIPLY(128, type, FASTGAN_REGISTERS64, "%64, %65, 1, 1, 1, %66, %66", FASTGAN_FRAGMENTS8(0),     \
+                     FASTGAN_FRAGMENTS8(8));                                                                   \
+  }                                                                                                            \
+  template <bool kDepthInner>                                                                                  \
+  __device__ __forceinline__ void multiply_warpgroup(float (&c)[32][4], uint64_t a, uint64_t b, T) {           \
+    FASTGAN_MULTIPLY(256, type, FASTGAN_REGISTERS128, "%128, %129, 1, 1, 1, %130, %130", FASTGAN_FRAGMENTS8(0), \
+                     FASTGAN_FRAGMENTS8(8), FASTGAN_FRAGMENTS8(16), FASTGAN_FRAGMENTS8(24));                   \
+  }
+FASTGAN_DEFINE_MULTIPLY(BFloat16, "bf16")
+FASTGAN_DEFINE_MULTIPLY(Half, "f16")
 
-template <bool kDepthInner>
-__device__ __forceinline__ void multiply_warpgroup(float (&c)[32][4], uint64_t a, uint64_t b, BFloat16) {
-#if defined(FASTGAN_HOPPER_TARGET)
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" FASTGAN_REGISTERS128 "}, %128, %129, 1, 1, 1, %130, %130;"
-               : FASTGAN_FRAGMENTS8(0), FASTGAN_FRAGMENTS8(8), FASTGAN_FRAGMENTS8(16), FASTGAN_FRAGMENTS8(24)
-               : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
-#endif
-}
-template <bool kDepthInner>
-__device__ __forceinline__ void multiply_warpgroup(float (&c)[32][4], uint64_t a, uint64_t b, Half) {
-#if defined(FASTGAN_HOPPER_TARGET)
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" FASTGAN_REGISTERS128 "}, %128, %129, 1, 1, 1, %130, %130;"
-               : FASTGAN_FRAGMENTS8(0), FASTGAN_FRAGMENTS8(8), FASTGAN_FRAGMENTS8(16), FASTGAN_FRAGMENTS8(24)
-               : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1));
-#endif
-}
-
+#undef FASTGAN_DEFINE_MULTIPLY
+#undef FASTGAN_MULTIPLY
 #undef FASTGAN_FRAGMENT
 #undef FASTGAN_FRAGMENTS8
 #undef FASTGAN_REGISTERS32
