@@ -63,7 +63,7 @@ void print_thin(const char* type, int channels) {
 }
 
 int main() {
-  print_all<Bfloat16Math, Float16Math, Tf32Math, Float32Math>();
+  print_all<Bfloat16Math, Float16Math>();
   for (int channels = 1; channels <= 4; ++channels) {
     print_thin("BFloat16", channels);
     print_thin("Half", channels);

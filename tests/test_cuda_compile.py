@@ -57,7 +57,7 @@ def test_no_kernel_spills_registers(report):
 
 def test_main_loops_leave_room_for_a_block_on_every_multiprocessor(report):
     main_loops = [row for row in report if row["kernel"].split("<")[0] in THREADS]
-    assert len(main_loops) == 4 * (2 * 3 * 2 + 2 + 3 * 2 + 1)  # targets * (F and T: direct or not, both tiles; W)
+    assert len(main_loops) == 4 * (2 * 2 * 2 + 2 * 2)  # targets * (F and T: direct or not; W), two types, two tiles
     for row in main_loops:
         tiles = THREADS[row["kernel"].split("<")[0]]
         threads = next(count for tile, count in tiles.items() if f"Tile<{tile}" in row["kernel"])

@@ -55,11 +55,6 @@ def operators(tmp_path_factory):
     return torch.ops.fastgan_cuda_host
 
 
-@pytest.fixture(autouse=True)
-def exact_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 def from_pixel(c_in, c_out, bias=False):
     return nn.ConvTranspose2d(c_in, c_out, 4, 1, 0, bias=bias)
 
@@ -163,17 +158,6 @@ def test_bfloat16_errors_are_at_most_twice_pytorchs(operators, name, training):
     ours = copy.deepcopy(network)
     exact = step(copy.deepcopy(network).double(), x.double(), torch.float64)
     assert_close(exact, step(network, x, torch.bfloat16), host_step(operators, ours, x, torch.bfloat16), 2, 2e-3)
-
-
-def test_tf32_only_where_cudnn_may_use_it(operators, monkeypatch):
-    network, x = build("discriminator")
-    exact = step(copy.deepcopy(network).double(), x.double(), torch.float64)
-    errors = []
-    for allowed in (False, True):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-        ours = host_step(operators, copy.deepcopy(network), x, torch.float32)
-        errors.append(max(((o - e).norm() / e.norm()).item() for e, o in zip(exact, ours)))
-    assert errors[0] < 1e-5 < 1e-4 < errors[1] < 1e-2
 
 
 @pytest.mark.parametrize("training", [True, False])

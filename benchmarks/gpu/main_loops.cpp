@@ -96,7 +96,7 @@ void time_direction(Conv4x4Args args, double flops) {
   const bool down = args.direction == Conv4x4Direction::down;
   const Conv4x4Geometry& g = args.geometry;
   const int64_t channels = down ? g.small_channels : g.large_channels;
-  Conv4x4PackArgs pack{g, args.direction, args.type, args.math, DataType::float32, Conv4x4WeightLayout::channels_last, nullptr, nullptr};
+  Conv4x4PackArgs pack{g, args.direction, args.type, DataType::float32, Conv4x4WeightLayout::channels_last, nullptr, nullptr};
   pack.weight = memory.random(16 * g.small_channels * g.large_channels, DataType::float32);
   pack.packed = memory.bytes(conv4x4s2_packed_bytes(pack));
   args.packed_weight = pack.packed;

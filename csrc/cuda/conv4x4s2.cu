@@ -24,15 +24,14 @@ bool grid_matches(int64_t small, int64_t large, int stride) {
                      : stride == 1 && small >= 1 && large == small + 3;
 }
 
-bool uses_large_tile(int64_t rows, int64_t columns, int64_t repeats, DataType type, Conv4x4Math math,
-                     int multiprocessors) {
-  if (type == DataType::float32 && math == Conv4x4Math::float32) return false;  // registers
+bool uses_large_tile(int64_t rows, int64_t columns, int64_t repeats, DataType type, int multiprocessors) {
+  if (type == DataType::float32) return false;
   if (columns <= SmallTile::kColumns || rows <= SmallTile::kRows) return false;
   return divide_up(rows, LargeTile::kRows) * divide_up(columns, LargeTile::kColumns) * repeats >= multiprocessors;
 }
 
 bool gather_uses_large_tile(const Conv4x4Args& args, const Product& product) {
-  return uses_large_tile(product.rows, product.columns, product.phases, args.type, args.math, args.multiprocessors);
+  return uses_large_tile(product.rows, product.columns, product.phases, args.type, args.multiprocessors);
 }
 
 // Rows of a tile of sums, whichever kernel writes it.
@@ -41,38 +40,33 @@ int64_t tile_rows(const Conv4x4Args& args, const Product& product) {
   return large ? LargeTile::kRows : SmallTile::kRows;
 }
 
-bool aligned_prologue(const Conv4x4Prologue& p) {
-  return is_aligned16(p.scale) && is_aligned16(p.shift) && is_aligned16(p.y) && is_aligned16(p.a) &&
-         is_aligned16(p.b) && is_aligned16(p.c);
-}
-
-WindowOperand make_operand(const void* x, const Conv4x4Prologue& prologue, int64_t height, int64_t width,
-                           int64_t channels, int log2_taps, DataType type) {
+WindowOperand make_operand(const void* x, int64_t height, int64_t width, int64_t channels, int log2_taps,
+                           DataType type) {
   WindowOperand o{};
   o.x = x;
-  o.prologue = prologue;
   o.height = static_cast<int>(height), o.width = static_cast<int>(width), o.channels = static_cast<int>(channels);
   o.channel_divisor = FastDivisor(channels);
   o.log2_taps = log2_taps;
   o.columns = static_cast<int>(channels << (2 * log2_taps));
-  o.aligned = channels % (16 / size_of(type)) == 0 && is_aligned16(x) && aligned_prologue(prologue);
-  o.halves = !o.aligned && prologue.kind == Conv4x4Prologue::Kind::none && channels * size_of(type) % 8 == 0 &&
-             reinterpret_cast<uintptr_t>(x) % 8 == 0;
+  o.aligned = channels % (16 / size_of(type)) == 0 && is_aligned16(x);
+  o.halves = !o.aligned && channels * size_of(type) % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 8 == 0;
   return o;
 }
 
 // Calls f(Math{}) for the arithmetic of a storage type.
 template <typename F>
-cudaError_t dispatch_math(DataType type, Conv4x4Math math, const F& f) {
+cudaError_t dispatch_math(DataType type, const F& f) {
   switch (type) {
     case DataType::bfloat16: return f(Bfloat16Math{});
     case DataType::float16: return f(Float16Math{});
-    case DataType::float32: return math == Conv4x4Math::tf32 ? f(Tf32Math{}) : f(Float32Math{});
+#if defined(FASTGAN_CUDA_HOST)
+    case DataType::float32: return f(Float32Math{});
+#endif
+    default: return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
-// Calls f(Tile{}); exact float32 has the small tile only.
+// Calls f(Tile{}); float32 has the small tile only.
 template <typename Math, typename F>
 cudaError_t dispatch_tile(bool large, const F& f) {
   if constexpr (Math::kTensorCore) {
@@ -100,7 +94,7 @@ Split split_of(const Conv4x4WeightGradientArgs& args) {
   const int64_t pixels = g.batch * g.small_height * g.small_width;
   const int64_t stage = split.hopper ? 64 : kDepthBytes / size_of(args.type);
   const int64_t most = std::max<int64_t>(1, pixels / (8 * stage));
-  split.large_tile = split.hopper || uses_large_tile(rows, columns, most, args.type, args.math, args.multiprocessors);
+  split.large_tile = split.hopper || uses_large_tile(rows, columns, most, args.type, args.multiprocessors);
   const int64_t tile_rows = split.large_tile ? LargeTile::kRows : SmallTile::kRows;
   const int64_t tile_columns = split.hopper ? 256 : split.large_tile ? LargeTile::kColumns : SmallTile::kColumns;
   const int64_t tiles = divide_up(rows, tile_rows) * divide_up(columns, tile_columns);
@@ -125,6 +119,10 @@ bool indices_fit(const Conv4x4Geometry& g) {
 
 }  // namespace
 
+bool conv4x4s2_takes(DataType type) {
+  return dispatch_math(type, [](auto) { return cudaSuccess; }) == cudaSuccess;
+}
+
 bool conv4x4s2_weight_gradient_supported(const Conv4x4Geometry& g) {
   return g.batch >= 1 && g.small_channels >= 1 && g.large_channels >= 1 &&
          grid_matches(g.small_height, g.large_height, g.stride) &&
@@ -147,7 +145,7 @@ cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs* args, int count, cudaSt
     int64_t blocks = 0;
     for (int i = 0; i < std::min(count, kMostPackLayers); ++i) {
       const Conv4x4Geometry& g = args[i].geometry;
-      if (args[i].type != args->type || args[i].math != args->math || args[i].weight_type != args->weight_type ||
+      if (args[i].type != args->type || args[i].weight_type != args->weight_type ||
           g.small_channels * g.large_channels >= kMaxIndex / kTaps) {
         return cudaErrorInvalidValue;
       }
@@ -156,13 +154,13 @@ cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs* args, int count, cudaSt
       blocks += params.layers[i].blocks;
     }
     const dim3 grid(static_cast<unsigned>(blocks));
-    const cudaError_t error = dispatch_math(args->type, args->math, [&](auto math) {
-      using M = decltype(math);
+    const cudaError_t error = dispatch_math(args->type, [&](auto math) {
+      using T = typename decltype(math)::Type;
       if (args->weight_type == DataType::float32) {
-        return launch(pack_kernel<float, M>, grid, kPackThreads, 0, stream, params);
+        return launch(pack_kernel<float, T>, grid, kPackThreads, 0, stream, params);
       }
       if (args->weight_type != args->type) return cudaErrorInvalidValue;
-      return launch(pack_kernel<typename M::Type, M>, grid, kPackThreads, 0, stream, params);
+      return launch(pack_kernel<T, T>, grid, kPackThreads, 0, stream, params);
     });
     if (error != cudaSuccess) return error;
   }
@@ -191,14 +189,14 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
   const bool down = args.direction == Conv4x4Direction::down;
   const Product product = product_of(g, args.direction, args.type);
   if (takes_pixel(args)) {
-    return dispatch_math(args.type, args.math, [&](auto math) {
+    return dispatch_math(args.type, [&](auto math) {
       using T = typename decltype(math)::Type;
       if (down) return pixel_down_launch<T>(args, stream);
       return pixel_up_launch<T>(args, padded_depth(product, args.type), tile_rows(args, product), stream);
     });
   }
   GatherParams p{};
-  p.input = make_operand(args.input, args.prologue, down ? g.large_height : g.small_height,
+  p.input = make_operand(args.input, down ? g.large_height : g.small_height,
                          down ? g.large_width : g.small_width, down ? g.large_channels : g.small_channels,
                          product.log2_taps, args.type);
   p.weight = args.packed_weight;
@@ -232,13 +230,12 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
                 static_cast<unsigned>(product.phases));
   };
   if (const int columns = hopper_gather_columns(args, product)) return hopper_gather_launch(args, product, p, columns, stream);
-  const bool direct = args.prologue.kind == Conv4x4Prologue::Kind::none && p.input.aligned;
-  return dispatch_math(args.type, args.math, [&](auto math) {
+  return dispatch_math(args.type, [&](auto math) {
     using M = decltype(math);
     return dispatch_tile<M>(gather_uses_large_tile(args, product), [&](auto tile) {
       using Tile = decltype(tile);
       const dim3 grid = set_tiles(Tile::kRows, Tile::kColumns);
-      return launch(direct ? gather_kernel<M, Tile, true> : gather_kernel<M, Tile, false>, grid, Tile::kThreads,
+      return launch(p.input.aligned ? gather_kernel<M, Tile, true> : gather_kernel<M, Tile, false>, grid, Tile::kThreads,
                     gather_shared_bytes<Tile>(), stream, p);
     });
   });
@@ -255,16 +252,14 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
   const Conv4x4Geometry& g = args.geometry;
   if (!conv4x4s2_weight_gradient_supported(g)) return cudaErrorInvalidValue;
   if (takes_pixel(args)) {
-    return dispatch_math(args.type, args.math, [&](auto math) {
+    return dispatch_math(args.type, [&](auto math) {
       return pixel_weight_gradient_launch<typename decltype(math)::Type>(args, stream);
     });
   }
   const Split split = split_of(args);
   WeightGradientParams p{};
-  p.small =
-      make_operand(args.small, args.small_prologue, g.small_height, g.small_width, g.small_channels, 0, args.type);
-  p.large =
-      make_operand(args.large, args.large_prologue, g.large_height, g.large_width, g.large_channels, 2, args.type);
+  p.small = make_operand(args.small, g.small_height, g.small_width, g.small_channels, 0, args.type);
+  p.large = make_operand(args.large, g.large_height, g.large_width, g.large_channels, 2, args.type);
   p.small_image = g.small_height * g.small_width;
   p.large_image = g.large_height * g.large_width;
   p.pixels = static_cast<int>(g.batch * p.small_image);
@@ -291,7 +286,7 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
                     weight_gradient_shared_bytes<M, Tile>(), stream, p);
     });
   };
-  const cudaError_t error = dispatch_math(args.type, args.math, run);
+  const cudaError_t error = dispatch_math(args.type, run);
   if (error != cudaSuccess || in_place) return error;
   const WeightReduceParams reduce =
       weight_reduce_params(g, p.partial, split.splits, args.weight_layout, args.weight_type, args.grad_weight);

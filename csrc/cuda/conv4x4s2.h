@@ -9,7 +9,8 @@
 //   conv4x4s2_launch, up        transposed convolution forward,  convolution's input gradient
 //   conv4x4s2_weight_gradient_launch
 //
-// Activations are channels_last, dense: [batch, height, width, channels]. Weights are PyTorch's:
+// Activations are bfloat16 or float16, channels_last, dense: [batch, height, width, channels]; sums are float32. (Built
+// for the host, float32 too, which tests compare with float64; on a GPU operators leave it to cuDNN.) Weights are PyTorch's:
 // [small_channels, large_channels, 4, 4] for both kinds of layer, in either memory format. Per-channel arrays are
 // float32.
 //
@@ -33,29 +34,12 @@ struct Conv4x4Geometry {
 
 enum class Conv4x4Direction : int { down = 0, up };
 
-// Arithmetic of the products; sums are always float32. bfloat16 and float16 storage use the tensor cores as they are.
-enum class Conv4x4Math : int { float32 = 0, tf32 };  // for float32 storage
+// Whether activations may be of that type.
+bool conv4x4s2_takes(DataType type);
 
 // True if the geometry holds together and the kernels take it. Stride 1 goes up from a 1x1 grid only.
 bool conv4x4s2_supported(const Conv4x4Geometry& geometry, Conv4x4Direction direction);
 bool conv4x4s2_weight_gradient_supported(const Conv4x4Geometry& geometry);
-
-// What happens to an operand's elements as they are loaded. Padding is 0 after it.
-struct Conv4x4Prologue {
-  enum class Kind : int {
-    none = 0,
-    activate,             // act(scale[c] * x + shift[c]): the layer before stored its raw output x
-    batch_norm_backward,  // a[c] * x + b[c] * y + c[c]: x is dz, y the raw output that batch norm had normalised
-  };
-  Kind kind = Kind::none;
-  const float* scale = nullptr;  // [channels]; null: 1
-  const float* shift = nullptr;  // [channels]; null: 0
-  ActivationSpec activation;
-  const void* y = nullptr;   // shaped like x
-  const float* a = nullptr;  // [channels]
-  const float* b = nullptr;  // [channels]
-  const float* c = nullptr;  // [channels]
-};
 
 // What happens to the float32 sums before they are stored.
 struct Conv4x4Epilogue {
@@ -80,13 +64,11 @@ struct Conv4x4Epilogue {
 struct Conv4x4Args {
   Conv4x4Geometry geometry;
   Conv4x4Direction direction = Conv4x4Direction::down;
-  DataType type = DataType::float32;
-  Conv4x4Math math = Conv4x4Math::float32;
+  DataType type = DataType::bfloat16;
   int multiprocessors = 132;  // of the device
   const void* input = nullptr;
   const void* packed_weight = nullptr;  // by conv4x4s2_pack_launch
   void* output = nullptr;
-  Conv4x4Prologue prologue;
   Conv4x4Epilogue epilogue;
 };
 
@@ -97,15 +79,14 @@ enum class Conv4x4WeightLayout : int { contiguous = 0, channels_last };
 struct Conv4x4PackArgs {
   Conv4x4Geometry geometry;
   Conv4x4Direction direction = Conv4x4Direction::down;
-  DataType type = DataType::float32;  // of the activations and of the packed weights
-  Conv4x4Math math = Conv4x4Math::float32;
+  DataType type = DataType::bfloat16;  // of the activations and of the packed weights
   DataType weight_type = DataType::float32;  // float32 master weights need no separate cast
   Conv4x4WeightLayout weight_layout = Conv4x4WeightLayout::contiguous;
   const void* weight = nullptr;  // [small_channels, large_channels, 4, 4]
   void* packed = nullptr;        // conv4x4s2_packed_bytes, aligned to 16 bytes
 };
 size_t conv4x4s2_packed_bytes(const Conv4x4PackArgs& args);
-// Of `count` layers at once, all with the same types and arithmetic: one launch for every eight.
+// Of `count` layers at once, all with the same types: one launch for every eight.
 cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs* args, int count, cudaStream_t stream);
 
 // tiles and rows_per_count that `args` will write; the pointers are the caller's. For the statistics epilogue and, with
@@ -115,16 +96,13 @@ StatisticsTiles conv4x4s2_statistics_shape(const Conv4x4Args& args);
 cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream);
 
 // grad_weight[k, c, r, s] = sum over batch and small grid of small[n, p, q, k] * large[n, 2p - 1 + r, 2q - 1 + s, c]
-// (stride 1: large[n, p + r, q + s, c]), each operand through its prologue.
+// (stride 1: large[n, p + r, q + s, c]).
 struct Conv4x4WeightGradientArgs {
   Conv4x4Geometry geometry;
-  DataType type = DataType::float32;
-  Conv4x4Math math = Conv4x4Math::float32;
+  DataType type = DataType::bfloat16;
   int multiprocessors = 132;
   const void* small = nullptr;  // [batch, small_height, small_width, small_channels]
   const void* large = nullptr;  // [batch, large_height, large_width, large_channels]
-  Conv4x4Prologue small_prologue;
-  Conv4x4Prologue large_prologue;
   DataType weight_type = DataType::float32;
   Conv4x4WeightLayout weight_layout = Conv4x4WeightLayout::contiguous;
   void* grad_weight = nullptr;  // [small_channels, large_channels, 4, 4]

@@ -7,11 +7,12 @@
 //   down, stride 1     4x4 taps; from a 4x4 picture to 1x1 this is a matrix product
 //   up from 1x1        one tap, 16 * channels columns: a matrix product whose output row is the 4x4 picture
 //
-// Three stages of shared memory, one barrier an iteration. Weights come by cp.async. Windows do too (kDirect) if there
-// is nothing to do to them; else they pass through registers, loaded two stages ahead, transformed and stored after the
+// Three stages of shared memory, one barrier an iteration. Weights come by cp.async. Windows do too (kDirect) where their
+// channels come in pieces of 16 bytes; else they pass through registers, loaded two stages ahead and stored after the
 // multiplication.
 #pragma once
 
+#include "activation.cuh"
 #include "conv4x4s2_operand.cuh"
 #include "conv4x4s2_tile.cuh"
 
@@ -250,23 +251,22 @@ __global__ void __launch_bounds__(Tile::kThreads) gather_kernel(GatherParams p) 
   const auto load_windows_direct = [&](char* stage, int depth) {
 #pragma unroll
     for (int i = 0; i < kAChunks; ++i) {
-      int channel;
-      const int64_t offset = window_offset(p.input, windows[i], depth + chunk * kSize, channel);
+      const int64_t offset = window_offset(p.input, windows[i], depth + chunk * kSize);
       const int row = (thread + i * Tile::kThreads) / kChunksPerRow;
       copy_async(stage + row * kRowBytes + chunk * 16, static_cast<const T*>(p.input.x) + (offset < 0 ? 0 : offset),
                  offset >= 0);
     }
   };
-  Fetched fetched[kAChunks];
+  uint4 fetched[kAChunks];
   const auto fetch_windows = [&](int depth) {
 #pragma unroll
-    for (int i = 0; i < kAChunks; ++i) fetch<T>(p.input, windows[i], depth + chunk * kSize, fetched[i]);
+    for (int i = 0; i < kAChunks; ++i) fetched[i] = fetch<T>(p.input, windows[i], depth + chunk * kSize);
   };
   const auto store_windows = [&](char* stage, int depth) {
 #pragma unroll
     for (int i = 0; i < kAChunks; ++i) {
       const int row = (thread + i * Tile::kThreads) / kChunksPerRow;
-      store_piece<Math>(p.input, windows[i], fetched[i], depth + chunk * kSize, stage + row * kRowBytes + chunk * 16);
+      store_piece<T>(p.input, windows[i], fetched[i], depth + chunk * kSize, stage + row * kRowBytes + chunk * 16);
     }
   };
 
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(Tile::kThreads) gather_kernel(GatherParams p) 
     }
     copy_async_commit();
     const char* stage = stages + current * kStageBytes;
-    multiply_stage<Math, Tile, kDirect>(stage, stage + kABytes, sums);
+    multiply_stage<Math, Tile>(stage, stage + kABytes, sums);
     if constexpr (!kDirect) {
       if (next < iterations) store_windows(next_stage, next * kDepth);
     }

@@ -30,7 +30,7 @@ inline int hopper_gather_columns(const Conv4x4Args& args, const Product& product
   const int64_t output_channels = down ? args.geometry.small_channels : args.geometry.large_channels;
   const int64_t step = down ? args.geometry.stride : 1;
   const PixelBox box(kHopperRows, product.grid_height, product.grid_width);
-  if (args.type == DataType::float32 || args.prologue.kind != Conv4x4Prologue::Kind::none || !is_whole_blocks(channels) ||
+  if (args.type == DataType::float32 || !is_whole_blocks(channels) ||
       output_channels % 8 != 0 || product.columns <= 32 || product.rows <= SmallTile::kRows || !is_aligned16(args.input) ||
       !is_aligned16(args.output) || !is_aligned16(args.epilogue.y) || !box.copies_from(step) || !runs_hopper_code()) {
     return 0;
@@ -45,9 +45,8 @@ inline int hopper_gather_columns(const Conv4x4Args& args, const Product& product
 
 inline bool hopper_takes_weight_gradient(const Conv4x4WeightGradientArgs& args) {
   const Conv4x4Geometry& g = args.geometry;
-  constexpr auto kNone = Conv4x4Prologue::Kind::none;
   const PixelBox box(kStagePixels, g.small_height, g.small_width);
-  return args.type != DataType::float32 && args.small_prologue.kind == kNone && args.large_prologue.kind == kNone &&
+  return args.type != DataType::float32 &&
          g.small_channels > 64 && is_whole_blocks(g.small_channels) && is_whole_blocks(g.large_channels) &&
          is_aligned16(args.small) && is_aligned16(args.large) && box.copies_from(g.stride) && runs_hopper_code();
 }

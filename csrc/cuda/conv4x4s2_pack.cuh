@@ -111,14 +111,8 @@ __device__ __forceinline__ void load_quads(const W* p, int64_t stride, int count
   }
 }
 
-template <typename Math>
-__device__ __forceinline__ float as_operand(float value) {
-  return Math::kTf32 ? round_to_tf32(value) : value;
-}
-
-template <typename W, typename Math>
+template <typename W, typename T>
 __device__ __forceinline__ void pack_converted(const PackLayer& p, int block) {
-  using T = typename Math::Type;
   constexpr int kQuads = kConvertedElements / kPackThreads / 4, kStride = kPackThreads * 4;
   const int64_t first = int64_t{block} * kConvertedElements + threadIdx.x * 4;
   const int64_t count = (p.elements - first + kStride - 1) / kStride;
@@ -128,7 +122,7 @@ __device__ __forceinline__ void pack_converted(const PackLayer& p, int block) {
   for (int i = 0; i < kQuads; ++i) {
     Quad<T> quad;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) from_float(as_operand<Math>(values[i][j]), quad.elements[j]);
+    for (int j = 0; j < 4; ++j) from_float(values[i][j], quad.elements[j]);
     if (i < count) *reinterpret_cast<Quad<T>*>(static_cast<T*>(p.packed) + first + i * kStride) = quad;
   }
 }
@@ -162,9 +156,8 @@ __device__ __forceinline__ PackRun pack_run(const PackLayer& p, int column) {
           phase_tap == 3 ? p.rows + p.padding : p.rows};
 }
 
-template <typename W, typename Math>
+template <typename W, typename T>
 __device__ __forceinline__ void pack_transposed(const PackLayer& p, int block) {
-  using T = typename Math::Type;
   constexpr int kRows = Vector<T>::kSize;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
   const int warp = block * (kPackThreads / kWarpSize) + thread / kWarpSize;
@@ -183,7 +176,7 @@ __device__ __forceinline__ void pack_transposed(const PackLayer& p, int block) {
     T* to = static_cast<T*>(p.packed) + run.start + row;
     Vector<T> vector;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) vector.values[i] = as_operand<Math>(values[i][j]);
+    for (int i = 0; i < kRows; ++i) vector.values[i] = values[i][j];
     if (p.whole) {
       const int64_t jumps = p.jump == 0 ? 0 : p.channel_divisor.divide(row) * p.jump;
       const int zeros_jump = row < p.rows ? 0 : run.zeros_jump;
@@ -198,16 +191,16 @@ __device__ __forceinline__ void pack_transposed(const PackLayer& p, int block) {
   }
 }
 
-template <typename W, typename Math>
+template <typename W, typename T>
 __global__ void __launch_bounds__(kPackThreads, 4) pack_kernel(const __grid_constant__ PackParams params) {
   wait_for_previous_kernel();
   int layer = 0, block = static_cast<int>(blockIdx.x);
   while (block >= params.layers[layer].blocks) block -= params.layers[layer++].blocks;
   const PackLayer p = params.layers[layer];
   if (p.order == PackOrder::convert) {
-    pack_converted<W, Math>(p, block);
+    pack_converted<W, T>(p, block);
   } else {
-    pack_transposed<W, Math>(p, block);
+    pack_transposed<W, T>(p, block);
   }
 }
 

@@ -9,6 +9,7 @@
 // kChannels is 1, or 4 for two to four small channels.
 #pragma once
 
+#include "activation.cuh"
 #include "conv4x4s2_operand.cuh"
 #include "conv4x4s2_weight.cuh"
 #include "reduce.cuh"
@@ -32,6 +33,21 @@ cudaError_t dispatch_pixel_channels(int64_t small_channels, const F& f) {
 template <typename T>
 __device__ __forceinline__ Bytes16 load_whole(const T* p) {
   return load_bytes(p, Vector<T>::kSize, true);
+}
+
+// kSize consecutive entries of a per-channel array; a missing array is `otherwise` throughout.
+template <int kSize>
+__device__ __forceinline__ void load_coefficients(const float* array, int channel, float otherwise,
+                                                  float (&values)[kSize]) {
+#pragma unroll
+  for (int e = 0; e < kSize; e += 4) {
+    const float4 four = array != nullptr ? *reinterpret_cast<const float4*>(array + channel + e)
+                                         : float4{otherwise, otherwise, otherwise, otherwise};
+    values[e] = four.x;
+    values[e + 1] = four.y;
+    values[e + 2] = four.z;
+    values[e + 3] = four.w;
+  }
 }
 
 struct PixelDownParams {
@@ -191,7 +207,7 @@ __global__ void __launch_bounds__(kPixelUpThreads, kChannels == 1 ? 2 : 1) pixel
 inline bool takes_pixel(const Conv4x4Args& args) {
   using Kind = Conv4x4Epilogue::Kind;
   const Conv4x4Epilogue& e = args.epilogue;
-  if (!is_to_pixel(args.geometry) || args.prologue.kind != Conv4x4Prologue::Kind::none) return false;
+  if (!is_to_pixel(args.geometry)) return false;
   if (args.direction == Conv4x4Direction::down) {
     return (e.kind == Kind::store || e.kind == Kind::bias_activation) && is_aligned16(args.input);
   }
@@ -318,9 +334,7 @@ __global__ void __launch_bounds__(kPixelWeightThreads) pixel_weight_gradient_ker
 }
 
 inline bool takes_pixel(const Conv4x4WeightGradientArgs& args) {
-  constexpr auto kNone = Conv4x4Prologue::Kind::none;
-  return is_to_pixel(args.geometry) && args.small_prologue.kind == kNone && args.large_prologue.kind == kNone &&
-         is_aligned16(args.large);
+  return is_to_pixel(args.geometry) && is_aligned16(args.large);
 }
 
 template <typename T>

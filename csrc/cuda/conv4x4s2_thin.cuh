@@ -770,23 +770,20 @@ inline bool is_thin_tiled(const Conv4x4Geometry& g, DataType type) {
 
 // Whatever the pointers: callers ask for the number of tiles of statistics before they have set all of them.
 inline bool is_thin_down(const Conv4x4Args& args) {
-  return args.direction == Conv4x4Direction::down && args.prologue.kind == Conv4x4Prologue::Kind::none &&
-         is_thin_tiled(args.geometry, args.type);
+  return args.direction == Conv4x4Direction::down && is_thin_tiled(args.geometry, args.type);
 }
 
 inline bool is_thin_up(const Conv4x4Args& args) {
   using Kind = Conv4x4Epilogue::Kind;
   const Conv4x4Geometry& g = args.geometry;
-  return args.direction == Conv4x4Direction::up && args.prologue.kind == Conv4x4Prologue::Kind::none &&
+  return args.direction == Conv4x4Direction::up &&
          (args.epilogue.kind == Kind::store || args.epilogue.kind == Kind::bias_activation) &&
          thin_geometry(g, args.type) && is_aligned16(args.input) &&
          thin_up_shared_bytes(thin_rows(g), g.small_width, g.large_channels) <= kThinMaxSharedBytes;
 }
 
 inline bool is_thin_weight_gradient(const Conv4x4WeightGradientArgs& args) {
-  constexpr auto kNone = Conv4x4Prologue::Kind::none;
-  return args.small_prologue.kind == kNone && args.large_prologue.kind == kNone && is_aligned16(args.small) &&
-         is_thin_tiled(args.geometry, args.type);
+  return is_aligned16(args.small) && is_thin_tiled(args.geometry, args.type);
 }
 
 // Blocks that share out the tiles: as many as are resident at a time.

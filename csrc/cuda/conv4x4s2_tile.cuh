@@ -1,5 +1,5 @@
 // The multiplication at the heart of the convolutions: a block's tile of C += A B^T from shared memory, by the tensor
-// cores or, for exact float32, by ordinary multiply-adds with the accumulators laid out the same way.
+// cores or, for float32, by ordinary multiply-adds with the accumulators laid out the same way.
 //
 // A row of a stage holds 64 bytes of the summed dimension (32 16-bit or 16 32-bit numbers) and 16 bytes of padding:
 // eight rows 80 bytes apart start in eight different groups of four banks, so ldmatrix meets no conflict.
@@ -12,19 +12,15 @@ namespace fastgan::cuda {
 // Storage type and arithmetic of a main loop.
 struct Bfloat16Math {
   using Type = BFloat16;
-  static constexpr bool kTensorCore = true, kTf32 = false;
+  static constexpr bool kTensorCore = true;
 };
 struct Float16Math {
   using Type = Half;
-  static constexpr bool kTensorCore = true, kTf32 = false;
+  static constexpr bool kTensorCore = true;
 };
-struct Tf32Math {
+struct Float32Math {  // for tests on the host (conv4x4s2.h)
   using Type = float;
-  static constexpr bool kTensorCore = true, kTf32 = true;
-};
-struct Float32Math {
-  using Type = float;
-  static constexpr bool kTensorCore = false, kTf32 = false;
+  static constexpr bool kTensorCore = false;
 };
 
 constexpr int kStages = 3;
@@ -68,23 +64,13 @@ struct Accumulators {
   __device__ static int column(int j, int e) { return first_column() + j * 8 + lane() % 4 * 2 + e % 2; }
 };
 
-template <typename Math>
-__device__ __forceinline__ void multiply_fragments(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (Math::kTf32) {
-    mma_m16n8k8_tf32(c, a, b);
-  } else {
-    mma_m16n8k16(c, a, b, typename Math::Type{});
-  }
-}
-
-// One stage of A (rows) and B (columns), the summed dimension along their rows. kRoundA: A came by cp.async and is
-// not rounded to tf32 yet.
-template <typename Math, typename Tile, bool kRoundA>
+// One stage of A (rows) and B (columns), the summed dimension along their rows.
+template <typename Math, typename Tile>
 __device__ __forceinline__ void multiply_stage(const char* a, const char* b, Accumulators<Tile>& sums) {
-  const int lane = sums.lane();
   if constexpr (Math::kTensorCore) {
+    const int lane = sums.lane();
 #pragma unroll
-    for (int step = 0; step < kDepthBytes; step += 32) {  // one mma's depth is 32 bytes in either type
+    for (int step = 0; step < kDepthBytes; step += 32) {  // one mma's depth
       uint32_t b_fragments[Tile::kColumnTiles][2];
 #pragma unroll
       for (int j = 0; j < Tile::kColumnTiles; j += 2) {
@@ -100,13 +86,9 @@ __device__ __forceinline__ void multiply_stage(const char* a, const char* b, Acc
       for (int i = 0; i < Tile::kRowTiles; ++i) {
         uint32_t a_fragment[4];
         load_matrix_x4(a_fragment, a + (sums.first_row() + i * 16 + lane % 16) * kRowBytes + step + lane / 16 * 16);
-        if constexpr (Math::kTf32 && kRoundA) {
-#pragma unroll
-          for (int r = 0; r < 4; ++r) a_fragment[r] = float_to_bits(round_to_tf32(bits_to_float(a_fragment[r])));
-        }
 #pragma unroll
         for (int j = 0; j < Tile::kColumnTiles; ++j) {
-          multiply_fragments<Math>(sums.values[i][j], a_fragment, b_fragments[j]);
+          mma_m16n8k16(sums.values[i][j], a_fragment, b_fragments[j], typename Math::Type{});
         }
       }
     }
@@ -158,8 +140,8 @@ __host__ __device__ constexpr int pixels_per_stage() {
 template <typename Math, typename Tile>
 __device__ __forceinline__ void multiply_pixel_stage(const char* a, const char* b, Accumulators<Tile>& sums) {
   constexpr int kARow = pixel_row_bytes<Math>(Tile::kRows), kBRow = pixel_row_bytes<Math>(Tile::kColumns);
-  const int lane = sums.lane(), group = lane / 4, member = lane % 4;
-  if constexpr (sizeof(typename Math::Type) == 2) {
+  if constexpr (Math::kTensorCore) {
+    const int lane = sums.lane();
 #pragma unroll
     for (int step = 0; step < pixels_per_stage<Math>(); step += 16) {
       uint32_t b_fragments[Tile::kColumnTiles][2];
@@ -180,31 +162,7 @@ __device__ __forceinline__ void multiply_pixel_stage(const char* a, const char* 
                                                   (sums.first_row() + i * 16 + lane / 8 % 2 * 8) * 2);
 #pragma unroll
         for (int j = 0; j < Tile::kColumnTiles; ++j) {
-          multiply_fragments<Math>(sums.values[i][j], a_fragment, b_fragments[j]);
-        }
-      }
-    }
-  } else if constexpr (Math::kTf32) {
-#pragma unroll
-    for (int step = 0; step < pixels_per_stage<Math>(); step += 8) {
-      const auto word = [&](const char* matrix, int row_bytes, int pixel, int channel) {
-        return *reinterpret_cast<const uint32_t*>(matrix + (step + pixel) * row_bytes + channel * 4);
-      };
-      uint32_t b_fragments[Tile::kColumnTiles][2];
-#pragma unroll
-      for (int j = 0; j < Tile::kColumnTiles; ++j) {
-        const int column = sums.first_column() + j * 8 + group;
-        b_fragments[j][0] = word(b, kBRow, member, column);
-        b_fragments[j][1] = word(b, kBRow, member + 4, column);
-      }
-#pragma unroll
-      for (int i = 0; i < Tile::kRowTiles; ++i) {
-        const int row = sums.first_row() + i * 16 + group;
-        const uint32_t a_fragment[4] = {word(a, kARow, member, row), word(a, kARow, member, row + 8),
-                                        word(a, kARow, member + 4, row), word(a, kARow, member + 4, row + 8)};
-#pragma unroll
-        for (int j = 0; j < Tile::kColumnTiles; ++j) {
-          multiply_fragments<Math>(sums.values[i][j], a_fragment, b_fragments[j]);
+          mma_m16n8k16(sums.values[i][j], a_fragment, b_fragments[j], typename Math::Type{});
         }
       }
     }

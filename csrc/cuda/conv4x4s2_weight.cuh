@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) weight_g
   const int last_pixel = p.pixels - first_pixel < p.pixels_per_split ? p.pixels : first_pixel + p.pixels_per_split;
   const int a_column = first_row + thread % kAPieces * kSize, b_column = first_column + thread % kBPieces * kSize;
 
-  Fetched a_fetched[kAChunks], b_fetched[kBChunks];
+  uint4 a_fetched[kAChunks], b_fetched[kBChunks];
   const auto window_of = [&](int pixel, int64_t image, int step, int origin) {
     const int m = pixel < last_pixel ? pixel : 0;
     const int n = p.grid_size.divide(m), rest = m - n * static_cast<int>(p.grid_size.divisor);
@@ -79,19 +79,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 256 / Tile::kThreads) weight_g
   };
   const auto fetch_stage = [&](int pixel) {
 #pragma unroll
-    for (int i = 0; i < kAChunks; ++i) fetch<T>(p.small, a_window(pixel, i), a_column, a_fetched[i]);
+    for (int i = 0; i < kAChunks; ++i) a_fetched[i] = fetch<T>(p.small, a_window(pixel, i), a_column);
 #pragma unroll
-    for (int i = 0; i < kBChunks; ++i) fetch<T>(p.large, b_window(pixel, i), b_column, b_fetched[i]);
+    for (int i = 0; i < kBChunks; ++i) b_fetched[i] = fetch<T>(p.large, b_window(pixel, i), b_column);
   };
   const auto store_stage = [&](char* stage, int pixel) {
 #pragma unroll
     for (int i = 0; i < kAChunks; ++i) {
-      store_piece<Math>(p.small, a_window(pixel, i), a_fetched[i], a_column,
+      store_piece<T>(p.small, a_window(pixel, i), a_fetched[i], a_column,
                         stage + (thread + i * Tile::kThreads) / kAPieces * kARow + thread % kAPieces * 16);
     }
 #pragma unroll
     for (int i = 0; i < kBChunks; ++i) {
-      store_piece<Math>(p.large, b_window(pixel, i), b_fetched[i], b_column,
+      store_piece<T>(p.large, b_window(pixel, i), b_fetched[i], b_column,
                         stage + kABytes + (thread + i * Tile::kThreads) / kBPieces * kBRow + thread % kBPieces * 16);
     }
   };

@@ -117,13 +117,6 @@ __device__ __forceinline__ uint32_t pack_pair(float first, float second, Half) {
   return word;
 }
 
-// float32 with the low 13 bits of the significand rounded away, as the tensor cores read it
-__device__ __forceinline__ float round_to_tf32(float value) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-  return __uint_as_float(bits);
-}
-
 // To one unit in the last place, without the subroutine that a correctly rounded division calls.
 __device__ __forceinline__ float reciprocal(float value) {
   float result;
@@ -190,14 +183,6 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-__device__ __forceinline__ void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
 #else
 
 using host::atomic_increment;
@@ -211,8 +196,6 @@ using host::float_to_bits;
 using host::launch;
 using host::load_matrix_x4;
 using host::load_matrix_x4_transposed;
-using host::mma_m16n8k8_tf32;
-using host::round_to_tf32;
 using host::shared_memory;
 using host::shuffle_xor;
 using host::warp_barrier;

@@ -1,17 +1,12 @@
 // Tensors in the terms of csrc/cuda/conv4x4s2.h, for the operators that run its main loops.
 #pragma once
 
-#include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
 
 #include "../cuda/conv4x4s2.h"
 #include "cuda.h"
 
 namespace fastgan {
-
-inline cuda::Conv4x4Math math_of(const at::Tensor& images) {
-  const bool tf32 = images.scalar_type() == at::kFloat && at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
-  return tf32 ? cuda::Conv4x4Math::tf32 : cuda::Conv4x4Math::float32;
-}
 
 // Weights and their gradients keep their memory format: the kernels read and write both.
 inline at::MemoryFormat weight_format(const at::Tensor& weight) {

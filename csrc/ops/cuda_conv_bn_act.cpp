@@ -89,7 +89,6 @@ void run_main_loop(const Conv4x4Geometry& geometry, Conv4x4Direction direction, 
   cuda::Conv4x4PackArgs pack{geometry,
                              direction,
                              cuda_type(input.scalar_type()),
-                             math_of(input),
                              cuda_type(weight.scalar_type()),
                              weight_layout(weight_format(weight)),
                              dense_weight.const_data_ptr(),
@@ -102,7 +101,6 @@ void run_main_loop(const Conv4x4Geometry& geometry, Conv4x4Direction direction, 
   args.geometry = geometry;
   args.direction = direction;
   args.type = pack.type;
-  args.math = pack.math;
   args.multiprocessors = multiprocessors();
   args.input = input.const_data_ptr();
   args.packed_weight = packed.const_data_ptr();
@@ -138,7 +136,6 @@ std::tuple<Tensor, Tensor> main_loop_backward(const Conv4x4Geometry& geometry, c
     cuda::Conv4x4WeightGradientArgs args;
     args.geometry = geometry;
     args.type = cuda_type(input.scalar_type());
-    args.math = math_of(input);
     args.multiprocessors = multiprocessors();
     args.small = layer.transposed ? x.const_data_ptr() : dy.const_data_ptr();
     args.large = layer.transposed ? dy.const_data_ptr() : x.const_data_ptr();

@@ -8,7 +8,7 @@
 //
 // Saved for backward are, of every layer, the raw output where batch norm follows, and the activated output, which is
 // the operand of the next weight gradient; without batch norm the activation's derivative is taken from it. The last
-// layer's activated output is the operator's. Images are float32, bfloat16 or float16, everything else float32.
+// layer's activated output is the operator's. Images are bfloat16 or float16, everything else float32.
 //
 // All launches are on the current stream, allocate through PyTorch and never synchronise: a CUDA graph can capture
 // them.
@@ -56,7 +56,6 @@ class Launches {
       : type(cuda_type(images.scalar_type())),
         stream(current_stream()),
         tiles(images),
-        math_(math_of(images)),
         multiprocessors_(multiprocessors()),
         packed_(images),
         partial_(images) {}
@@ -75,7 +74,6 @@ class Launches {
       pack.geometry = plan.layers[i].geometry;
       pack.direction = plan.layers[i].*direction;
       pack.type = type;
-      pack.math = math_;
       pack.weight_layout = weight_layout(weight_format(weight));
       pack.weight = weight.const_data_ptr();
       offsets.push_back(bytes);
@@ -95,7 +93,6 @@ class Launches {
     args.geometry = layer.geometry;
     args.direction = direction;
     args.type = type;
-    args.math = math_;
     args.multiprocessors = multiprocessors_;
     args.input = input;
     args.packed_weight = packed_weight;
@@ -124,7 +121,6 @@ class Launches {
     cuda::Conv4x4WeightGradientArgs args;
     args.geometry = layer.geometry;
     args.type = type;
-    args.math = math_;
     args.multiprocessors = multiprocessors_;
     args.small = up ? input : dy;
     args.large = up ? dy : input;
@@ -140,7 +136,6 @@ class Launches {
   Workspace tiles;
 
  private:
-  const cuda::Conv4x4Math math_;
   const int multiprocessors_;
   Workspace packed_;   // weights
   Workspace partial_;  // sums of a weight gradient

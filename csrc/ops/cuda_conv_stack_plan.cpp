@@ -7,6 +7,8 @@
 namespace fastgan {
 
 Plan make_plan(const std::vector<StackLayer>& stack, const std::vector<LayerParameters>& split, const Tensor& input) {
+  TORCH_CHECK_NOT_IMPLEMENTED(cuda::conv4x4s2_takes(cuda_type(input.scalar_type())),
+                              "conv_stack: the CUDA kernels take bfloat16 and float16, got ", input.scalar_type());
   Plan plan;
   const int64_t N = input.size(0);
   int64_t C = input.size(1), H = input.size(2), W = input.size(3);

@@ -23,8 +23,8 @@ class StackCall:
 
     Args:
         input: ``[N, C, H, W]``.
-        dtype: of the images, to which input is cast: float32 or bfloat16, on CUDA also float16. Parameters are float32
-            either way.
+        dtype: of the images, to which input is cast: float32 or bfloat16, on CUDA bfloat16 or float16. Parameters are
+            float32 either way.
 
     Attributes:
         shape: ``[N, C, H, W]`` of the output of the layers added so far.

@@ -1,19 +1,11 @@
 // Host shim, part 3: host bodies of what device.cuh names, fragment layouts as in the PTX ISA manual
-// (sections "Matrix fragments for mma.m16n8k16 / m16n8k8" and "ldmatrix").
+// (sections "Matrix fragments for mma.m16n8k16" and "ldmatrix").
 #pragma once
 
 #include "convert.h"
 #include "fibers.h"
 
 namespace fastgan::cuda::host {
-
-// What the tensor cores read of a float32: sign, exponent and 10 bits of the significand.
-inline float truncate_to_tf32(float value) { return bits_to_float(float_to_bits(value) & 0xFFFFE000u); }
-
-inline float round_to_tf32(float value) {  // to nearest, ties away from zero
-  if (value - value != 0.0f) return value;
-  return truncate_to_tf32(bits_to_float(float_to_bits(value) + 0x1000u));
-}
 
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes, cudaStream_t, const Args& args) {
@@ -125,22 +117,6 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
           b_matrix[2 * member + half + 8 * i][group] = kToFloat(static_cast<uint16_t>((*o.b)[i] >> (16 * half)));
         }
       }
-    }
-    multiply_add(operands, a_matrix, b_matrix);
-  });
-}
-
-inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  MmaOperand operand{&c, &a, &b};
-  warp_collective(&operand, [](void* const operands[32]) {
-    float a_matrix[16][8], b_matrix[8][8];
-    for (int lane = 0; lane < 32; ++lane) {
-      const MmaOperand& o = *static_cast<MmaOperand*>(operands[lane]);
-      const int group = lane / 4, member = lane % 4;
-      for (int i = 0; i < 4; ++i) {
-        a_matrix[group + 8 * (i % 2)][member + 4 * (i / 2)] = truncate_to_tf32(bits_to_float((*o.a)[i]));
-      }
-      for (int i = 0; i < 2; ++i) b_matrix[member + 4 * i][group] = truncate_to_tf32(bits_to_float((*o.b)[i]));
     }
     multiply_add(operands, a_matrix, b_matrix);
   });
