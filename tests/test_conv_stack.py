@@ -38,6 +38,8 @@ NETWORKS = {
     "odd sizes 28 to 7": (lambda: [
         down(1, 16), nn.LeakyReLU(0.2), down(16, 32), nn.BatchNorm2d(32, track_running_stats=False), nn.LeakyReLU(0.2),
         nn.Conv2d(32, 2, 7)], (5, 1, 28, 28)),
+    "one pixel without batch norm before it": (lambda: [
+        down(3, 16, True), nn.LeakyReLU(0.2), nn.Conv2d(16, 3, 4), nn.BatchNorm2d(3), nn.Sigmoid()], (5, 3, 8, 8)),
     "7 to 28": (lambda: [
         nn.ConvTranspose2d(6, 32, 7), nn.BatchNorm2d(32), nn.ReLU(), up(32, 16), nn.BatchNorm2d(16), nn.ReLU(),
         up(16, 1), nn.Tanh()], (5, 6, 1, 1)),

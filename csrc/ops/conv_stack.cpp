@@ -4,8 +4,8 @@
 // applied where the next layer loads it, the batch statistics come out of the loop that wrote it, and backward runs
 // the same way: the loop for the input gradient multiplies by the activation's derivative and sums what batch norm
 // needs, and the next loop applies batch norm's backward while loading. The kernel-4 stride-2 layers run on
-// csrc/cpu/conv4x4s2.h, those from one pixel on csrc/cpu/from_pixel.h; those to one pixel, and from one where that does not
-// take them, are ATen's matrix products; others call ATen's convolution.
+// csrc/cpu/conv4x4s2.h, those from one pixel and to one on csrc/cpu/from_pixel.h and to_pixel.h or, where these do not take
+// them, on ATen's matrix products; others call ATen's convolution.
 // torch.profiler sees the parts by the names given to RECORD_FUNCTION.
 //
 // Images (inputs, raw outputs, their gradients) are float32 or bfloat16; parameters, statistics and sums are float32
@@ -31,6 +31,7 @@
 #include "../cpu/bn_act.h"
 #include "../cpu/conv4x4s2.h"
 #include "../cpu/from_pixel.h"
+#include "../cpu/to_pixel.h"
 #include "kept_memory.h"
 
 namespace fastgan {
@@ -278,7 +279,22 @@ bool runs_from_pixel(const Geometry& g, const Tensor& weight, const Tensor& imag
          cpu::from_pixel_supported(from_pixel_shape(g, weight));
 }
 
-// Whether ATen's product for such a layer takes the weight [A, B, kH, kW] as it lies, with its output in the default layout,
+// The shape of a layer to one pixel.
+cpu::ToPixelShape to_pixel_shape(const Geometry& g, const Tensor& weight) {
+  return {g.batch, weight.size(2), weight.size(3), weight.size(1), weight.size(0)};
+}
+
+// Whether such a layer runs on loops of its own; otherwise on ATen's matrix product.
+bool runs_to_pixel(const Geometry& g, const Tensor& weight, const Tensor& image) {
+  return g.path == Path::to_pixel && image.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat &&
+         cpu::to_pixel_supported(to_pixel_shape(g, weight));
+}
+
+Tensor to_pixel_workspace(const cpu::ToPixelShape& shape) {
+  return bytes(static_cast<size_t>(cpu::to_pixel_workspace_bytes(shape, at::get_num_threads())));
+}
+
+// Whether ATen's product for a layer from one pixel takes the weight [A, B, kH, kW] as it lies, with its output in the default layout,
 // because the output has fewer elements to reorder than the weight.
 bool keeps_weight(const Geometry& g, const Tensor& weight) {
   return g.path == Path::from_pixel && g.batch < weight.size(0);
@@ -389,7 +405,14 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
       run_loop(g, layer.transposed ? cpu::Conv4x4s2Loop::up : cpu::Conv4x4s2Loop::down, current.operand(), p.weight, e);
       if (from_batch) cpu::divide_by_count(C, rows_of(y).outer, var);
     } else {
-      plain_forward(layer, g, current.store(), p, y);
+      if (runs_to_pixel(g, p.weight, y)) {
+        RECORD_FUNCTION("fastgan::to_pixel", {});
+        const cpu::ToPixelShape shape = to_pixel_shape(g, p.weight);
+        const Tensor workspace = to_pixel_workspace(shape);
+        cpu::to_pixel_forward(shape, current.operand(), floats(p.weight), floats(p.bias), floats(y), workspace.mutable_data_ptr());
+      } else {
+        plain_forward(layer, g, current.store(), p, y);
+      }
       if (from_batch) {
         RECORD_FUNCTION("fastgan::batch_statistics", {});
         const Tensor workspace = at::empty({cpu::bn_act_workspace_size(rows_of(y))}, options);
@@ -538,7 +561,8 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
     const Geometry& g = plan.layers[i];
     const bool want_weight = output_mask[first_parameter[i]];
     const bool want_input = i > lowest || (i == 0 && output_mask[0]);
-    if (g.path != Path::conv4x4s2) {
+    const bool to_pixel = runs_to_pixel(g, weight, below.raw);
+    if (g.path != Path::conv4x4s2 && !to_pixel) {
       auto [grad_input, grad_weight] =
           plain_backward(layer, g, grad.store(), below.store(), weight, want_input, want_weight);
       if (want_weight) results[first_parameter[i]] = grad_weight;
@@ -547,8 +571,14 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
       continue;
     }
     // Two loops would each apply batch norm's backward while loading; one pass before them is faster then.
-    if (want_weight && want_input) grad = LazyGrad{grad.store()};
-    if (want_weight) {
+    if ((want_weight && want_input) || to_pixel) grad = LazyGrad{grad.store()};
+    if (want_weight && to_pixel) {
+      RECORD_FUNCTION("fastgan::to_pixel_weight_gradient", {});
+      const cpu::ToPixelShape shape = to_pixel_shape(g, weight);
+      const Tensor grad_weight = empty_kept(weight.sizes(), at::kFloat), workspace = to_pixel_workspace(shape);
+      cpu::to_pixel_weight_gradient(shape, below.operand(), floats(grad.grad), floats(grad_weight), workspace.mutable_data_ptr());
+      results[first_parameter[i]] = grad_weight;
+    } else if (want_weight) {
       const size_t k = first_parameter[i];
       const bool add = k < held.size() && held[k].defined();
       const Tensor grad_weight = add ? held[k] : empty_kept(weight.sizes(), at::kFloat);
@@ -579,7 +609,14 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
       e.sum_dz = sums.dz;
       e.sum_dz_xhat = below.mean != nullptr ? sums.dz_xhat : nullptr;
     }
-    run_loop(g, layer.transposed ? cpu::Conv4x4s2Loop::down : cpu::Conv4x4s2Loop::up, grad.operand(), weight, e);
+    if (to_pixel) {
+      RECORD_FUNCTION("fastgan::to_pixel_input_gradient", {});
+      const cpu::ToPixelShape shape = to_pixel_shape(g, weight);
+      const Tensor workspace = to_pixel_workspace(shape);
+      cpu::to_pixel_input_gradient(shape, floats(grad.grad), floats(weight), e, workspace.mutable_data_ptr(), at::get_num_threads());
+    } else {
+      run_loop(g, layer.transposed ? cpu::Conv4x4s2Loop::down : cpu::Conv4x4s2Loop::up, grad.operand(), weight, e);
+    }
     if (i == 0) results[0] = grad_input;
     else grad = finish_layer(i - 1, grad_input, sums);
   }
