@@ -531,11 +531,14 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
     const int64_t C = grad.size(1);
     const Sums sums = take_sums(C);
     const Tensor dz = empty_image_like(grad);
-    const Tensor workspace = at::empty({cpu::bn_act_workspace_size(rows_of(grad))}, options);
+    // Where one sum is enough, or none is wanted, an image is a plane: its rows may be of one to three channels, and then slow.
+    const bool as_planes = !above.raw.defined() && (C == 1 || !stack[i].has_bias);
+    const cpu::BnActShape shape = as_planes ? cpu::BnActShape{grad.size(0), 1, C * grad.size(2) * grad.size(3)} : rows_of(grad);
+    const Tensor workspace = at::empty({cpu::bn_act_workspace_size(shape)}, options);
     if (!above.raw.defined()) {  // the last layer, which kept its output instead
       const Tensor kept = dense_channels_last(output);
       on_images(grad, [&](const auto& kernels, const auto& data) {
-        kernels.act_backward(rows_of(grad), data(grad), data(kept), above.activation, data(dz), sums.dz, floats(workspace));
+        kernels.act_backward(shape, data(grad), data(kept), above.activation, data(dz), sums.dz, floats(workspace));
       });
       return finish_layer(i, dz, sums);
     }
@@ -543,11 +546,11 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
     const std::vector<float> ones(bn ? 0 : C, 1.0f), zeros(bn ? 0 : C);
     const float *scale = bn ? above.scale : ones.data(), *shift = bn ? above.shift : zeros.data();
     on_images(grad, [&](const auto& kernels, const auto& data) {
-      kernels.bn_act_backward_reduce(rows_of(grad), data(grad), data(above.raw), scale, shift, bn ? above.mean : zeros.data(),
+      kernels.bn_act_backward_reduce(shape, data(grad), data(above.raw), scale, shift, bn ? above.mean : zeros.data(),
                                      bn ? above.invstd : ones.data(), above.activation, sums.dz, sums.dz_xhat,
                                      floats(workspace));
       const LazyGrad lazy = finish_layer(i, dz, sums);
-      kernels.bn_act_backward_apply(rows_of(grad), data(grad), data(above.raw), scale, shift, bn ? lazy.a : ones.data(),
+      kernels.bn_act_backward_apply(shape, data(grad), data(above.raw), scale, shift, bn ? lazy.a : ones.data(),
                                     bn ? lazy.b : zeros.data(), bn ? lazy.c : zeros.data(), above.activation, data(dz));
     });
     return LazyGrad{dz};
