@@ -9,7 +9,7 @@ from torch import nn
 
 import fastgan
 from fastgan import _extension
-from fastgan.nn.fuse import _match
+from fastgan.nn.fuse import _match, images_in_channels_last
 from fastgan.nn.modules import BatchNormCall
 from fastgan.ops.conv_stack import StackCall, gradients_added_in_place
 
@@ -338,3 +338,16 @@ def test_single_operators_take_the_same_loops_in_channels_last(transposed, bn):
     scale = max(g.abs().max().item() for g in results[0])
     for ours, theirs in zip(*reversed(results)):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("name", ["generator", "odd sizes 28 to 7", "other kernels between"])
+def test_images_stay_in_channels_last_where_the_trainer_asks_for_it(name, device):
+    network, x = build(name, device=device)
+    fused = fastgan.fuse(network)
+    expected = fused(x)
+    with images_in_channels_last():
+        found = fused(x)
+    assert expected.is_contiguous() and fused(x).is_contiguous()
+    if device.type == "cpu":  # on a GPU the networks themselves are in that format
+        assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found, expected)

@@ -759,7 +759,8 @@ Tensor conv_stack(const Tensor& input, at::TensorList parameters, at::TensorList
                   at::ArrayRef<double> numbers, c10::string_view process_group, int64_t processes) {
   bool save = input.requires_grad();
   for (const Tensor& parameter : parameters) save = save || parameter.requires_grad();
-  return ConvStack::apply(input, parameters, running.vec(), layers.vec(), numbers.vec(),
+  // Reordered once, here: what backward reads is then saved in the order in which it reads it.
+  return ConvStack::apply(dense_channels_last(input), parameters, running.vec(), layers.vec(), numbers.vec(),
                           save && at::GradMode::is_enabled(), ProcessGroup{std::string(process_group), processes});
 }
 

@@ -4,6 +4,7 @@ Two ways lead there. An nn.Sequential finds its runs of layers anew at every cal
 traced (fastgan/nn/_trace.py), and runs the trace in which runs of layers have become one call each.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -38,6 +39,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The autocast dtypes in which a run of layers is one operator.
 _STACK_AUTOCAST = {"cpu": (torch.bfloat16,), "cuda": (torch.bfloat16, torch.float16)}
+_leaves_channels_last = False  # see images_in_channels_last()
 # Traces of one module kept for different modes and arguments; a module that needs more runs its own forward.
 _TRACES = 8
 
@@ -396,9 +398,24 @@ class _Norm:
         return output
 
 
+@contextlib.contextmanager
+def images_in_channels_last():
+    """Inside, what leaves a fused run of layers is in channels_last, as it is between them, for a network that takes it so."""
+    global _leaves_channels_last
+    before, _leaves_channels_last = _leaves_channels_last, True
+    try:
+        yield
+    finally:
+        _leaves_channels_last = before
+
+
 def _run(layers, input):
     """A run of fused layers. What leaves has the memory format that the plain layers would have given it."""
-    keeps_channels_last = _is_channels_last(input) or any(_is_channels_last(layer.conv.weight) for layer in layers)
+    keeps_channels_last = (
+        _leaves_channels_last
+        or _is_channels_last(input)
+        or any(_is_channels_last(layer.conv.weight) for layer in layers)
+    )
     output = _run_stack(layers, input)
     if output is None:
         # Between themselves the layers work in channels_last on the CPU, where ATen's convolutions are faster.

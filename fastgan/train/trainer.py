@@ -20,6 +20,7 @@ from tqdm import tqdm
 from fastgan.data import Batch, ImageDataset
 from fastgan.losses import fake_loss, generator_loss, gradient_penalty, r1_penalty, real_loss
 from fastgan.nn import convert_sync_batch_norm, fuse
+from fastgan.nn.fuse import images_in_channels_last
 from fastgan.nn.sync_batch_norm import own_statistics
 from fastgan.ops.conv_stack import gradients_added_in_place
 from fastgan.train.alarms import Alarms
@@ -291,7 +292,7 @@ class Trainer:
 
         # Discriminator: real images against fakes that carry no gradient back to the generator.
         for part, z in zip(batch.split(self.config.discriminator_steps), latents):
-            with self.autocast():
+            with self.autocast(), images_in_channels_last():
                 fake = generator(z)
             losses = self.objective.discriminator_losses(discriminator, part, fake.detach())
             loss_d, figures_d = self._descend("discriminator", losses, part, z)
