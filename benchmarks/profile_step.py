@@ -26,7 +26,7 @@ PARTS = {
     "batch norm": ("batch_norm", "batch_statistics"),
     "activation": ("relu", "tanh", "sigmoid", "threshold", "scale_shift_act"),
     "batch norm and activation, own passes (fused)": ("bn_act_backward",),
-    "matrix product": ("aten::mm", "aten::addmm", "from_pixel", "to_pixel"),
+    "layers from and to one pixel": ("aten::mm", "aten::addmm", "from_pixel", "to_pixel"),
     "optimizer": ("_foreach", "_fused_adam", "Optimizer", "adam"),
 }
 OTHER = "other"

@@ -105,10 +105,12 @@ def _convolution_loop(arguments):
     if device == "cpu":
         if _has_minimal_filtering(arguments) and dtype == torch.float32:
             return _minimal_filtering(arguments)
+        if dtype == torch.float32 and (loop := _pixel_loop(arguments)):
+            return loop
         return (
             f"ATen's (oneDNN) {in_dtype}; fastgan's minimal filtering takes float32 in channels_last (or any layout "
             "inside a Sequential given to fastgan.fuse), kernel 4, stride 2, padding 1, and channels in multiples of "
-            "16 (up to 4 on the image side)"
+            "16 (up to 4 on the image side); its loops for one pixel take kernels of the image's size, without padding"
         )
     if dtype.itemsize == 2 and _has_cuda_loop(arguments):
         return f"fastgan's for kernel 4 {in_dtype}, with batch statistics or activation in its epilogue"
@@ -144,6 +146,24 @@ def _products(length, padded):
     if left == 1 and not padded:
         return 4 * (triples - 1) + 2 * 3
     return 4 * triples + (0, 1, 3)[left]
+
+
+def _pixel_loop(arguments):
+    """What fastgan's loops for layers from and to one pixel do, or None where they do not run: from_pixel_supported() and
+    to_pixel_supported() in csrc/cpu."""
+    input, weight = arguments["input"], arguments["weight"]
+    padding, dilation = (pair(arguments[name]) for name in ("padding", "dilation"))
+    if input.dim() != 4 or not input.is_contiguous(memory_format=torch.channels_last) or input.numel() == 0:
+        return None
+    if padding != (0, 0) or dilation != (1, 1) or arguments["groups"] != 1 or any(pair(arguments.get("output_padding", 0))):
+        return None
+    if "output_padding" in arguments:
+        if tuple(input.shape[2:]) != (1, 1) or weight.shape[1] % 32:
+            return None
+        return "fastgan's for images from one pixel: a matrix product that reads the weight as it lies"
+    if input.is_contiguous() or input.shape[2:] != weight.shape[2:] or weight.shape[1] % 16 or weight.shape[0] > 4:
+        return None
+    return "fastgan's for images to one pixel: the image is read once each way, with the weight beside it"
 
 
 def _has_minimal_filtering(arguments):

@@ -80,6 +80,24 @@ def test_memory_format_of_output_and_gradient_follow_pytorch(case, layout, devic
         assert ours[1][name].shape == theirs[1][name].shape
 
 
+@pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="no compiled kernels")
+@pytest.mark.parametrize("case, loop", [
+    (dcgan_case("conv_transpose2d_bn_act", 10, 32, 1, batch=4, stride=1, padding=0), "from_pixel"),
+    (dcgan_case("conv_transpose2d_act", 100, 64, 1, batch=9, stride=3, padding=0, activation="tanh"), "from_pixel"),
+    (dcgan_case("conv2d_act", 48, 1, 4, batch=9, stride=1, padding=0, activation="identity"), "to_pixel"),
+    (dcgan_case("conv2d_act", 16, 4, 4, batch=3, stride=2, padding=0, activation="sigmoid"), "to_pixel"),
+    (dcgan_case("conv2d_bn_act", 32, 3, 4, batch=70, stride=1, padding=0), "to_pixel"),
+], ids=lambda value: value if isinstance(value, str) else f"{value.op}-{value.weight_shape}")  # fmt: skip
+def test_layers_from_and_to_one_pixel_run_on_loops_of_their_own(case, loop):
+    case.layout = "channels_last"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found = errors(case, OPS[case.op][0], torch.float32, "cpu")
+    assert f"fastgan::{loop}" in {event.name for event in profile.events()}
+    for name, (theirs, size) in errors(case, OPS[case.op][1], torch.float32, "cpu").items():
+        assert found[name][0] <= 4 * theirs + 1e-6 * size, (name, found[name], theirs)
+    assert "fastgan's for images " in fastgan.explain(case.op, **case.make(torch.float32)[0], **case.options)
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)

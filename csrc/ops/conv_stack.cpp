@@ -777,14 +777,17 @@ OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, cons
   const bool concrete = !input.unsafeGetTensorImpl()->has_symbolic_sizes_strides() &&
                         !weight.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
   if (!concrete || !input.device().is_cpu() || input.scalar_type() != at::kFloat || input.dim() != 4 ||
-      layer.groups != 1 || !is(layer.dilation, 1) || !is(layer.output_padding, 0) || !is(layer.stride, 2) ||
-      !is(layer.padding, 1) || input.is_contiguous() || !input.is_contiguous(at::MemoryFormat::ChannelsLast))
+      layer.groups != 1 || !is(layer.dilation, 1) || !is(layer.output_padding, 0) ||
+      !input.is_contiguous(at::MemoryFormat::ChannelsLast))
     return std::nullopt;
-  StackLayer one{layer.transposed, {2, 2}, {1, 1}, given(bias), bn != nullptr, bn && given(bn->weight),
-                 bn && given(bn->bias), bn && given(bn->running_mean), bn && bn->training,
-                 bn && bn->training && !bn->group.alone(), activation,
+  StackLayer one{layer.transposed, {layer.stride[0], layer.stride[1]}, {layer.padding[0], layer.padding[1]}, given(bias),
+                 bn != nullptr, bn && given(bn->weight), bn && given(bn->bias), bn && given(bn->running_mean),
+                 bn && bn->training, bn && bn->training && !bn->group.alone(), activation,
                  bn ? bn->momentum : 0.0, bn ? bn->eps : 0.0, negative_slope};
-  if (geometry(one, input.size(0), input.size(1), input.size(2), input.size(3), weight, at::kFloat).path != Path::conv4x4s2)
+  const Geometry g = geometry(one, input.size(0), input.size(1), input.size(2), input.size(3), weight, at::kFloat);
+  const bool from_pixel = runs_from_pixel(g, weight, input);
+  // What comes as pixels has no memory format; otherwise the caller has to have chosen this one.
+  if (!from_pixel && (input.is_contiguous() || (g.path != Path::conv4x4s2 && !runs_to_pixel(g, weight, input))))
     return std::nullopt;
   std::vector<Tensor> parameters{weight}, running;
   if (one.has_bias) parameters.push_back(*bias);
@@ -794,13 +797,14 @@ OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, cons
     if (!bn->running_mean->is_contiguous() || !bn->running_var->is_contiguous()) return std::nullopt;
     running = {*bn->running_mean, *bn->running_var};
   }
-  const int64_t integers[StackLayer::kIntegers] = {one.transposed, 2, 2, 1, 1, one.has_bias, one.has_batch_norm,
-                                                   one.has_bn_weight, one.has_bn_bias, one.has_running,
-                                                   one.together ? 2 : one.training,
-                                                   static_cast<int64_t>(activation)};
+  const int64_t integers[StackLayer::kIntegers] = {
+      one.transposed, one.stride[0], one.stride[1], one.padding[0], one.padding[1], one.has_bias, one.has_batch_norm,
+      one.has_bn_weight, one.has_bn_bias, one.has_running, one.together ? 2 : one.training, static_cast<int64_t>(activation)};
   const double numbers[StackLayer::kNumbers] = {one.momentum, one.eps, one.negative_slope};
   const ProcessGroup group = one.together ? bn->group : ProcessGroup{};
-  return conv_stack(input, parameters, running, integers, numbers, group.name, group.size);
+  const Tensor output = conv_stack(input, parameters, running, integers, numbers, group.name, group.size);
+  const bool channels_last = !from_pixel || weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  return channels_last ? output : output.contiguous();
 }
 
 TORCH_LIBRARY_IMPL(fastgan, CompositeImplicitAutograd, m) { m.impl("conv_stack", &conv_stack); }

@@ -63,8 +63,8 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
 // place of returning them to be added: for backward() only. Returns what was so before.
 bool conv_stack_adds_in_place(bool wanted);
 
-// One layer by conv_stack, for the single operators: nothing unless it runs on the minimal-filtering loops and the
-// input is in channels_last on the CPU, as those loops are. bn is null for a layer without batch norm.
+// One layer by conv_stack, for the single operators: nothing unless it runs on a loop of fastgan's own, float32 on the CPU, and the
+// input is in channels_last, as those loops are, or pixels. bn is null for a layer without batch norm.
 struct BatchNormArguments {
   OptionalTensor weight, bias, running_mean, running_var;
   bool training;

@@ -111,6 +111,7 @@ const std::initializer_list<Conv4x4WeightLayout> kLayouts = {Conv4x4WeightLayout
 using Epilogue = Conv4x4Epilogue::Kind;
 
 void check_direction(const Case& c, Conv4x4Direction direction, Epilogue epilogue_kind) {
+  if (!conv4x4s2_takes(c.type)) return;  // float32 on a GPU
   const bool down = direction == Conv4x4Direction::down;
   const int64_t input_size = down ? c.large_size() : c.small_size(),
                 output_size = down ? c.small_size() : c.large_size();
@@ -226,6 +227,7 @@ void check_direction(const Case& c, Conv4x4Direction direction, Epilogue epilogu
 
 void check_weight_gradient(const Case& c, std::optional<DataType> wanted_type = {},
                            std::optional<Conv4x4WeightLayout> wanted_layout = {}) {
+  if (!conv4x4s2_takes(c.type)) return;
   const std::string name = c.name() + " weight gradient";
   const Values small = random_values(c.small_size(), c.type), large = random_values(c.large_size(), c.type);
   const DataType weight_type = wanted_type.value_or(random_integer(0, 1) == 0 ? DataType::float32 : c.type);
@@ -288,6 +290,7 @@ Values packed_order(const Conv4x4PackArgs& pack, const Values& weight) {
 
 // More layers than one launch takes, in every order: as expected, and each as it is when packed alone.
 void check_packs(DataType type, DataType weight_type) {
+  if (!conv4x4s2_takes(type)) return;
   const std::string name = std::string("packs of ") + name_of(weight_type) + " for " + name_of(type);
   struct Layer {
     Conv4x4Geometry g;
