@@ -32,6 +32,9 @@ struct BnActShape {
   int64_t inner;
 };
 
+// An image as one plane, for what is the same to every channel: rows of few channels would keep loops from vectorising.
+inline BnActShape image_planes(int64_t images, int64_t elements) { return {images, 1, images > 0 ? elements / images : 0}; }
+
 struct ActivationSpec {
   Activation kind;
   double negative_slope;  // of leaky_relu

@@ -3,7 +3,7 @@
 namespace fastgan::cpu {
 
 bool to_pixel_supported(const ToPixelShape& s) {
-  return s.batch > 0 && s.height > 0 && s.width > 0 && s.channels > 0 && s.channels % 16 == 0 && s.outputs > 0 && s.outputs <= 4;
+  return s.batch > 0 && s.height > 0 && s.width > 0 && s.channels > 0 && s.channels % 16 == 0 && s.outputs > 0 && s.outputs <= kMostToPixelOutputs;
 }
 
 int64_t to_pixel_workspace_bytes(const ToPixelShape& shape, int threads) {

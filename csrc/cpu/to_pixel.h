@@ -18,7 +18,9 @@ struct ToPixelShape {
   int64_t outputs;
 };
 
-// Whether the loops below can run on this shape: channels a multiple of 16, at most 4 outputs.
+constexpr int kMostToPixelOutputs = 4;
+
+// Whether the loops below can run on this shape: channels a multiple of 16, at most that many outputs.
 bool to_pixel_supported(const ToPixelShape& shape);
 
 // Bytes of scratch for a call that at most `threads` threads work on, aligned to 64 bytes or more by the caller.

@@ -6,10 +6,9 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-constexpr int kOutputs = 4;              // at most
-constexpr int64_t kStaged = 128;         // channels that are read at a time
+constexpr int64_t kStaged = 128;          // channels that are read at a time
 constexpr int64_t kTaskFloats = 1 << 15;  // of the images of a task, about
-constexpr int64_t kSummed = 64;          // images whose products are added up before a longer sum takes them
+constexpr int64_t kSummed = 64;           // images whose products are added up before a longer sum takes them
 
 struct Plan {
   int64_t pixels, features;  // of an image
@@ -66,7 +65,7 @@ void to_pixel_sums(const ToPixelShape& s, const ConvOperand& input, const float*
   parallel_for(plan.tasks, [&](int64_t task) {
     alignas(kLineBytes) float staged[kStaged];
     for (int64_t n = task * plan.images; n < min64(s.batch, (task + 1) * plan.images); ++n) {
-      Vec sums[kOutputs] = {};
+      Vec sums[kMostToPixelOutputs] = {};
       for (int64_t p = 0; p < plan.pixels; ++p)
         for (int64_t c0 = 0; c0 < s.channels; c0 += kStaged) {
           const int64_t at = p * s.channels + c0, channels = min64(kStaged, s.channels - c0);
@@ -116,7 +115,7 @@ void to_pixel_weight_sums(const ToPixelShape& s, const ConvOperand& input, const
   float* matrix = static_cast<float*>(workspace);
   const int64_t pieces = ceil_div(s.channels, kStaged);
   parallel_for(plan.pixels * pieces, [&](int64_t task) {
-    alignas(kLineBytes) float staged[kStaged], sums[kOutputs][kStaged], totals[kOutputs][kStaged] = {};
+    alignas(kLineBytes) float staged[kStaged], sums[kMostToPixelOutputs][kStaged], totals[kMostToPixelOutputs][kStaged] = {};
     const int64_t c0 = task % pieces * kStaged, channels = min64(kStaged, s.channels - c0);
     const int64_t at = task / pieces * s.channels + c0;
     for (int64_t begin = 0; begin < s.batch; begin += kSummed) {

@@ -70,11 +70,6 @@ cpu::BnActShape kernel_shape(const Tensor& tensor) {  // [N, C, H, W], dense
   return {tensor.size(0) * plane, tensor.size(1), 1};
 }
 
-// The same for what is the same to every channel: an image is a plane. Rows of few channels would keep loops from vectorising.
-cpu::BnActShape plane_shape(const Tensor& tensor) {
-  return {tensor.size(0), 1, tensor.size(1) * tensor.size(2) * tensor.size(3)};
-}
-
 template <typename T> const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
 template <typename T> T* mutable_data(const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); }
 template <typename T> const T* data_or_null(const Tensor& tensor) { return tensor.defined() ? data<T>(tensor) : nullptr; }
@@ -214,7 +209,7 @@ Tensor conv_act_forward_cpu(const Tensor& input, const Tensor& weight, const Opt
   with_kernel_type(y.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = cpu::Accumulate<T>;
-    cpu::bn_act_kernels<T>().scale_shift_act(plane_shape(y), data<T>(y), data<A>(scale), data<A>(shift), act,
+    cpu::bn_act_kernels<T>().scale_shift_act(cpu::image_planes(y.size(0), y.numel()), data<T>(y), data<A>(scale), data<A>(shift), act,
                                              mutable_data<T>(y));
   });
   return y;
@@ -235,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_act_backward_cpu(
     with_kernel_type(y.scalar_type(), [&](auto tag) {
       using T = decltype(tag);
       using A = cpu::Accumulate<T>;
-      const cpu::BnActShape shape = output_mask[2] && y.size(1) > 1 ? kernel_shape(y) : plane_shape(y);
+      const cpu::BnActShape shape = output_mask[2] && y.size(1) > 1 ? kernel_shape(y) : cpu::image_planes(y.size(0), y.numel());
       const Tensor workspace = at::empty({cpu::bn_act_workspace_size(shape)}, sum.options());
       cpu::bn_act_kernels<T>().act_backward(shape, data<T>(grad), data<T>(y), act, mutable_data<T>(dy),
                                             mutable_data<A>(sum), mutable_data<A>(workspace));

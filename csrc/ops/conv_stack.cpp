@@ -531,9 +531,9 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
     const int64_t C = grad.size(1);
     const Sums sums = take_sums(C);
     const Tensor dz = empty_image_like(grad);
-    // Where one sum is enough, or none is wanted, an image is a plane: its rows may be of one to three channels, and then slow.
+    // Where one sum is enough, or none is wanted.
     const bool as_planes = !above.raw.defined() && (C == 1 || !stack[i].has_bias);
-    const cpu::BnActShape shape = as_planes ? cpu::BnActShape{grad.size(0), 1, C * grad.size(2) * grad.size(3)} : rows_of(grad);
+    const cpu::BnActShape shape = as_planes ? cpu::image_planes(grad.size(0), grad.numel()) : rows_of(grad);
     const Tensor workspace = at::empty({cpu::bn_act_workspace_size(shape)}, options);
     if (!above.raw.defined()) {  // the last layer, which kept its output instead
       const Tensor kept = dense_channels_last(output);

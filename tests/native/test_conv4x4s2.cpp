@@ -9,37 +9,20 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 #include <vector>
 
 #include "../../csrc/cpu/conv4x4s2.h"
-#include "../../csrc/cpu/isa.h"
-#include "../../csrc/cpu/parallel.h"
-#include "threads.h"
+#include "testing.h"
 
 using namespace fastgan;
 using namespace fastgan::cpu;
 
 namespace {
 
-int failures = 0;
-
 void expect(bool ok, const char* what, const char* detail) {
   if (ok) return;
   std::printf("FAILED [%s] %s: %s\n", isa_name(active_isa()), what, detail);
   ++failures;
-}
-
-using Floats = std::vector<float>;
-using Doubles = std::vector<double>;
-
-std::mt19937 generator(7);
-
-Floats random_floats(int64_t n, float low = -1, float high = 1) {
-  std::uniform_real_distribution<float> d(low, high);
-  Floats v(static_cast<size_t>(n));
-  for (float& x : v) x = d(generator);
-  return v;
 }
 
 float round_to_bfloat16(float x) {

@@ -4,29 +4,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
-#include <random>
 #include <vector>
 
 #include "../../csrc/cpu/from_pixel.h"
-#include "../../csrc/cpu/parallel.h"
-#include "threads.h"
+#include "testing.h"
 
 using namespace fastgan::cpu;
 
 namespace {
-
-int failures = 0;
-std::mt19937 generator(7);
-
-using Floats = std::vector<float>;
-
-Floats random_floats(int64_t n) {
-  std::uniform_real_distribution<float> d(-1, 1);
-  Floats v(static_cast<size_t>(n));
-  for (float& x : v) x = d(generator);
-  return v;
-}
 
 // Elements that differ by more than float rounding of `terms` summands of at most 1.
 void expect_close(const Floats& got, const std::vector<double>& want, int64_t terms, const char* what, const FromPixelShape& s) {
@@ -68,22 +53,13 @@ void check(const FromPixelShape& s) {
       expect_close(output, want_output, s.inputs, "output", s);
       expect_close(weight_gradient, want_gradient, s.batch, "weight gradient", s);
       first_output = output, first_gradient = weight_gradient;
-    } else if (output != first_output || weight_gradient != first_gradient) {
-      std::printf("FAILED [%s] results depend on the number of threads\n", isa_name(active_isa()));
-      ++failures;
+    } else {
+      expect_the_same_for_every_number_of_threads(output == first_output && weight_gradient == first_gradient);
     }
   }
 }
 
-}  // namespace
-
-int main() {
-  try {
-    active_isa();
-  } catch (const std::exception&) {
-    return 77;  // not on this machine
-  }
-  parallel_runner = run_on_threads;
+void check_all() {
   check({5, 100, 64, 16});
   check({17, 130, 32, 49});
   check({1, 3, 96, 1});
@@ -92,6 +68,8 @@ int main() {
     std::printf("FAILED: 48 channels are no whole number of panels\n");
     ++failures;
   }
-  std::printf("%s: %s\n", isa_name(active_isa()), failures == 0 ? "ok" : "FAILED");
-  return failures == 0 ? 0 : 1;
 }
+
+}  // namespace
+
+int main() { return run_checks(check_all); }

@@ -5,31 +5,15 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
-#include <random>
 #include <vector>
 
-#include "../../csrc/cpu/parallel.h"
 #include "../../csrc/cpu/to_pixel.h"
-#include "threads.h"
+#include "testing.h"
 
 using namespace fastgan;
 using namespace fastgan::cpu;
 
 namespace {
-
-int failures = 0;
-std::mt19937 generator(11);
-
-using Floats = std::vector<float>;
-using Doubles = std::vector<double>;
-
-Floats random_floats(int64_t n, float low = -1, float high = 1) {
-  std::uniform_real_distribution<float> d(low, high);
-  Floats v(static_cast<size_t>(n));
-  for (float& x : v) x = d(generator);
-  return v;
-}
 
 // Elements that differ by more than float rounding of summands whose magnitudes add up to `terms`.
 void expect_close(const Floats& got, const Doubles& want, double terms, const char* what, const ToPixelShape& s) {
@@ -123,22 +107,13 @@ void check(const ToPixelShape& s, bool batch_norm) {
       if (batch_norm) expect_close(r.sum_dz_xhat, sum_dz_xhat, 2 * values, "sum of dz * xhat", s);
       expect_close(r.weight_gradient, weights, 2 * static_cast<double>(s.batch), "weight gradient", s);
       first = r;
-    } else if (!(r == first)) {
-      std::printf("FAILED [%s] results depend on the number of threads\n", isa_name(active_isa()));
-      ++failures;
+    } else {
+      expect_the_same_for_every_number_of_threads(r == first);
     }
   }
 }
 
-}  // namespace
-
-int main() {
-  try {
-    active_isa();
-  } catch (const std::exception&) {
-    return 77;  // not on this machine
-  }
-  parallel_runner = run_on_threads;
+void check_all() {
   for (const bool batch_norm : {false, true}) {
     check({128, 7, 7, 128, 1}, batch_norm);
     check({9, 4, 4, 256, 1}, batch_norm);
@@ -150,6 +125,8 @@ int main() {
     std::printf("FAILED: 24 channels, five outputs or no image are not refused\n");
     ++failures;
   }
-  std::printf("%s: %s\n", isa_name(active_isa()), failures == 0 ? "ok" : "FAILED");
-  return failures == 0 ? 0 : 1;
 }
+
+}  // namespace
+
+int main() { return run_checks(check_all); }
