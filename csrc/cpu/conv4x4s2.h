@@ -28,8 +28,9 @@
 namespace fastgan::cpu {
 
 // Element type of the large and small tensors. Weights, per-channel parameters and statistics are always float. With
-// bfloat16 the products take operands and weights rounded to bfloat16, everything else is
-// float; statistics are those of the results before they are rounded to be stored.
+// bfloat16 the products take operands and weights rounded to bfloat16 (without AMX differences and sums of them,
+// conv4x4s2_bf16_filtered_kernel.cpp), everything else is float; statistics are those of the results before they are rounded to be
+// stored.
 enum class ConvDType : int32_t { float32 = 0, bfloat16 };
 
 struct Conv4x4s2Shape {
