@@ -193,42 +193,40 @@ void pack(const FilteredForward& p, const float* weight, bfloat16* packed) {
 
 // A pair of outputs with gradients z0 and z1 adds d1 (z0 + z1) + (d0 - d1) z0 to the gradient of g0, and
 // d1 (z0 + z1) - (d1 - d2) z1 to that of g1; the three sums are kept apart until the end. Staged rows are [lines of channels]
-// [kind, parity, pair][2 tiles] of the large tensor and [lines of channels][kind, pair][2 tiles] of the small one.
+// [kind, parity][pairs][2 tiles] of the large tensor and [lines of channels][kind][pairs][2 tiles] of the small one. The depth of a
+// tile is a pair of 32 images or, where that leaves less of it empty, two pairs of 16.
 struct FilteredGradient : GradientPlan {
   using Products = NoProducts;
-  int64_t pairs;  // of outputs, a row
+  int64_t pairs, together;  // of outputs: a row, and a tile
 
-  explicit FilteredGradient(const Conv4x4s2Shape& s)
-      : GradientPlan(s, 2 * kKinds * ceil_div(s.small_width, 2), kKinds * ceil_div(s.small_width, 2), 8 * kKinds, kGradientPixels),
-        pairs(ceil_div(s.small_width, 2)) {}
+  explicit FilteredGradient(const Conv4x4s2Shape& s) : FilteredGradient(s, ceil_div(s.small_width, 2), pairs_a_tile(s)) {}
 
-  // Rows of two images, both with padding: a column on the left, and up to a whole last pair
-  int64_t scratch_row() const { return (4 * pairs + 3) * kChannels; }
+  // Two rows for each operand, with padding: a column on the left, and up to whole last tiles
+  int64_t scratch_row() const { return (4 * run() * together + 3) * kChannels; }
   int64_t scratch_floats() const { return 4 * scratch_row(); }
 
   void begin(bfloat16*) const {}
 
   void stage_large(const OperandPart& part, int64_t y, float* scratch, bfloat16* to) const {
     stage_pairs(part, large_height * large_width * large_channels, y * large_width * large_channels, large_width, large_channels,
-                scratch, 1, large_columns, to, [&](int64_t i, const float* row) {
-                  const int64_t kind = i / (2 * pairs), parity = i / pairs % 2;
-                  const float* d = row + (i % pairs * 4 + parity + (kind == kFirst ? 0 : 2)) * kChannels;
+                scratch, 1, 2 * kKinds, to, [&](int64_t matrix, int64_t pair, const float* row) {
+                  const int64_t kind = matrix / 2, parity = matrix % 2;
+                  const float* d = row + (pair * 4 + parity + (kind == kFirst ? 0 : 2)) * kChannels;
                   return kind == kSum ? round_value(d) : round_difference(d, d + 2 * kChannels);
                 });
   }
 
   void stage_small(const OperandPart& part, int64_t i, float* scratch, bfloat16* to) const {
     stage_pairs(part, small_height * small_width * small_channels, i * small_width * small_channels, small_width, small_channels,
-                scratch + 2 * scratch_row(), 0, small_columns, to, [&](int64_t x, const float* row) {
-                  const float *z0 = row + x % pairs * 2 * kChannels, *z1 = z0 + kChannels;
-                  const int64_t kind = x / pairs;
+                scratch + 2 * scratch_row(), 0, kKinds, to, [&](int64_t kind, int64_t pair, const float* row) {
+                  const float *z0 = row + pair * 2 * kChannels, *z1 = z0 + kChannels;
                   return kind == kSum ? round_sum(z0, z1) : round_value(kind == kFirst ? z0 : z1);
                 });
   }
 
   void multiply(NoProducts, const LargeRing& ring, const bfloat16* gradients, int64_t i0, int64_t i1, int64_t small, int64_t large,
                 bool accumulate, float* sums) const {
-    const int64_t run = pairs * 2 * kTile;
+    const int64_t step = run() * 2 * kTile;  // of matrices
     for (int64_t r = 0; r < 4; ++r) {
       const int64_t first = r == 0 && i0 == 0 ? 1 : i0;  // the rows that kernel row r meets within the image
       const int64_t end = min64(i1, (large_height - r) / 2 + 1);
@@ -237,10 +235,11 @@ struct FilteredGradient : GradientPlan {
           for (int64_t k = 0; k * kTileRows < small; ++k)
             for (int64_t c = 0; c * kChannels < large; ++c) {
               float* to = sums + k * kTileRows * sums_row() + c * kChannels;
-              const bfloat16* left = gradients + (k / 2 * kKinds + kind) * run + k % 2 * kTile;
-              const int64_t right = ((c * kKinds + kind) * 2 + parity) * run;
-              multiply_rows(end - first, kind == kSecond ? small_width / 2 : pairs, {2 * kTile, 2 * kTile}, sums_row(),
-                            accumulate ? to : nullptr, to, nullptr, [&](int64_t i) {
+              const bfloat16* left = gradients + (k / 2 * kKinds + kind) * step + k % 2 * kTile;
+              const int64_t right = ((c * kKinds + kind) * 2 + parity) * step;
+              const int64_t tiles = kind == kSecond ? ceil_div(small_width / 2, together) : run();
+              multiply_rows(end - first, tiles, {2 * kTile, 2 * kTile}, sums_row(), accumulate ? to : nullptr, to, nullptr,
+                            [&](int64_t i) {
                               return TileRow{left + (first + i - i0) * small_row(), ring(2 * (first + i) - 1 + r) + right};
                             });
             }
@@ -257,13 +256,25 @@ struct FilteredGradient : GradientPlan {
   }
 
  private:
-  // to[lines of channels][columns][2 tiles][16 pairs of images][16][2]. Every two images are read into scratch, at column `before`
-  // of the rows column() gets: column(i, row) is column i of 32 channels.
+  FilteredGradient(const Conv4x4s2Shape& s, int64_t all, int64_t a_tile)
+      : GradientPlan(s, kTileDepth / a_tile, 2 * kKinds * ceil_div(all, a_tile), kKinds * ceil_div(all, a_tile), 8 * kKinds,
+                     kGradientPixels),
+        pairs(all), together(a_tile) {}
+
+  static int64_t pairs_a_tile(const Conv4x4s2Shape& s) {
+    const int64_t pairs = ceil_div(s.small_width, 2);
+    return ceil_div(s.batch, 16) * ceil_div(pairs, 2) < ceil_div(s.batch, 32) * pairs ? 2 : 1;
+  }
+
+  int64_t run() const { return ceil_div(pairs, together); }  // tiles of a row
+
+  // to[lines of channels][matrices][pairs][2 tiles][16 pairs of images, or twice 8][16][2]. Every two images are read into scratch,
+  // at column `before` of the rows that column() gets: column(matrix, pair, row) are 32 channels.
   template <typename Column>
   void stage_pairs(const OperandPart& part, int64_t image, int64_t first, int64_t width, int64_t all_channels, float* scratch,
-                   int64_t before, int64_t columns, bfloat16* to, const Column& column) const {
-    for (int64_t c = 0; c < part.channels; c += kChannels, to += columns * 2 * kTile)
-      for (int64_t n = 0; n < kGradientImages; n += 2) {
+                   int64_t before, int64_t matrices, bfloat16* to, const Column& column) const {
+    for (int64_t c = 0; c < part.channels; c += kChannels)
+      for (int64_t n = 0; n < images; n += 2) {
         for (int64_t i = 0; i < 2; ++i) {
           float* row = scratch + i * scratch_row() + before * kChannels;
           if (n + i < part.images)
@@ -272,10 +283,13 @@ struct FilteredGradient : GradientPlan {
           else
             for (int64_t v = 0; v < width * kChannels; v += kLanes) store(row + v, Vec{});
         }
-        for (int64_t x = 0; x < columns; ++x) {
-          bfloat16* tile = to + x * 2 * kTile + n * kTileRows;
-          store_pair(column(x, scratch), column(x, scratch + scratch_row()), tile, tile + kTile);
-        }
+        bfloat16* tile = to + c / kChannels * matrices * run() * 2 * kTile + n * kTileRows;
+        for (int64_t matrix = 0; matrix < matrices; ++matrix)
+          for (int64_t pair = 0; pair < run() * together; pair += together, tile += 2 * kTile)
+            for (int64_t i = 0; i < together; ++i) {
+              bfloat16* pixels = tile + i * images * kTileRows;
+              store_pair(column(matrix, pair + i, scratch), column(matrix, pair + i, scratch + scratch_row()), pixels, pixels + kTile);
+            }
       }
   }
 };

@@ -84,7 +84,7 @@ void pack(const DirectForward& p, const float* weight, bfloat16* packed) {
 struct DirectGradient : GradientPlan {
   using Products = ProductBlock;
 
-  explicit DirectGradient(const Conv4x4s2Shape& s) : GradientPlan(s, s.large_width + 2, s.small_width, 16, kGradientPixels) {}
+  explicit DirectGradient(const Conv4x4s2Shape& s) : GradientPlan(s, kTileDepth, s.large_width + 2, s.small_width, 16, kGradientPixels) {}
 
   int64_t scratch_floats() const { return 0; }
   int64_t large_pixel() const { return large_tiles * kTile; }
@@ -131,7 +131,7 @@ struct DirectGradient : GradientPlan {
   // dst[width][tiles][16 pairs of images][16][2]
   static void stage_pairs(const OperandPart& part, int64_t image_pixels, int64_t first_pixel, int64_t width, int64_t all_channels,
                           int64_t tiles, bfloat16* dst) {
-    for (int64_t n = 0; n < kGradientImages; n += 2)
+    for (int64_t n = 0; n < kTileDepth; n += 2)
       for (int64_t x = 0; x < width; ++x)
         for (int64_t t = 0; t * kTileRows < part.channels; t += 2) {
           const int64_t c = part.first_channel + t * kTileRows, some = min64(kChannels, part.channels - t * kTileRows);

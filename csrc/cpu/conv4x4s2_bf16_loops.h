@@ -20,7 +20,6 @@ namespace {
 constexpr int64_t kStageTiles = 768;        // of a strip of down and up: 768 KiB
 constexpr int64_t kStripPixels = 256;       // most outputs of a strip
 constexpr int64_t kForwardTasks = 8;
-constexpr int64_t kGradientImages = 32;
 constexpr int64_t kGradientLarge = 64;      // block of the weight a task owns
 constexpr int64_t kGradientSmall = 128;
 constexpr int64_t kGradientTasks = 8;
@@ -169,9 +168,10 @@ void pack_forward(const ForwardPlan& p, bfloat16* packed, const Pack& pack) {
 
 // ---- weight gradient
 
-// Of every row `large_columns` and `small_columns` are staged, and `matrices` of sums are kept, an entry a weight each.
+// Of every row of `images` images `large_columns` and `small_columns` tiles are staged, 16 channels each, and `matrices` of sums are
+// kept, an entry a weight each.
 struct GradientPlan {
-  int64_t batch, groups;
+  int64_t batch, images, groups;
   int64_t large_height, large_width, large_channels, small_height, small_width, small_channels;
   int64_t large_columns, small_columns, matrices;
   int64_t large_blocks, small_blocks;
@@ -179,8 +179,8 @@ struct GradientPlan {
   int64_t large_tiles, small_tiles;  // a pixel, of one task
 
   // pixels: small ones that are summed between loads of the sums
-  GradientPlan(const Conv4x4s2Shape& s, int64_t staged_large, int64_t staged_small, int64_t sums, int64_t pixels)
-      : batch(s.batch), groups(ceil_div(s.batch, kGradientImages)), large_height(s.large_height), large_width(s.large_width),
+  GradientPlan(const Conv4x4s2Shape& s, int64_t images_a_group, int64_t staged_large, int64_t staged_small, int64_t sums, int64_t pixels)
+      : batch(s.batch), images(images_a_group), groups(ceil_div(s.batch, images)), large_height(s.large_height), large_width(s.large_width),
         large_channels(s.large_channels), small_height(s.small_height), small_width(s.small_width),
         small_channels(s.small_channels), large_columns(staged_large), small_columns(staged_small), matrices(sums) {
     large_blocks = ceil_div(large_channels, kGradientLarge);
@@ -227,7 +227,7 @@ struct LargeRing {
 //   scratch_floats()                  of memory for the stage functions, zero at a task's beginning
 //   begin(pixels)                     fills what the stage functions leave out of the ring
 //   stage_large(part, y, scratch, to), stage_small(part, i, scratch, to)
-//                                     one row of 32 images: of right tiles, and of what transpose_tiles makes left tiles of
+//                                     one row of a group: of right tiles, and of what transpose_tiles makes left tiles of
 //   multiply(products, ring, gradients, i0, i1, small_channels, large_channels, accumulate, sums)
 //                                     sums[matrices][small][large] of the small rows i0 to i1
 //   taps(sums, lanes)                 the 16 taps of the vector of large channels at `sums` of the first matrix
@@ -266,8 +266,8 @@ void run_weight_gradient(const Form& p, const ConvOperand& large, const ConvOper
     const int64_t first_unit = units * split / p.splits;
     int64_t staged = 0;
     for (int64_t unit = first_unit; unit < units * (split + 1) / p.splits; ++unit) {
-      const int64_t first_image = unit / p.strips * kGradientImages, i0 = unit % p.strips * p.rows;
-      const int64_t images = min64(kGradientImages, p.batch - first_image), i1 = min64(p.small_height, i0 + p.rows);
+      const int64_t first_image = unit / p.strips * p.images, i0 = unit % p.strips * p.rows;
+      const int64_t images = min64(p.images, p.batch - first_image), i1 = min64(p.small_height, i0 + p.rows);
       if (unit == first_unit || i0 == 0) staged = max64(0, 2 * i0 - 1);
       for (; staged < min64(p.large_height, 2 * i1 + 1); ++staged)
         p.stage_large({large, first_image, images, c0, large_channels}, staged, scratch, pixels + staged % p.ring_rows() * p.large_row());
