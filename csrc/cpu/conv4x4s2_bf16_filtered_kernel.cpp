@@ -9,10 +9,10 @@
 // row of inputs two sets of columns are staged: `differences` of neighbours (of one parity in down), and `values`, the d1 of some
 // pair.
 //
-// Differences and sums are taken in float and rounded once. Tensors that were bfloat16 before have one operand of two rounded in each
-// product, which makes an error of up to 1.9 times that of a direct result, rounded itself; filtering along columns as well would
-// round both, F(3, 2) would round more of them: 2.0 to 2.8 times. Operands that are rounded to bfloat16 either way, as weights and
-// activations are, leave 1.1 to 1.3.
+// Differences and sums are taken in float and rounded once. Of tensors and weights that are bfloat16 already, a direct product rounds
+// the result alone; here one operand of each of the two products is rounded, too: an error sqrt(3) = 1.7 times as large, where F(3, 2)
+// would have 2 and filtering along columns as well sqrt(7). Weights are float, though, and activations are computed: where these are
+// rounded either way, it is sqrt(5 / 3) = 1.3 times.
 #include "conv4x4s2_common.h"
 #include "conv4x4s2_kernel.h"
 
