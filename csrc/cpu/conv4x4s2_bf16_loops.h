@@ -3,8 +3,8 @@
 // Arithmetic outside the products is float, so are all sums.
 //
 // Operands are staged with images innermost: a tile's 16 rows (down, up) or 32 depths (weight_gradient) are the same
-// pixel of as many images. Every width then fills the tiles, taps in the rows above and below an image are left out,
-// and a tile is one contiguous KiB.
+// pixel of as many images, or two pixels of half as many. Every width then fills the tiles, taps in the rows above and below an
+// image are left out, and a tile is one contiguous KiB.
 //
 //   down, up: a task takes 16 images and a strip of rows, stages its inputs once, then computes 32 output channels at a
 //             time, a row at a time, with their epilogue while the results are in cache
@@ -17,10 +17,10 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-constexpr int64_t kStageTiles = 768;        // of a strip of down and up: 768 KiB
-constexpr int64_t kStripPixels = 256;       // most outputs of a strip
+constexpr int64_t kStageTiles = 768;    // of a strip of down and up: 768 KiB
+constexpr int64_t kStripPixels = 256;   // most outputs of a strip
 constexpr int64_t kForwardTasks = 8;
-constexpr int64_t kGradientLarge = 64;      // block of the weight a task owns
+constexpr int64_t kGradientLarge = 64;  // block of the weight a task owns
 constexpr int64_t kGradientSmall = 128;
 constexpr int64_t kGradientTasks = 8;
 
@@ -30,9 +30,9 @@ constexpr int64_t kGradientTasks = 8;
 struct ForwardPlan : LoopShape {
   int64_t columns, matrices;
   int64_t groups, input_lines, output_lines;
-  int64_t rows;       // down: of the output; up: pairs of output rows
+  int64_t rows;      // down: of the output; up: pairs of output rows
   int64_t strips, strip_rows, splits;
-  int64_t row_taps;   // rows of the kernel that meet at one output: 4, or 2 in each phase of up
+  int64_t row_taps;  // rows of the kernel that meet at one output: 4, or 2 in each phase of up
   int64_t stage_pixels, result_pixels;
 
   ForwardPlan(const LoopShape& shape, int64_t staged_columns, int64_t packed_matrices)

@@ -415,6 +415,48 @@ void check_weights() {
   check(Layer(3, 8, 8, 160, 192), !gathers);  // several blocks of outputs, chunks of inputs
 }
 
+// bfloat16 results of operands that were bfloat16 before: no more than twice the error of rounding the exact result.
+void check_rounding() {
+  if (active_isa() < Isa::avx512_bf16) return;
+  Layer layer(32, 12, 12, 48, 64, ConvDType::bfloat16);
+  const Conv4x4s2Shape& s = layer.shape;
+  const int64_t large_size = layer.large_pixels * s.large_channels, small_size = layer.small_pixels * s.small_channels;
+  Storage large(s.dtype, random_floats(large_size)), small(s.dtype, random_floats(small_size));
+  const Floats large_values = large.values(), small_values = small.values();
+  layer.weight = Storage(s.dtype, random_floats(static_cast<int64_t>(layer.weight.size()))).values();
+  Doubles down(small_size), up(large_size), gradient(layer.weight.size());
+  for_products(s, [&](int64_t l, int64_t k, int64_t w) {
+    down[k] += double(large_values[l]) * layer.weight[w];
+    up[l] += double(small_values[k]) * layer.weight[w];
+    gradient[w] += double(large_values[l]) * small_values[k];
+  });
+  const auto check = [](const Floats& got, const Doubles& exact, const char* what) {
+    double error = 0, rounding = 0;
+    for (size_t i = 0; i < exact.size(); ++i) {
+      error += std::pow(got[i] - exact[i], 2);
+      rounding += std::pow(round_to_bfloat16(static_cast<float>(exact[i])) - exact[i], 2);
+    }
+    char detail[60];
+    std::snprintf(detail, sizeof detail, "%.2f times that of rounding the result", std::sqrt(error / rounding));
+    expect(error <= 4 * rounding, what, detail);
+  };
+  ConvOperand x, z;
+  x.data = large.data();
+  z.data = small.data();
+  Storage down_out(s.dtype, down.size()), up_out(s.dtype, up.size());
+  ConvEpilogue e;
+  e.out = down_out.data();
+  layer.run(Conv4x4s2Loop::down, x, e, 1);
+  check(down_out.values(), down, "error of down");
+  e.out = up_out.data();
+  layer.run(Conv4x4s2Loop::up, z, e, 1);
+  check(up_out.values(), up, "error of up");
+  Floats found(gradient.size());
+  AlignedBuffer workspace(workspace_bytes(s, Conv4x4s2Loop::weight_gradient, 1));
+  weight_gradient(s, x, z, {found.data()}, workspace.data, 1);
+  check(found, gradient, "error of weight gradient");
+}
+
 void run_all() {
   parallel_runner = run_on_threads;
   // small sides 2 to 9, 16, odd large sides, channel counts with partial panels, chunks and blocks
@@ -452,6 +494,7 @@ int main() {
       setenv("FASTGAN_CPU_ISA", isa_name(static_cast<Isa>(i)), 1);
       run_all();
       check_weights();
+      check_rounding();
       std::fflush(stdout);
       _exit(failures == 0 ? 0 : 1);
     }
