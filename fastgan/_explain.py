@@ -107,6 +107,8 @@ def _convolution_loop(arguments):
             return _minimal_filtering(arguments)
         if dtype == torch.float32 and (loop := _pixel_loop(arguments)):
             return loop
+        if dtype == torch.bfloat16 and _fits_minimal_filtering(arguments):
+            return f"ATen's (oneDNN) {in_dtype}; {_bfloat16_loop(arguments)}"
         return (
             f"ATen's (oneDNN) {in_dtype}; fastgan's minimal filtering takes float32 in channels_last (or any layout "
             "inside a Sequential given to fastgan.fuse), kernel 4, stride 2, padding 1, and channels in multiples of "
@@ -140,6 +142,20 @@ def _minimal_filtering(arguments):
     )
 
 
+def _bfloat16_loop(arguments):
+    """Where the bfloat16 loops of csrc/cpu/conv4x4s2.h take a layer: the rest of conv4x4s2_supported()."""
+    where = "inside a Sequential given to fastgan.fuse, under autocast, fastgan's loops take a layer like this"
+    isa = _extension.CPU_ISA
+    if isa not in ("avx512_bf16", "amx"):
+        return f"{where} on processors with AVX512-BF16 or AMX, which this is not"
+    image = arguments["weight"].shape[1] <= 4
+    if not image and arguments["input"].shape[0] < 16:
+        return f"{where} from a batch of 16 on"
+    if isa == "amx" or image:
+        return f"{where}, with direct products"
+    return f"{where}, with minimal filtering along the rows: F(2, 2), 75% of direct convolution's multiplications"
+
+
 def _products(length, padded):
     """Multiplications of `length` outputs of two taps along an axis: Axis in csrc/cpu/conv4x4s2_tiles.h."""
     triples, left = divmod(length, 3)
@@ -167,12 +183,20 @@ def _pixel_loop(arguments):
 
 
 def _has_minimal_filtering(arguments):
-    """The rule of conv_stack_single() in csrc/ops/conv_stack.cpp and conv4x4s2_supported() in csrc/cpu."""
-    input, weight = arguments["input"], arguments["weight"]
-    stride, padding, dilation = (pair(arguments[name]) for name in ("stride", "padding", "dilation"))
+    """The rule of conv_stack_single() in csrc/ops/conv_stack.cpp."""
+    input = arguments["input"]
     if input.dim() != 4 or input.is_contiguous() or not input.is_contiguous(memory_format=torch.channels_last):
         return False
-    if tuple(weight.shape[2:]) != (4, 4) or (stride, padding, dilation) != ((2, 2), (1, 1), (1, 1)):
+    return _fits_minimal_filtering(arguments)
+
+
+def _fits_minimal_filtering(arguments):
+    """The rule of conv4x4s2_supported() in csrc/cpu, but for what it wants of bfloat16."""
+    input, weight = arguments["input"], arguments["weight"]
+    stride, padding, dilation = (pair(arguments[name]) for name in ("stride", "padding", "dilation"))
+    if input.dim() != 4 or tuple(weight.shape[2:]) != (4, 4):
+        return False
+    if (stride, padding, dilation) != ((2, 2), (1, 1), (1, 1)):
         return False
     if arguments["groups"] != 1 or any(pair(arguments.get("output_padding", 0))) or input.numel() == 0:
         return False

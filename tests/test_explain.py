@@ -103,6 +103,23 @@ def test_explain_names_the_image_loops():
     assert "direct products of 4x4 patches" in text
 
 
+@requires_kernels
+@pytest.mark.parametrize("isa, batch, channels, words", [
+    ("avx2", 16, 16, "which this is not"),
+    ("avx512_bf16", 15, 16, "from a batch of 16 on"),
+    ("avx512_bf16", 16, 16, "F(2, 2), 75% of direct"),
+    ("avx512_bf16", 2, 3, "with direct products"),
+    ("amx", 16, 16, "with direct products"),
+])  # fmt: skip
+def test_explain_says_where_bfloat16_has_loops_of_its_own(monkeypatch, isa, batch, channels, words):
+    monkeypatch.setattr(_extension, "CPU_ISA", isa)
+    tensors = torch.ones(batch, channels, 8, 8), torch.ones(32, channels, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        text = fastgan.explain("conv2d_act", *tensors, stride=2, padding=1)
+        assert "ATen's (oneDNN) in bfloat16; inside a Sequential given to fastgan.fuse, under autocast" in text and words in text
+        assert "inside a Sequential given to fastgan.fuse, under" not in fastgan.explain("conv2d_act", *tensors, stride=1, padding=1)
+
+
 def test_explain_changes_no_buffer_and_runs_no_operator():
     running = {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
