@@ -31,8 +31,6 @@ constexpr int64_t kGradientPixels = 32;
 enum Kind { kSum, kFirst, kSecond, kKinds };  // g0 + g1, g0, -g1
 
 // 32 channels of a pixel, rounded
-inline __m512i round_line(Vec low, Vec high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-
 inline __m512i round_value(const float* d) { return round_line(load(d), load(d + kLanes)); }
 inline __m512i round_sum(const float* d, const float* e) { return round_line(load(d) + load(e), load(d + kLanes) + load(e + kLanes)); }
 inline __m512i round_difference(const float* d, const float* e) {
@@ -56,46 +54,30 @@ inline void read_row(const ConvOperand& operand, int64_t offset, int64_t columns
   }
 }
 
-// Where one row of tiles begins on either side, and the way from a tile to the next; of a right tile the second half of the
-// columns is the tile after it.
+// Where one row of tiles begins on either side. Right tiles are pairs of neighbours.
 struct TileRow {
   const bfloat16 *left, *right;
 };
-struct TileSteps {
-  int64_t left, right;
-};
 
-// Sums [16][32], rows `ld` floats apart, are `start` (zero where null) + the products of `run` tiles of each of `rows` rows, and are
-// written to `first` and, where it is not null, `second`.
+// Sums [16][32], rows `ld` floats apart, are `start` (zero where null) + the products of `run` tiles of each of `rows` rows, left ones
+// `left_step` elements apart, and are written to `first` and, where it is not null, `second`.
 template <typename Row>
-inline void multiply_rows(int64_t rows, int64_t run, TileSteps steps, int64_t ld, const float* start, float* first, float* second,
+inline void multiply_rows(int64_t rows, int64_t run, int64_t left_step, int64_t ld, const float* start, float* first, float* second,
                           const Row& row_of) {
-  constexpr int kRows = 8;  // with two vectors of columns: 16 sums in registers
-  for (int64_t n = 0; n < kTileRows; n += kRows) {
-    __m512 sum[kRows][2];
+  for (int64_t n = 0; n < kTileRows; n += kSumRows) {
+    __m512 sum[kSumRows][2];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kSumRows; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) sum[r][v] = start != nullptr ? load(start + (n + r) * ld + v * kLanes) : Vec{};
     for (int64_t row = 0; row < rows; ++row) {
       const TileRow tiles = row_of(row);
       const bfloat16 *left = tiles.left + n * kTileDepth, *right = tiles.right;
-      for (int64_t tile = 0; tile < run; ++tile, left += steps.left, right += steps.right)
-        for (int64_t pair = 0; pair < kTileDepth / 2; ++pair) {
-          __m512bh column[2];
-          for (int v = 0; v < 2; ++v) __builtin_memcpy(&column[v], right + v * kTile + pair * kTileDepth, sizeof column[v]);
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-            int32_t both;
-            __builtin_memcpy(&both, left + r * kTileDepth + 2 * pair, sizeof both);
-            const __m512bh element = (__m512bh)_mm512_set1_epi32(both);
-#pragma GCC unroll 2
-            for (int v = 0; v < 2; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], element, column[v]);
-          }
-        }
+      for (int64_t tile = 0; tile < run; ++tile, left += left_step, right += 2 * kTile)
+        add_tile(sum, left, kTileDepth, right, kTile);
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kSumRows; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
         store(first + (n + r) * ld + v * kLanes, sum[r][v]);
@@ -112,7 +94,7 @@ struct NoProducts {};
 // differences 4 p to 4 p + 3, values 2 p and 2 p + 1. Difference i is that of column i - 1 and the next of its parity.
 struct FilteredForward : ForwardPlan {
   using Products = NoProducts;
-  int64_t parities;              // kernel columns that go with each of g0 and g1: 2, or 1 in each phase of up
+  int64_t parities;             // kernel columns that go with each of g0 and g1: 2, or 1 in each phase of up
   int64_t differences, values;  // staged columns of a row
 
   FilteredForward(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop) : FilteredForward(LoopShape(shape, loop)) {}
@@ -152,7 +134,7 @@ struct FilteredForward : ForwardPlan {
     const auto multiply = [&](Kind kind, int64_t column, const float* start, float* to, float* also) {
       const bfloat16* left = stage + (y + first - staged_from) * left_row + column * staged_pixel();
       const bfloat16* right = packed + (kind * row_taps + first) * right_row;
-      multiply_rows(rows_inside, run(), {kTile, 2 * kTile}, kTileColumns, start, to, also,
+      multiply_rows(rows_inside, run(), kTile, kTileColumns, start, to, also,
                     [&](int64_t r) { return TileRow{left + r * left_row, right + r * right_row}; });
     };
     for (int64_t j = 0; j < outputs; j += 2, result += 2 * result_step) {
@@ -238,10 +220,9 @@ struct FilteredGradient : GradientPlan {
               const bfloat16* left = gradients + (k / 2 * kKinds + kind) * step + k % 2 * kTile;
               const int64_t right = ((c * kKinds + kind) * 2 + parity) * step;
               const int64_t tiles = kind == kSecond ? ceil_div(small_width / 2, together) : run();
-              multiply_rows(end - first, tiles, {2 * kTile, 2 * kTile}, sums_row(), accumulate ? to : nullptr, to, nullptr,
-                            [&](int64_t i) {
-                              return TileRow{left + (first + i - i0) * small_row(), ring(2 * (first + i) - 1 + r) + right};
-                            });
+              multiply_rows(end - first, tiles, 2 * kTile, sums_row(), accumulate ? to : nullptr, to, nullptr, [&](int64_t i) {
+                return TileRow{left + (first + i - i0) * small_row(), ring(2 * (first + i) - 1 + r) + right};
+              });
             }
     }
   }

@@ -88,6 +88,25 @@ class ProductBlock {
 
 #else
 
+constexpr int kSumRows = 8;  // with two vectors of columns: 16 sums in registers
+
+// Sums += rows of a left tile, `row` elements apart, times two right tiles, `second` apart.
+inline __attribute__((always_inline)) void add_tile(__m512 (&sum)[kSumRows][2], const bfloat16* left, int64_t row,
+                                                    const bfloat16* right, int64_t second) {
+  for (int64_t pair = 0; pair < kTileDepth / 2; ++pair) {
+    __m512bh column[2];
+    for (int v = 0; v < 2; ++v) __builtin_memcpy(&column[v], right + v * second + pair * kTileDepth, sizeof column[v]);
+#pragma GCC unroll 8
+    for (int r = 0; r < kSumRows; ++r) {
+      int32_t both;
+      __builtin_memcpy(&both, left + r * row + 2 * pair, sizeof both);
+      const __m512bh element = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], element, column[v]);
+    }
+  }
+}
+
 class ProductBlock {
  public:
   void begin(const float* sums, int64_t second, int64_t row, bool accumulate) {
@@ -100,7 +119,7 @@ class ProductBlock {
   template <bool two_left>
   void add(TileRun left, TileRun right, int64_t count) {
     for (int64_t tile = 0; tile < (two_left ? 2 : 1); ++tile)
-      for (int64_t r = 0; r < kTileRows; r += kRows)
+      for (int64_t r = 0; r < kTileRows; r += kSumRows)
         add_rows(left.tiles + tile * left.second + r * left.row, left, right, count, tile * kTileRows + r);
   }
 
@@ -113,28 +132,15 @@ class ProductBlock {
   }
 
  private:
-  static constexpr int kRows = 8;  // with two vectors of columns: 16 sums in registers
-
   void add_rows(const bfloat16* rows, const TileRun& left, TileRun right, int64_t count, int64_t first) {
-    __m512 sum[kRows][2];
+    __m512 sum[kSumRows][2];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kSumRows; ++r)
       for (int v = 0; v < 2; ++v) sum[r][v] = load(sums_[first + r] + v * kLanes);
     for (int64_t k = 0; k < count; ++k, rows += left.step, right.tiles += right.step)
-      for (int64_t pair = 0; pair < kTileDepth / 2; ++pair) {
-        __m512bh column[2];
-        for (int v = 0; v < 2; ++v)
-          __builtin_memcpy(&column[v], right.tiles + v * right.second + pair * kTileRows * 2, sizeof column[v]);
+      add_tile(sum, rows, left.row, right.tiles, right.second);
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          int32_t both;
-          __builtin_memcpy(&both, rows + r * left.row + 2 * pair, sizeof both);
-          const __m512bh row = (__m512bh)_mm512_set1_epi32(both);
-          for (int v = 0; v < 2; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], row, column[v]);
-        }
-      }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kSumRows; ++r)
       for (int v = 0; v < 2; ++v) store(sums_[first + r] + v * kLanes, sum[r][v]);
   }
 
@@ -189,6 +195,9 @@ inline void store_pair(__m512i a, __m512i b, bfloat16* first, bfloat16* second) 
   _mm512_store_si512(second, _mm512_permutex2var_epi16(a, _mm512_add_epi16(lower, _mm512_set1_epi16(16)), b));
 }
 
+// A line of channels, rounded
+inline __m512i round_line(Vec low, Vec high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
 // One pixel's line of channels c0 to c0 + channels (16 or 32) with the operand's prologue; the rest is zero.
 inline __m512i read_line(const ConvOperand& operand, int64_t offset, int64_t c0, int64_t channels) {
   if (operand.mode == ConvOperand::Mode::plain) {
@@ -201,7 +210,7 @@ inline __m512i read_line(const ConvOperand& operand, int64_t offset, int64_t c0,
     read_operand<bfloat16>(operand, offset, c0, kChannels, values);
   else
     read_operand<bfloat16>(operand, offset, c0, kChannels / 2, values);
-  return (__m512i)_mm512_cvtne2ps_pbh(load(values + kLanes), load(values));
+  return round_line(load(values), load(values + kLanes));
 }
 
 }  // namespace
