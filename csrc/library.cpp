@@ -10,7 +10,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
-#include "ops/conv_stack.h"
+#include "ops/held_gradients.h"
 
 TORCH_LIBRARY(fastgan, m) {
   // Public. Stems as in fastgan/ops, csrc/ops and tests. process_group: the name of a torch.distributed group of
@@ -94,6 +94,18 @@ TORCH_LIBRARY(fastgan, m) {
       "Tensor statistics, int[] layers, float[] numbers, int[] output_mask, str process_group='', int processes=1) "
       "-> Tensor[]");
 
+  // A run of a perceptron's layers; csrc/ops/linear_stack.cpp says how they are written. seeds: int64, one of the noise on the input
+  // and one a layer. forward: (output, saved); `save` is 0 for nothing, 1 for what input gradients need, 2 for weights' too.
+  m.def(
+      "linear_stack(Tensor input, Tensor[] parameters, Tensor(a!)[] running, Tensor seeds, int[] layers, float[] numbers) "
+      "-> Tensor");
+  m.def(
+      "linear_stack_forward(Tensor input, Tensor[] parameters, Tensor(a!)[] running, Tensor seeds, int[] layers, "
+      "float[] numbers, int save) -> (Tensor, Tensor)");
+  m.def(
+      "linear_stack_backward(Tensor grad_output, Tensor input, Tensor[] parameters, Tensor saved, int[] layers, "
+      "float[] numbers, int save, int[] output_mask) -> Tensor[]");
+
   // (conditional [], marginal [], cross_entropy [], mean_probabilities [K], log_normalizer [N]); without labels
   // cross_entropy is 0. An absent gradient counts as 0.
   m.def(
@@ -128,7 +140,7 @@ std::vector<std::string> available_isas() {
 PYBIND11_MODULE(_C, m) {
   parallel_runner = run_on_torch_threads;
   m.doc() = "The compiled part of fastgan: importing it registers torch.ops.fastgan.*";
-  m.def("conv_stack_adds_in_place", &fastgan::conv_stack_adds_in_place);
+  m.def("add_gradients_in_place", &fastgan::add_gradients_in_place);
   m.def("cpu_info", [] {
     pybind11::dict info;
     pybind11::list isas;

@@ -270,13 +270,21 @@ def catgan_discriminator_loss(
     if (labeled_logits is None) != (labels is None):
         missing, given = ("labels", "labeled_logits") if labels is None else ("labeled_logits", "labels")
         raise ValueError(f"{function}: {missing} must be given with {given}, got None")
-    fake_conditional, _ = softmax_entropy(fake_logits)
+    real = real_categories_loss(real_logits, labeled_logits, labels, supervised_weight, marginal_weight, process_group)
+    return real + fake_categories_loss(fake_logits)
+
+
+def real_categories_loss(
+    real_logits: Tensor, labeled_logits: Tensor | None, labels: Tensor | None, supervised_weight: float,
+    marginal_weight: float, process_group: "torch.distributed.ProcessGroup | None",
+) -> Tensor:  # fmt: skip
+    """The terms of :func:`catgan_discriminator_loss` that are of real images, labeled or not."""
     if labels is None:
         conditional, marginal = _entropies(real_logits, process_group)
-        return conditional - marginal_weight * marginal - fake_conditional
+        return conditional - marginal_weight * marginal
     if labels.shape != labeled_logits.shape[:1]:
         raise ValueError(
-            f"{function}: labels must have shape [{len(labeled_logits)}] (a class for each row of labeled_logits), "
+            f"catgan_discriminator_loss: labels must have shape [{len(labeled_logits)}] (a class for each row of labeled_logits), "
             f"got {list(labels.shape)}"
         )
     if labeled_logits is real_logits and process_group is None:
@@ -284,7 +292,12 @@ def catgan_discriminator_loss(
     else:
         conditional, marginal = _entropies(real_logits, process_group)
         _, _, cross_entropy = softmax_entropy_cross_entropy(labeled_logits, labels)
-    return conditional - marginal_weight * marginal - fake_conditional + supervised_weight * cross_entropy
+    return conditional - marginal_weight * marginal + supervised_weight * cross_entropy
+
+
+def fake_categories_loss(fake_logits: Tensor) -> Tensor:
+    """The term of :func:`catgan_discriminator_loss` that is of generated images."""
+    return -softmax_entropy(fake_logits)[0]
 
 
 def catgan_generator_loss(

@@ -11,7 +11,8 @@ import fastgan
 from fastgan import _extension
 from fastgan.nn.fuse import _match, images_in_channels_last
 from fastgan.nn.modules import BatchNormCall
-from fastgan.ops.conv_stack import StackCall, gradients_added_in_place
+from fastgan.ops._gradients import gradients_added_in_place
+from fastgan.ops.conv_stack import StackCall
 
 
 def up(c_in, c_out, bias=False):

@@ -21,7 +21,6 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -32,6 +31,7 @@
 #include "../cpu/conv4x4s2.h"
 #include "../cpu/from_pixel.h"
 #include "../cpu/to_pixel.h"
+#include "held_gradients.h"
 #include "kept_memory.h"
 
 namespace fastgan {
@@ -641,24 +641,6 @@ std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Ten
 
 // ---- autograd ----------------------------------------------------------------------------------------------------
 
-thread_local bool adds_in_place = false;
-
-// The gradient that a parameter holds, if adding to it at once is what its AccumulateGrad would do with a gradient that the
-// backward pass returns; otherwise an undefined tensor.
-Tensor held_gradient(const Tensor& parameter) {
-  namespace impl = torch::autograd::impl;
-  if (!parameter.is_leaf() || !parameter.requires_grad() || !impl::hooks(parameter).empty() ||
-      impl::post_acc_grad_hooks(parameter) != nullptr)
-    return {};
-  const Tensor& held = parameter.grad();
-  if (!held.defined() || held.layout() != at::kStrided || held.scalar_type() != at::kFloat || !held.device().is_cpu() ||
-      !held.is_contiguous() || held.requires_grad())
-    return {};
-  const auto accumulator = impl::try_get_grad_accumulator(parameter);
-  if (accumulator == nullptr || !accumulator->pre_hooks().empty() || !accumulator->post_hooks().empty()) return {};
-  return held;
-}
-
 class ConvStack : public torch::autograd::Function<ConvStack> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, at::TensorList parameters, const variable_list& running,
@@ -701,23 +683,12 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
       std::copy(found.begin(), found.end(), gradients.begin());
       return gradients;
     }
-    // Empty in backward(), which gives every leaf its gradient; torch.autograd.grad wants them returned.
-    const auto* only = torch::autograd::get_current_graph_task_exec_info();
-    if (adds_in_place && input.is_cpu() && only != nullptr && only->empty()) {
-      std::vector<Tensor> held(mask.size());
-      for (size_t i = 1; i < mask.size(); ++i)
-        if (mask[i]) held[i] = held_gradient(parameters[i - 1]);
+    if (const auto held = input.is_cpu() ? held_gradients(parameters, mask) : std::vector<Tensor>(); !held.empty()) {
       RECORD_FUNCTION("fastgan::conv_stack_backward", {});
       at::AutoDispatchBelowADInplaceOrView below;
       const auto found = stack_gradients(grad_outputs[0], input, parameters, output, raw, statistics, layers, numbers, mask,
                                          group.name, group.size, held);
-      for (size_t i = 0; i < mask.size(); ++i) {
-        if (!mask[i]) continue;
-        if (held[i].defined() && found[i].numel() == 0)
-          torch::autograd::impl::bump_version(held[i]);
-        else
-          gradients[i] = found[i];
-      }
+      take_gradients(found, held, mask, gradients);
       return gradients;
     }
     static auto op = c10::Dispatcher::singleton()
@@ -725,8 +696,7 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
                          .typed<decltype(conv_stack_backward_cpu)>();
     const auto found = op.call(grad_outputs[0], input, parameters, output, raw, statistics, layers, numbers, mask,
                                group.name, group.size);
-    for (size_t i = 0; i < mask.size(); ++i)
-      if (mask[i]) gradients[i] = found[i];
+    take_gradients(found, {}, mask, gradients);
     return gradients;
   }
 
@@ -767,8 +737,6 @@ Tensor conv_stack(const Tensor& input, at::TensorList parameters, at::TensorList
 bool is(at::IntArrayRef pair, int64_t value) { return pair[0] == value && pair[1] == value; }
 
 }  // namespace
-
-bool conv_stack_adds_in_place(bool wanted) { return std::exchange(adds_in_place, wanted); }
 
 OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                  const BatchNormArguments* bn, const ConvLayer& layer, Activation activation,

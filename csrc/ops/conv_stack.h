@@ -59,10 +59,6 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
                                              at::IntArrayRef output_mask, c10::string_view process_group,
                                              int64_t processes);
 
-// Whether backward passes on this thread add weight gradients to those that the parameters hold while they compute them, in
-// place of returning them to be added: for backward() only. Returns what was so before.
-bool conv_stack_adds_in_place(bool wanted);
-
 // One layer by conv_stack, for the single operators: nothing unless it runs on a loop of fastgan's own, float32 on the CPU, and the
 // input is in channels_last, as those loops are, or pixels. bn is null for a layer without batch norm.
 struct BatchNormArguments {

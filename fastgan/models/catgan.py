@@ -10,6 +10,7 @@ from torch import nn
 
 from fastgan.models.dcgan import dcgan
 from fastgan.nn import GaussianNoise
+from fastgan.nn.fuse import FusedSequential
 
 ARCHITECTURES = ("mlp", "conv")
 
@@ -32,15 +33,21 @@ class CatGANClassifier(nn.Module):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """The last hidden layer, [N, F]."""
+        return self.body(self._checked(images))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = self._checked(images)
+        if isinstance(self.body, FusedSequential):
+            return self.body.followed_by(self.head, images)
+        return self.head(self.body(images))
+
+    def _checked(self, images: torch.Tensor) -> torch.Tensor:
         if images.dim() != 4 or images.shape[1:] != self.image_shape:
             raise ValueError(
                 f"CatGANClassifier: images must have shape [N, {', '.join(map(str, self.image_shape))}], "
                 f"got {list(images.shape)}"
             )
-        return self.body(images)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.features(images))
+        return images
 
 
 class PerceptronGenerator(nn.Module):

@@ -23,6 +23,7 @@ from fastgan.nn.report import Fusion, FusionReport
 from fastgan.nn.sync_batch_norm import SyncBatchNorm
 from fastgan.ops._conv import activate
 from fastgan.ops.conv_stack import StackCall
+from fastgan.ops.linear_stack import LinearStackCall
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
@@ -104,6 +105,10 @@ class FusedSequential:
     def forward(self, input):
         return _run_children(list(self), input)
 
+    def followed_by(self, module, input):
+        """``module(self(input))``, with `module` as the last layer of this one's."""
+        return _run_children([*self, module], input) if _plain(self) else module(self(input))
+
     def __reduce__(self):
         return _rebuild, (FusedSequential, type(self).__bases__[1]), self.__dict__
 
@@ -166,6 +171,8 @@ def _run_children(children, input):
                 position += layer.length
         if layers:
             input = _run(layers, input)
+        elif (perceptron := _run_perceptron(children, position, input)) is not None:
+            input, position = perceptron
         elif (norm := _match_norm(children, position, input)) is not None:
             input = norm.run(input)
             position += norm.length
@@ -378,13 +385,24 @@ class _Layer:
 
 
 class _Norm:
-    """A BatchNorm1d with the activation and the noise after it."""
+    """A BatchNorm1d, or None, with the activation and the noise after it: children[position : position + length]."""
 
-    def __init__(self, bn, activation, noise):
-        self.bn, self.noise = bn, noise
-        self.length = 1 + (activation is not None) + (noise is not None)
+    def __init__(self, children, position, bn):
+        def next_if(types):
+            child = children[position + self.length] if position + self.length < len(children) else None
+            found = child if type(child) in types and _plain(child) else None
+            self.length += found is not None
+            return found
+
+        self.length = 0
+        self.bn = next_if((nn.BatchNorm1d,)) if bn else None
+        activation, self.noise = next_if(_ACTIVATIONS), next_if((GaussianNoise,))
         self.activation = "identity" if activation is None else _ACTIVATIONS[type(activation)]
         self.negative_slope = activation.negative_slope if self.activation == "leaky_relu" else 0.2
+
+    @property
+    def noise_std(self):
+        return self.noise.std if self.noise is not None and self.noise.training else 0.0
 
     def run(self, input):
         call = BatchNormCall(self.bn)
@@ -392,10 +410,42 @@ class _Norm:
         output = ops.batch_norm_act_noise(
             input, self.bn.weight, self.bn.bias, running_mean, running_var, training=call.uses_batch,
             momentum=call.momentum, eps=self.bn.eps, activation=self.activation, negative_slope=self.negative_slope,
-            noise_std=self.noise.std if self.noise is not None and self.noise.training else 0.0,
+            noise_std=self.noise_std,
         )  # fmt: skip
         BatchNormCall.done(call)
         return output
+
+
+def _run_perceptron(children, position, input):
+    """Calls the run [GaussianNoise] (Linear [BatchNorm1d] [activation] [GaussianNoise])... that starts at children[position] as one
+    operator. Returns its output and the position after it, or None where there is no such run, or the operator does not take it."""
+    start = _Norm(children, position, bn=False) if type(children[position]) is GaussianNoise else None
+    position += 1 if start is not None else 0
+    if not (position < len(children) and type(children[position]) is nn.Linear and _fusable_rows(input)):
+        return None
+    if input.dim() != 2 or input.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return None
+    if start is not None and start.noise is None:  # it has hooks
+        return None
+    stack, calls = LinearStackCall(input, start.noise_std if start is not None else 0.0), []
+    while position < len(children) and type(linear := children[position]) is nn.Linear and _plain(linear):
+        norm = _Norm(children, position + 1, bn=True)
+        uses_batch, running, counter, momentum = False, (), None, 0.0
+        if norm.bn is not None:
+            call = BatchNormCall(norm.bn)
+            uses_batch, running, counter, momentum = call.uses_batch, call.running, call.counter, call.momentum
+            if any(call.running and other.running and call.running[0] is other.running[0] for other in calls):
+                break  # a shared batch norm: what it is updated to comes first
+        if not stack.add(
+            linear, norm.bn, uses_batch, running, counter, momentum, norm.activation, norm.negative_slope, norm.noise_std
+        ):
+            break
+        if norm.bn is not None:
+            calls.append(call)
+        position += 1 + norm.length
+    if not stack.gains:
+        return None
+    return stack.run(), position
 
 
 @contextlib.contextmanager
@@ -500,16 +550,9 @@ def _match(children, position):
 
 def _match_norm(children, position, input):
     """The run of batch norm, activation and noise that starts at children[position], or None."""
-    bn = children[position]
-    if type(bn) is not nn.BatchNorm1d or not _plain(bn) or not _fusable_rows(input):
+    if type(children[position]) is not nn.BatchNorm1d or not _plain(children[position]) or not _fusable_rows(input):
         return None
-
-    def next_if(position, types):
-        child = children[position] if position < len(children) else None
-        return child if type(child) in types and _plain(child) else None
-
-    activation = next_if(position + 1, _ACTIVATIONS)
-    return _Norm(bn, activation, next_if(position + 1 + (activation is not None), (GaussianNoise,)))
+    return _Norm(children, position, bn=True)
 
 
 def _fusable_rows(input):

@@ -33,26 +33,26 @@ class BatchNormCall:
     Attributes:
         uses_batch: normalise by the statistics of the batch, not by the running ones.
         running: (running_mean, running_var) to use or update, or ().
+        counter: num_batches_tracked where the batch is to be counted, or None.
         momentum: their weight for this batch.
         process_group: over whose processes the statistics of the batch are taken, or None.
     """
 
     def __init__(self, bn):
-        self._bn = bn
         self.process_group = synchronizing_group(bn)
         self.uses_batch = bn.training or (bn.running_mean is None and bn.running_var is None)
         tracks = (not bn.training or bn.track_running_stats) and bn.running_mean is not None
         self.running = (bn.running_mean, bn.running_var) if tracks else ()
-        self._counts = bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
+        self.counter = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
         if bn.momentum is not None:
             self.momentum = bn.momentum
         else:  # cumulative average
-            self.momentum = 1.0 / float(bn.num_batches_tracked + 1) if self._counts else 0.0
+            self.momentum = 1.0 / float(self.counter + 1) if self.counter is not None else 0.0
 
     @staticmethod
     def done(*calls):
         """To be called when the operator has run: counts the batch."""
-        counters = [call._bn.num_batches_tracked for call in calls if call._counts]
+        counters = [call.counter for call in calls if call.counter is not None]
         if len(counters) == 1:
             counters[0].add_(1)
         elif counters:  # on CUDA by one kernel

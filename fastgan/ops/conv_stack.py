@@ -3,17 +3,13 @@
 Not public: :func:`fastgan.fuse` decides when it applies. csrc/ops/conv_stack.cpp and cuda_conv_stack.cpp say what it saves.
 """
 
-import contextlib
 import math
 
 import torch
 
 from fastgan import _extension
-from fastgan.ops._conv import ACTIVATIONS, group_arguments
+from fastgan.ops._conv import ACTIVATION_CODES, group_arguments
 
-# The enum Activation in csrc/activation.h.
-_ACTIVATION_CODES = {name: code for code, name in enumerate(("identity", "relu", "leaky_relu", "tanh", "sigmoid"))}
-assert set(_ACTIVATION_CODES) == set(ACTIVATIONS)
 _INTEGERS, _NUMBERS = 12, 3  # a layer, as in csrc/ops/conv_stack.h
 _CUDA_PIXELS = 2**31 - 128  # indices_fit() in csrc/cuda/conv4x4s2.cu
 
@@ -99,7 +95,7 @@ class StackCall:
         self.process_group = process_group or self.process_group
         statistics = uses_batch if process_group is None else 2
         flags = [present[0], bn is not None, present[1], present[2], len(running) > 0, statistics]
-        self.layers += [int(transposed), *conv.stride, *conv.padding, *map(int, flags), _ACTIVATION_CODES[activation]]
+        self.layers += [int(transposed), *conv.stride, *conv.padding, *map(int, flags), ACTIVATION_CODES[activation]]
         self.numbers += [momentum, bn.eps if bn is not None else 0.0, negative_slope]
         return True
 
@@ -130,21 +126,6 @@ class StackCall:
         )
 
 
-@contextlib.contextmanager
-def gradients_added_in_place():
-    """Inside, ``backward()`` adds the weight gradients of this operator on the CPU to ``weight.grad`` while it computes them, where
-    that exists, has the weight's layout and nobody's hooks are to see what is added: no tensor of its own, no pass over both.
-    The results are the same to the bit. For this thread."""
-    if not _extension.has_kernels("cpu"):
-        yield
-        return
-    before = _extension._C.conv_stack_adds_in_place(True)
-    try:
-        yield
-    finally:
-        _extension._C.conv_stack_adds_in_place(before)
-
-
 if _extension.has_kernels("cpu"):
 
     def _plan(input, parameters, layers, numbers):
@@ -163,7 +144,7 @@ if _extension.has_kernels("cpu"):
                 for side, s, p, k in zip(shape[2:], stride, padding, weight.shape[2:])
             ]
             shape = (shape[0], weight.shape[1 if transposed else 0], *sides)
-            invertible = code != _ACTIVATION_CODES["leaky_relu"] or numbers[i * _NUMBERS + 2] >= 0
+            invertible = code != ACTIVATION_CODES["leaky_relu"] or numbers[i * _NUMBERS + 2] >= 0
             if cuda:  # raw and activated outputs; mean, invstd, scale and shift
                 kept, rows = has_bn + (i + 1 < count), 4
             else:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgan.data import Batch, ImageDataset, load_dataset, normalize
-from fastgan.losses import _entropies, catgan_discriminator_loss, catgan_generator_loss, feature_matching_loss
+from fastgan.losses import (
+    _entropies, catgan_generator_loss, fake_categories_loss, feature_matching_loss, real_categories_loss,
+)
 from fastgan.metrics.clustering import (
     count_categories, evaluate, hungarian_map, majority_map, predict, recalibrate_batch_norm,
 )
 from fastgan.models.catgan import ARCHITECTURES, catgan
-from fastgan.ops import softmax_entropy
 from fastgan.train.catgan_pictures import save_categories, save_confusion
 from fastgan.train.config import TrainConfig, option
 from fastgan.train.distributed import Ranks
@@ -133,26 +134,22 @@ class CatGANObjective(Objective):
             images.append(self._noisy(normalize(self.labeled.images[chosen])))
             labels = self.labeled.labels[chosen]
         logits = discriminator(torch.cat(images)).float()
-        with _other_buffers(discriminator):  # the running statistics are those of real images
-            fake_logits = discriminator(fake)
         real = logits[: views * len(batch.images)]
         labeled_logits = None if labels is None else real if self.all_labeled else logits[len(real) :]
         mixed = mix_views(real, views)
-        loss = catgan_discriminator_loss(
-            mixed, fake_logits, labeled_logits, labels, supervised_weight=self.config.supervised_weight,
-            marginal_weight=1 + (self.config.marginal_weight - 1) * max(0.0, 1 - 2 * self.progress),
-            process_group=self.ranks.group,
+        marginal_weight = 1 + (self.config.marginal_weight - 1) * max(0.0, 1 - 2 * self.progress)
+        loss = real_categories_loss(
+            mixed, labeled_logits, labels, self.config.supervised_weight, marginal_weight, self.ranks.group
         )
         with torch.no_grad():
             conditional, marginal = _entropies(mixed.detach(), self.ranks.group)
-            figures = {
-                "entropy_real": conditional,
-                "entropy_marginal": marginal,
-                "entropy_fake": softmax_entropy(fake_logits.detach())[0],
-            }
+            figures = {"entropy_real": conditional, "entropy_marginal": marginal}
             if labels is not None:
                 figures["cross_entropy"] = F.cross_entropy(labeled_logits, labels)
         yield loss, figures
+        with _other_buffers(discriminator):  # the running statistics are those of real images
+            loss = fake_categories_loss(discriminator(fake))
+        yield loss, {"entropy_fake": -loss.detach()}
 
     def generator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
         if self.kind == "catgan":

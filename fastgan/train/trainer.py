@@ -22,7 +22,7 @@ from fastgan.losses import fake_loss, generator_loss, gradient_penalty, r1_penal
 from fastgan.nn import convert_sync_batch_norm, fuse
 from fastgan.nn.fuse import images_in_channels_last
 from fastgan.nn.sync_batch_norm import own_statistics
-from fastgan.ops.conv_stack import gradients_added_in_place
+from fastgan.ops._gradients import gradients_added_in_place
 from fastgan.train.alarms import Alarms
 from fastgan.train.allocator import keep_freed_memory
 from fastgan.train.averaging import RampedAverage
