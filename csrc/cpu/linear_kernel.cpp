@@ -14,9 +14,8 @@ namespace {
 
 constexpr int64_t kBlock = kNormals;      // features whose noise is drawn at a time
 constexpr int64_t kDepth = 256;           // most of a product's depth at a time
-constexpr int64_t kGatheredDepth = 128;   // the same where the left operand is gathered
 constexpr int64_t kStretch = 256;         // values added up before double precision takes over
-constexpr int64_t kGradientTasks = 16;    // about so many tasks share a weight's gradient
+constexpr int64_t kGradientTasks = 32;    // about so many tasks share a weight's gradient
 
 #if defined(__AVX512F__)
 constexpr int kWide = 3;  // vectors of a panel: 8 x 3 sums, 3 vectors of the right operand and a broadcast in 32 registers
@@ -337,10 +336,10 @@ void gather(const float* weight, int64_t stride, int64_t depth, int64_t count, f
 
 void input_gradient(const LinearShape& shape, const float* weight, const float* gradient, const LinearBackward& below,
                     float* by_row) {
-  const int64_t stride = linear_stride(shape.rows), cuts = ceil_div(shape.outputs, kGatheredDepth);
+  const int64_t stride = linear_stride(shape.rows), cuts = ceil_div(shape.outputs, kDepth);
   parallel_for(ceil_div(shape.inputs, kBlock), [&](int64_t block) {
     const int64_t k0 = block * kBlock, count = min64(kBlock, shape.inputs - k0);
-    float gathered[kGatheredDepth * kBlock];  // the weight's columns of this block
+    float gathered[kDepth * kBlock];  // the weight's columns of this block
     float* sums = below.gradient + k0 * stride;
     for (int64_t cut = 0; cut < cuts; ++cut) {
       const int64_t o = part_start(shape.outputs, cut, cuts), depth = part_start(shape.outputs, cut + 1, cuts) - o;
@@ -357,7 +356,7 @@ void input_gradient(const LinearShape& shape, const float* weight, const float* 
 void weight_gradient(const LinearShape& shape, const float* gradient, const float* input, float* result, bool add) {
   constexpr int64_t kColumns = kWide * kLanes;
   const int64_t stride = linear_stride(shape.rows), input_stride = linear_stride(shape.inputs);
-  const int64_t panels = ceil_div(shape.inputs, kColumns), cuts = ceil_div(shape.rows, kGatheredDepth);
+  const int64_t panels = ceil_div(shape.inputs, kColumns), cuts = ceil_div(shape.rows, kDepth);
   const int64_t blocks = min64(ceil_div(shape.outputs, kBlock), ceil_div(kGradientTasks, panels));
   parallel_for(panels * blocks, [&](int64_t task) {
     const int64_t k = task / blocks * kColumns, columns = min64(kColumns, shape.inputs - k);

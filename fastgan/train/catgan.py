@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgan.data import Batch, ImageDataset, load_dataset, normalize
 from fastgan.losses import (
@@ -147,7 +148,7 @@ class CatGANObjective(Objective):
             if labels is not None:
                 figures["cross_entropy"] = F.cross_entropy(labeled_logits, labels)
         yield loss, figures
-        with _other_buffers(discriminator):  # the running statistics are those of real images
+        with _running_statistics_kept(discriminator):  # the running statistics are those of real images
             loss = fake_categories_loss(discriminator(fake))
         yield loss, {"entropy_fake": -loss.detach()}
 
@@ -272,16 +273,13 @@ def _split(dataset: ImageDataset, held_out: int) -> tuple[ImageDataset, ImageDat
 
 
 @contextlib.contextmanager
-def _other_buffers(network: nn.Module) -> Iterator[None]:
-    """Inside, a network works on copies of its buffers. They cannot be written back instead: the backward pass of
-    what went before would find them changed."""
-    originals = [(module, dict(module.named_buffers(recurse=False))) for module in network.modules()]
+def _running_statistics_kept(network: nn.Module) -> Iterator[None]:
+    """Inside, batch norm in training mode leaves its running statistics as they are."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     try:
-        for module, buffers in originals:
-            for name, buffer in buffers.items():
-                setattr(module, name, buffer.clone())
+        for norm in norms:
+            norm.track_running_stats = False
         yield
     finally:
-        for module, buffers in originals:
-            for name, buffer in buffers.items():
-                setattr(module, name, buffer)
+        for norm in norms:
+            norm.track_running_stats = True
