@@ -7,8 +7,8 @@ layers, the generator 100-500-500-784; 100 real, 100 generated and 100 labeled i
 timed, every peer makes two steps from the same weights, images and latent vectors, with the noise turned off (each
 draws its own), and its losses are compared with those of `eager`. Then each in turn makes ten steps, so that weights
 and Adam's averages are in the cache as they are in a training, and the first is not counted. Printed are medians, the
-20th and 80th percentile and how many times as fast as `eager`; and, as a floor for float32, the time of the step's matrix
-products alone.
+20th and 80th percentile and how many times as fast as `eager`; and, for comparison, the time that
+PyTorch takes for the step's matrix products alone.
 
 Peers:
     eager          the paper's losses in plain PyTorch, Adam as it comes; real and labeled images in one pass
@@ -205,7 +205,7 @@ def main():
     if "eager" in times:
         run_products = products(setting.networks)
         floor = statistics.median(timed(clock, run_products) for _ in range(5 * STEPS_IN_A_ROW))
-        print(f"| matrix products alone | {floor:.1f} | | {statistics.median(times['eager']) / floor:.2f} |")
+        print(f"| PyTorch's matrix products alone | {floor:.1f} | | {statistics.median(times['eager']) / floor:.2f} |")
 
 
 if __name__ == "__main__":

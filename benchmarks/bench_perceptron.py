@@ -20,14 +20,16 @@ import fastgan
 from fastgan.ops import linear_stack
 
 LAYERS, FLOPS = 3, 2e8  # layers of a network; work of one timing, about
-WIDTHS, ROWS = (64, 128, 256, 512, 1024, 2048), (4, 8, 32, 64, 128, 256, 512, 1024, 4096)
+WIDTHS, ROWS = (64, 128, 256, 512, 1024, 2048), (8, 12, 32, 64, 128, 256, 512, 1024, 4096)
 LIMITS = {"_ROWS": range(2, 10**6), "_WEIGHTS": 0, "_WEIGHTS_WITH_NORM": 0}  # none
 
 
 def network(width, norm):
     torch.manual_seed(0)
-    layer = lambda: [nn.Linear(width, width, not norm), *([nn.BatchNorm1d(width)] if norm else []), nn.LeakyReLU(0.2)]  # noqa: E731
-    return nn.Sequential(*[module for _ in range(LAYERS) for module in layer()])
+    layers = []
+    for _ in range(LAYERS):
+        layers += [nn.Linear(width, width, not norm), *([nn.BatchNorm1d(width)] if norm else []), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers)
 
 
 def train(net, x):

@@ -270,11 +270,11 @@ def catgan_discriminator_loss(
     if (labeled_logits is None) != (labels is None):
         missing, given = ("labels", "labeled_logits") if labels is None else ("labeled_logits", "labels")
         raise ValueError(f"{function}: {missing} must be given with {given}, got None")
-    real = real_categories_loss(real_logits, labeled_logits, labels, supervised_weight, marginal_weight, process_group)
-    return real + fake_categories_loss(fake_logits)
+    real = _real_categories_loss(real_logits, labeled_logits, labels, supervised_weight, marginal_weight, process_group)
+    return real + _fake_categories_loss(fake_logits)
 
 
-def real_categories_loss(
+def _real_categories_loss(
     real_logits: Tensor, labeled_logits: Tensor | None, labels: Tensor | None, supervised_weight: float,
     marginal_weight: float, process_group: "torch.distributed.ProcessGroup | None",
 ) -> Tensor:  # fmt: skip
@@ -295,7 +295,7 @@ def real_categories_loss(
     return conditional - marginal_weight * marginal + supervised_weight * cross_entropy
 
 
-def fake_categories_loss(fake_logits: Tensor) -> Tensor:
+def _fake_categories_loss(fake_logits: Tensor) -> Tensor:
     """The term of :func:`catgan_discriminator_loss` that is of generated images."""
     return -softmax_entropy(fake_logits)[0]
 

@@ -12,7 +12,7 @@ from torch import multiprocessing
 from torch.nn import functional as F
 
 import fastgan
-from fastgan.losses import catgan_discriminator_loss, catgan_generator_loss, feature_matching_loss, real_categories_loss
+from fastgan.losses import _real_categories_loss, catgan_discriminator_loss, catgan_generator_loss, feature_matching_loss
 from fastgan.models import catgan
 from fastgan.train import CatGANConfig, run
 from fastgan.train.catgan import choose_labeled, mix_views, random_affine
@@ -57,9 +57,9 @@ def test_marginal_weight_falls_to_one_at_the_middle_of_the_run(tmp_path, monkeyp
 
     def loss(*arguments):
         weights.append(arguments[4])
-        return real_categories_loss(*arguments)
+        return _real_categories_loss(*arguments)
 
-    monkeypatch.setattr(fastgan.train.catgan, "real_categories_loss", loss)
+    monkeypatch.setattr(fastgan.train.catgan, "_real_categories_loss", loss)
     flags = "--labels 0 --epochs 1 --max-steps 8 --marginal-weight 3 --batch-size 20 --architecture mlp --device cpu"
     assert run(CatGANConfig, [*flags.split(), "--output", str(tmp_path)]) == 0
     assert weights == [3.0, 2.5, 2.0, 1.5, 1.0, 1.0, 1.0, 1.0]

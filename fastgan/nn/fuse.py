@@ -1,4 +1,4 @@
-"""fuse(): makes the convolutions of somebody's networks run on the fused operators.
+"""fuse(): makes the layers of somebody's networks run on the fused operators.
 
 Two ways lead there. An nn.Sequential finds its runs of layers anew at every call. A module with a forward of its own is
 traced (fastgan/nn/_trace.py), and runs the trace in which runs of layers have become one call each.
@@ -47,10 +47,11 @@ _TRACES = 8
 
 def fuse(module, inplace=False, report=False):
     """Makes every run ``ConvTranspose2d | Conv2d [+ BatchNorm2d] [+ ReLU | LeakyReLU | Tanh | Sigmoid]`` of `module`
-    run on the fused operators; on the CPU also every run ``BatchNorm1d [+ ReLU | LeakyReLU | Tanh | Sigmoid]
-    [+ fastgan.nn.GaussianNoise]`` of an ``nn.Sequential``, as a perceptron has it after its ``Linear``. (Noise has the
-    values that :func:`fastgan.ops.batch_norm_act_noise` draws, not ``randn``'s.) ``SyncBatchNorm`` may stand for
-    ``BatchNorm2d``; on the CPU, where PyTorch's own does not run, it does so then.
+    run on the fused operators; on the CPU also every run ``Linear [+ BatchNorm1d] [+ ReLU | LeakyReLU | Tanh | Sigmoid]
+    [+ fastgan.nn.GaussianNoise]`` of an ``nn.Sequential``, with noise before it, in float32 where it is faster (docs/fuse.md
+    says where), and otherwise what comes after its ``Linear``. (Noise has the values that
+    :func:`fastgan.ops.batch_norm_act_noise` draws, not ``randn``'s.) ``SyncBatchNorm`` may stand for ``BatchNorm2d``; on the
+    CPU, where PyTorch's own does not run, it does so then.
 
     Runs are found inside any ``nn.Sequential``, at any depth, and inside any module whose ``forward`` calls such layers
     and functions (``F.relu(self.bn1(self.conv1(x)))``), by tracing it with torch.fx for the mode and the arguments it

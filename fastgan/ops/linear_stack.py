@@ -11,7 +11,7 @@ from fastgan.ops._conv import ACTIVATION_CODES
 _INTEGERS, _NUMBERS = 8, 4  # a layer, as in csrc/ops/linear_stack.cpp
 # Where the operator was measured to be faster than its layers one by one (benchmarks/bench_perceptron.py): batches whose vectors of rows
 # are neither half empty nor longer than the cache likes, and weights that outweigh the call.
-_ROWS = range(8, 257)
+_ROWS = range(12, 257)
 _WEIGHTS, _WEIGHTS_WITH_NORM = 2**18, 2**15
 
 
