@@ -176,6 +176,30 @@ def test_gradients_added_in_place(autocast):
 
 
 @pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="no compiled kernels")
+def test_in_place_gradients_overwrite_activations_that_nobody_reads_again():
+    network, images = build("discriminator")
+    network, images = fastgan.fuse(network), torch.cat([images] * 5)
+
+    def backward(context, **options):
+        loss = network(images).square().sum()
+        network.zero_grad()
+        with torch.profiler.profile(profile_memory=True) as profiler, context():
+            loss.backward(**options)
+            for _ in range(len(options)):  # a graph that is kept can be gone through again
+                network.zero_grad()
+                loss.backward(**options)
+        allocated = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        return [p.grad.clone() for p in network.parameters() if p.requires_grad], sum(n for n in allocated if n > 0)
+
+    expected, most = backward(contextlib.nullcontext)
+    gradients, least = backward(gradients_added_in_place)
+    assert all(map(torch.equal, gradients, expected))
+    first_activation = 4 * len(images) * network[0].out_channels * (images.shape[2] // 2) ** 2
+    assert least <= most - first_activation
+    assert all(map(torch.equal, backward(gradients_added_in_place, retain_graph=True)[0], expected))
+
+
+@pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="no compiled kernels")
 def test_kept_memory_is_counted_and_never_shared():
     """csrc/ops/kept_memory.cpp: results that live share no memory, and PyTorch's profiler sees what is given out and returned."""
     network = fastgan.fuse(nn.Sequential(down(16, 32), nn.LeakyReLU(0.2)))

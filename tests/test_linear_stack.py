@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="the c
 
 @pytest.fixture(autouse=True)
 def small_layers_too(monkeypatch):
-    monkeypatch.setattr(linear_stack, "_ROWS", range(2, 10_000))
+    monkeypatch.setattr(linear_stack, "_FEWEST_ROWS", 2)
+    monkeypatch.setattr(linear_stack, "_MOST_ROWS", 10_000)
     monkeypatch.setattr(linear_stack, "_WEIGHTS", 0)
     monkeypatch.setattr(linear_stack, "_WEIGHTS_WITH_NORM", 0)
 
@@ -280,6 +281,10 @@ def test_compile_is_the_same_without_a_break(calls):
     for found, want in zip(results(compiled, x), expected, strict=True):
         torch.testing.assert_close(found, want)
     assert calls[0] == 6
+    dynamic = torch.compile(fused.eval(), fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (40, 50, 60):
+        x = torch.randn(rows, 12)
+        torch.testing.assert_close(dynamic(x), fused(x))
 
 
 def test_export_and_deepcopy_keep_the_network():
@@ -369,4 +374,12 @@ def test_errors_of_the_operator_change_nothing():
         run(x, [w1, gamma], [mean, var], seeds, flags, [0.0] * 5)
     with pytest.raises(ValueError, match=r"weight of layer 0 must have shape \[\*, 20\], got \[9, 70\]"):
         run(x, [w2, gamma, beta], [mean, var], seeds, flags, [0.0] * 5)
+    with pytest.raises(ValueError, match=r"parameter 1 must have shape \[70\], got \[9\]"):
+        run(x, [w1, gamma[:9], beta], [mean, var], seeds, flags, [0.0] * 5)
+    with pytest.raises(ValueError, match="running must have at 1 a tensor of 70 values"):
+        run(x, [w1, gamma, beta], [mean], seeds, flags, [0.0] * 5)
+    with pytest.raises(ValueError, match=r"seeds must have shape \[2\], got \[3\]"):
+        run(x, [w1, gamma, beta], [mean, var], seeds, flags, [0.1] * 5)
+    with pytest.raises(ValueError, match=r"input must have shape \[N, C\], got \[33, 20, 1\]"):
+        run(x[:, :, None], [w1, gamma, beta], [mean, var], seeds, flags, [0.0] * 5)
     assert torch.equal(mean, before)

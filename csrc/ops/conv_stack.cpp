@@ -21,6 +21,7 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -138,16 +139,17 @@ struct LazyGrad {
     return o;
   }
 
-  // In place: grad is always a tensor of this backward's own.
-  Tensor store() const {
+  // In place of grad, which is always a tensor of this backward's own, or, with over_y, of y.
+  Tensor store(bool over_y = false) const {
     if (a == nullptr) return grad;
     RECORD_FUNCTION("fastgan::bn_act_backward", {});
     const std::vector<float> ones(y.size(1), 1.0f), zeros(y.size(1));
+    const Tensor& result = over_y ? y : grad;
     on_images(y, [&](const auto& kernels, const auto& data) {
       kernels.bn_act_backward_apply(rows_of(y), data(grad), data(y), ones.data(), zeros.data(), a, b, c,
-                                    {Activation::identity, 0.0}, data(grad));
+                                    {Activation::identity, 0.0}, data(result));
     });
-    return grad;
+    return result;
   }
 };
 
@@ -447,11 +449,13 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
 }
 
 // Gradients of input and of every parameter, with shape [0] where output_mask says false. Weight gradients that the loops of
-// conv4x4s2.h compute are added to `held`, one a result, where that is defined; they then have shape [0], too.
+// conv4x4s2.h compute are added to `held`, one a result, where that is defined; they then have shape [0], too. With overwrites_raw
+// a layer's gradient takes the place of its raw output as soon as nothing else reads that.
 std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& input, at::TensorList parameters,
                                     const Tensor& output, const Tensor& raw, const Tensor& statistics,
                                     at::IntArrayRef layers, at::ArrayRef<double> numbers, at::IntArrayRef output_mask,
-                                    c10::string_view process_group, int64_t processes, const std::vector<Tensor>& held) {
+                                    c10::string_view process_group, int64_t processes, const std::vector<Tensor>& held,
+                                    bool overwrites_raw) {
   const auto stack = parse_stack(layers, numbers);
   const ProcessGroup group{std::string(process_group), processes};
   auto split = split_parameters(stack, parameters);
@@ -574,7 +578,7 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
       continue;
     }
     // Two loops would each apply batch norm's backward while loading; one pass before them is faster then.
-    if ((want_weight && want_input) || to_pixel) grad = LazyGrad{grad.store()};
+    if ((want_weight && want_input) || to_pixel) grad = LazyGrad{grad.store(overwrites_raw)};
     if (want_weight && to_pixel) {
       RECORD_FUNCTION("fastgan::to_pixel_weight_gradient", {});
       const cpu::ToPixelShape shape = to_pixel_shape(g, weight);
@@ -595,7 +599,9 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
       results[k] = add ? at::empty({0}, options) : grad_weight;
     }
     if (!want_input) continue;
-    const Tensor grad_input = empty_image_like(below.raw);
+    // Batch norm's backward still reads the raw output; an activation's reads it here, element by element before it is written.
+    const bool in_place = overwrites_raw && i > 0 && below.scale == nullptr && (g.path == Path::conv4x4s2 || to_pixel);
+    const Tensor grad_input = in_place ? below.raw : empty_image_like(below.raw);
     Sums sums{};
     cpu::ConvEpilogue e;
     e.out = image_data(grad_input);
@@ -636,7 +642,7 @@ std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Ten
                                             at::IntArrayRef output_mask, c10::string_view process_group,
                                             int64_t processes) {
   return stack_gradients(grad_output, input, parameters, output, raw, statistics, layers, numbers, output_mask, process_group,
-                         processes, {});
+                         processes, {}, false);
 }
 
 // ---- autograd ----------------------------------------------------------------------------------------------------
@@ -687,7 +693,7 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
       RECORD_FUNCTION("fastgan::conv_stack_backward", {});
       at::AutoDispatchBelowADInplaceOrView below;
       const auto found = stack_gradients(grad_outputs[0], input, parameters, output, raw, statistics, layers, numbers, mask,
-                                         group.name, group.size, held);
+                                         group.name, group.size, held, !torch::autograd::get_current_graph_task_keep_graph());
       take_gradients(found, held, mask, gradients);
       return gradients;
     }

@@ -51,39 +51,58 @@ struct Stack {
   int64_t saved;  // floats
 };
 
-Stack parse(const Tensor& input, at::TensorList parameters, at::TensorList running, at::IntArrayRef integers,
-            at::ArrayRef<double> numbers, int64_t save) {
+// running and seeds: null in backward.
+Stack parse(const Tensor& input, at::TensorList parameters, const at::TensorList* running, const Tensor* seeds,
+            at::IntArrayRef integers, at::ArrayRef<double> numbers, int64_t save) {
   const size_t count = integers.size() / LinearLayer::kIntegers;
   TORCH_CHECK_VALUE(count > 0 && integers.size() == count * LinearLayer::kIntegers &&
                         numbers.size() == 1 + count * LinearLayer::kNumbers,
                     "linear_stack: layers must have ", LinearLayer::kIntegers, " integers and numbers 1 + ",
                     LinearLayer::kNumbers, " values a layer, got ", integers.size(), " and ", numbers.size());
+  TORCH_CHECK_VALUE(input.dim() == 2, "linear_stack: input must have shape [N, C], got ", input.sizes());
   Stack stack{numbers[0], {}, 0};
   size_t next = 0, next_running = 0;
+  bool noisy = stack.input_noise != 0;
+  int64_t features = input.size(1);
   const auto take = [&](bool present) {
     TORCH_CHECK_VALUE(!present || next < parameters.size(), "linear_stack: parameters has ", parameters.size(), " tensors, too few");
     return present ? parameters[next++].contiguous() : Tensor();
   };
+  const auto take_array = [&](bool present) {
+    const Tensor array = take(present);
+    TORCH_CHECK_VALUE(!present || array.numel() == features, "linear_stack: parameter ", next - 1, " must have shape [", features,
+                      "], got ", array.sizes());
+    return array;
+  };
+  const auto take_running = [&](bool present, int64_t values) {
+    if (!present || running == nullptr) return Tensor();
+    TORCH_CHECK_VALUE(next_running < running->size() && (*running)[next_running].numel() == values, "linear_stack: running must have ",
+                      "at ", next_running, " a tensor of ", values, " values");
+    return (*running)[next_running++];
+  };
   const auto place = [&](int64_t floats) { return std::exchange(stack.saved, stack.saved + floats); };
-  int64_t features = input.size(1);
   for (size_t i = 0; i < count; ++i) {
     const int64_t* n = integers.data() + i * LinearLayer::kIntegers;
     const double* f = numbers.data() + 1 + i * LinearLayer::kNumbers;
     LinearLayer layer{n[0] != 0, n[1] != 0, n[2] != 0, n[3] != 0, n[4] != 0, n[5] != 0, n[6] != 0,
                       {static_cast<Activation>(n[7]), f[2]},
                       f[0], f[1], f[3], {}, {}, {}, {}, {}, {}, {}, next + 1, -1, -1, -1};
-    layer.weight = take(true), layer.bias = take(layer.has_bias);
-    layer.bn_weight = take(layer.has_bn_weight), layer.bn_bias = take(layer.has_bn_bias);
+    layer.weight = take(true);
     TORCH_CHECK_VALUE(layer.weight.dim() == 2 && layer.inputs() == features, "linear_stack: weight of layer ", i,
                       " must have shape [*, ", features, "], got ", layer.weight.sizes());
     features = layer.outputs();
-    if (layer.has_running && !running.empty()) layer.running_mean = running[next_running++], layer.running_var = running[next_running++];
-    if (layer.has_counter && !running.empty()) layer.counter = running[next_running++];
+    layer.bias = take_array(layer.has_bias);
+    layer.bn_weight = take_array(layer.has_bn_weight), layer.bn_bias = take_array(layer.has_bn_bias);
+    layer.running_mean = take_running(layer.has_running, features), layer.running_var = take_running(layer.has_running, features);
+    layer.counter = take_running(layer.has_counter, 1);
     if (save > 0 && layer.has_batch_norm) layer.statistics = place(2 * features);
     if (save > 0 && !layer.passes_products_on()) layer.products = place(features * cpu::linear_stride(input.size(0)));
     if (save > 1) layer.rows = place(input.size(0) * cpu::linear_stride(layer.inputs()));
+    noisy = noisy || layer.noise_std != 0;
     stack.layers.push_back(std::move(layer));
   }
+  TORCH_CHECK_VALUE(!noisy || seeds == nullptr || seeds->numel() == static_cast<int64_t>(count) + 1, "linear_stack: seeds must have shape [",
+                    count + 1, "], got ", seeds->sizes());
   return stack;
 }
 
@@ -99,7 +118,7 @@ cpu::GaussianNoise noise_of(double std, const Tensor& seeds, int64_t index) {
 std::tuple<Tensor, Tensor> linear_stack_forward_cpu(const Tensor& input, at::TensorList parameters, at::TensorList running,
                                                     const Tensor& seeds, at::IntArrayRef integers, at::ArrayRef<double> numbers,
                                                     int64_t save) {
-  const Stack stack = parse(input, parameters, running, integers, numbers, save);
+  const Stack stack = parse(input, parameters, &running, &seeds, integers, numbers, save);
   const cpu::LinearKernels& kernels = cpu::linear_kernels();
   const int64_t N = input.size(0);
   const Tensor x = input.contiguous(), saved = empty_kept({stack.saved}, at::kFloat);
@@ -149,7 +168,7 @@ std::tuple<Tensor, Tensor> linear_stack_forward_cpu(const Tensor& input, at::Ten
 std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& input, at::TensorList parameters, const Tensor& saved,
                                     at::IntArrayRef integers, at::ArrayRef<double> numbers, int64_t save,
                                     at::IntArrayRef output_mask, const std::vector<Tensor>& held) {
-  const Stack stack = parse(input, parameters, {}, integers, numbers, save);
+  const Stack stack = parse(input, parameters, nullptr, nullptr, integers, numbers, save);
   const cpu::LinearKernels& kernels = cpu::linear_kernels();
   const int64_t N = input.size(0), count = static_cast<int64_t>(stack.layers.size());
   const auto options = input.options();
@@ -305,7 +324,7 @@ class LinearStack : public torch::autograd::Function<LinearStack> {
       cpu::linear_kernels().read(N, C, floats(zeros), noise_of(std, seeds, index), floats(scratch), floats(noise));
       x = at::add(x, noise.narrow(1, 0, C));
     };
-    const Stack stack = parse(input, parameters, {}, integers, numbers, save);
+    const Stack stack = parse(input, parameters, nullptr, nullptr, integers, numbers, save);
     add_noise(stack.input_noise, 0);
     for (size_t i = 0; i < stack.layers.size(); ++i) {
       const LinearLayer& layer = stack.layers[i];

@@ -11,7 +11,7 @@ from fastgan.ops._conv import ACTIVATION_CODES
 _INTEGERS, _NUMBERS = 8, 4  # a layer, as in csrc/ops/linear_stack.cpp
 # Where the operator was measured to be faster than its layers one by one (benchmarks/bench_perceptron.py): batches whose vectors of rows
 # are neither half empty nor longer than the cache likes, and weights that outweigh the call.
-_ROWS = range(12, 257)
+_FEWEST_ROWS, _MOST_ROWS = 12, 256
 _WEIGHTS, _WEIGHTS_WITH_NORM = 2**18, 2**15
 
 
@@ -62,7 +62,7 @@ class LinearStackCall:
         """Whether the call is faster than its layers one by one."""
         weights = sum(p.numel() for p in self.parameters)
         has_norm = any(self.layers[1::_INTEGERS])
-        return self.input.shape[0] in _ROWS and weights > (_WEIGHTS_WITH_NORM if has_norm else _WEIGHTS)
+        return _FEWEST_ROWS <= self.input.shape[0] <= _MOST_ROWS and weights > (_WEIGHTS_WITH_NORM if has_norm else _WEIGHTS)
 
     def run(self):
         """``[N, C]``."""
