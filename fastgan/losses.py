@@ -270,29 +270,33 @@ def catgan_discriminator_loss(
     if (labeled_logits is None) != (labels is None):
         missing, given = ("labels", "labeled_logits") if labels is None else ("labeled_logits", "labels")
         raise ValueError(f"{function}: {missing} must be given with {given}, got None")
-    real = _real_categories_loss(real_logits, labeled_logits, labels, supervised_weight, marginal_weight, process_group)
+    real, _ = _real_categories_loss(real_logits, labeled_logits, labels, supervised_weight, marginal_weight, process_group)
     return real + _fake_categories_loss(fake_logits)
 
 
 def _real_categories_loss(
     real_logits: Tensor, labeled_logits: Tensor | None, labels: Tensor | None, supervised_weight: float,
     marginal_weight: float, process_group: "torch.distributed.ProcessGroup | None",
-) -> Tensor:  # fmt: skip
-    """The terms of :func:`catgan_discriminator_loss` that are of real images, labeled or not."""
-    if labels is None:
-        conditional, marginal = _entropies(real_logits, process_group)
-        return conditional - marginal_weight * marginal
-    if labels.shape != labeled_logits.shape[:1]:
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The terms of :func:`catgan_discriminator_loss` that are of real images, labeled or not: their sum, and each."""
+    cross_entropy = None
+    if labels is not None and labels.shape != labeled_logits.shape[:1]:
         raise ValueError(
-            f"catgan_discriminator_loss: labels must have shape [{len(labeled_logits)}] (a class for each row of labeled_logits), "
-            f"got {list(labels.shape)}"
+            f"catgan_discriminator_loss: labels must have shape [{len(labeled_logits)}] (a class for each row of "
+            f"labeled_logits), got {list(labels.shape)}"
         )
-    if labeled_logits is real_logits and process_group is None:
+    if labels is not None and labeled_logits is real_logits and process_group is None:
         conditional, marginal, cross_entropy = softmax_entropy_cross_entropy(real_logits, labels)
     else:
         conditional, marginal = _entropies(real_logits, process_group)
-        _, _, cross_entropy = softmax_entropy_cross_entropy(labeled_logits, labels)
-    return conditional - marginal_weight * marginal + supervised_weight * cross_entropy
+        if labels is not None:
+            _, _, cross_entropy = softmax_entropy_cross_entropy(labeled_logits, labels)
+    loss = conditional - marginal_weight * marginal
+    terms = {"entropy_real": conditional.detach(), "entropy_marginal": marginal.detach()}
+    if cross_entropy is not None:
+        loss = loss + supervised_weight * cross_entropy
+        terms["cross_entropy"] = cross_entropy.detach()
+    return loss, terms
 
 
 def _fake_categories_loss(fake_logits: Tensor) -> Tensor:

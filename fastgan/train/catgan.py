@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgan.data import Batch, ImageDataset, load_dataset, normalize
 from fastgan.losses import (
-    _entropies, _fake_categories_loss, _real_categories_loss, catgan_generator_loss, feature_matching_loss,
+    _fake_categories_loss, _real_categories_loss, catgan_generator_loss, feature_matching_loss,
 )
 from fastgan.metrics.clustering import (
     count_categories, evaluate, hungarian_map, majority_map, predict, recalibrate_batch_norm,
@@ -139,15 +139,9 @@ class CatGANObjective(Objective):
         labeled_logits = None if labels is None else real if self.all_labeled else logits[len(real) :]
         mixed = mix_views(real, views)
         marginal_weight = 1 + (self.config.marginal_weight - 1) * max(0.0, 1 - 2 * self.progress)
-        loss = _real_categories_loss(
+        yield _real_categories_loss(
             mixed, labeled_logits, labels, self.config.supervised_weight, marginal_weight, self.ranks.group
         )
-        with torch.no_grad():
-            conditional, marginal = _entropies(mixed.detach(), self.ranks.group)
-            figures = {"entropy_real": conditional, "entropy_marginal": marginal}
-            if labels is not None:
-                figures["cross_entropy"] = F.cross_entropy(labeled_logits, labels)
-        yield loss, figures
         with _running_statistics_kept(discriminator):  # the running statistics are those of real images
             loss = _fake_categories_loss(discriminator(fake))
         yield loss, {"entropy_fake": -loss.detach()}
