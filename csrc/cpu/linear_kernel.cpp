@@ -307,11 +307,11 @@ void finish_gradient(const LinearBackward& to, int64_t rows, int64_t f) {
   const double invstd = static_cast<double>(norm.invstd[f]);
   const double sum_xhat = invstd * sum_feature(rows, [&](int64_t i) { return load(gradient + i) * (load(raw + i) - mean); });
   to.sum_dz_xhat[f] = static_cast<float>(sum_xhat);
-  // Batch norm's backward (Ioffe and Szegedy 2015, section 3) with y in place of xhat
+  // Batch norm's backward (Ioffe and Szegedy 2015, section 3) with y - mean in place of xhat
   const double count = static_cast<double>(rows), scale = static_cast<double>(affine.scale);
   const float b = norm.by_batch ? static_cast<float>(-scale * invstd * (sum_xhat / count)) : 0.0f;
-  const float c = norm.by_batch ? static_cast<float>(-scale * (sum / count)) - b * mean : 0.0f;
-  for_feature(rows, gradient, [&](Vec dz, int64_t i) { return dz * affine.scale + (load(raw + i) * b + c); });
+  const float c = norm.by_batch ? static_cast<float>(-scale * (sum / count)) : 0.0f;
+  for_feature(rows, gradient, [&](Vec dz, int64_t i) { return dz * affine.scale + ((load(raw + i) - mean) * b + c); });
 }
 
 void read_gradient(int64_t rows, int64_t features, const float* gradient, const LinearBackward& to) {

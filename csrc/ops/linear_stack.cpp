@@ -80,7 +80,8 @@ Stack parse(const Tensor& input, at::TensorList parameters, const at::TensorList
                       "at ", next_running, " a tensor of ", values, " values");
     return (*running)[next_running++];
   };
-  const auto place = [&](int64_t floats) { return std::exchange(stack.saved, stack.saved + floats); };
+  // In whole cache lines: a vector that crosses two takes two turns.
+  const auto place = [&](int64_t floats) { return std::exchange(stack.saved, stack.saved + (floats + 15) / 16 * 16); };
   for (size_t i = 0; i < count; ++i) {
     const int64_t* n = integers.data() + i * LinearLayer::kIntegers;
     const double* f = numbers.data() + 1 + i * LinearLayer::kNumbers;
@@ -95,14 +96,16 @@ Stack parse(const Tensor& input, at::TensorList parameters, const at::TensorList
     layer.bn_weight = take_array(layer.has_bn_weight), layer.bn_bias = take_array(layer.has_bn_bias);
     layer.running_mean = take_running(layer.has_running, features), layer.running_var = take_running(layer.has_running, features);
     layer.counter = take_running(layer.has_counter, 1);
+    TORCH_CHECK_VALUE(!layer.has_batch_norm || layer.training || layer.has_running, "linear_stack: batch norm of layer ", i,
+                      " must have running statistics, as it does not train");
     if (save > 0 && layer.has_batch_norm) layer.statistics = place(2 * features);
     if (save > 0 && !layer.passes_products_on()) layer.products = place(features * cpu::linear_stride(input.size(0)));
     if (save > 1) layer.rows = place(input.size(0) * cpu::linear_stride(layer.inputs()));
     noisy = noisy || layer.noise_std != 0;
     stack.layers.push_back(std::move(layer));
   }
-  TORCH_CHECK_VALUE(!noisy || seeds == nullptr || seeds->numel() == static_cast<int64_t>(count) + 1, "linear_stack: seeds must have shape [",
-                    count + 1, "], got ", seeds->sizes());
+  TORCH_CHECK_VALUE(!noisy || seeds == nullptr || seeds->numel() == static_cast<int64_t>(count) + 1,
+                    "linear_stack: seeds must have shape [", count + 1, "], got ", seeds->sizes());
   return stack;
 }
 

@@ -76,7 +76,8 @@ if _extension.has_kernels("cpu"):
 
     def _stride(count):
         """linear_stride in csrc/cpu/linear.h."""
-        return ((count + 15) // 16 | 1) * 16
+        lines = (count + 15) // 16
+        return (lines + 1 - lines % 2) * 16
 
     @torch.library.register_fake("fastgan::linear_stack_forward")
     def _(input, parameters, running, seeds, layers, numbers, save):
@@ -87,7 +88,7 @@ if _extension.has_kernels("cpu"):
             position += 1 + bias + bn_weight + bn_bias
             saved += (save > 1) * rows * _stride(features)
             features = weight.shape[0]
-            saved += (save > 0) * (2 * features * has_bn + (has_bn or activation != 0) * features * _stride(rows))
+            saved += (save > 0) * ((2 * features + 15) // 16 * 16 * has_bn + (has_bn or activation != 0) * features * _stride(rows))
         return input.new_empty([rows, features]), input.new_empty([saved])
 
     @torch.library.register_fake("fastgan::linear_stack_backward")

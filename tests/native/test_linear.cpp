@@ -79,7 +79,9 @@ Floats noise_of(int64_t rows, int64_t features) {
   return noise;
 }
 
-double activated(Activation a, double z) { return a == Activation::leaky_relu ? (z > 0 ? z : z * kSlope) : a == Activation::tanh ? std::tanh(z) : z; }
+double activated(Activation a, double z) {
+  return a == Activation::leaky_relu ? (z > 0 ? z : z * kSlope) : a == Activation::tanh ? std::tanh(z) : z;
+}
 double derivative(Activation a, double z) {
   return a == Activation::leaky_relu ? (z > 0 ? 1 : kSlope) : a == Activation::tanh ? 1 - std::tanh(z) * std::tanh(z) : 1;
 }
@@ -125,7 +127,8 @@ void check(const Case& c) {
   for (int64_t n = 0; n < rows; ++n)
     for (int64_t o = 0; o < outputs; ++o) {
       double sum = bias[static_cast<size_t>(o)];
-      for (int64_t k = 0; k < inputs; ++k) sum += x[static_cast<size_t>(n * inputs + k)] * static_cast<double>(weight[static_cast<size_t>(o * inputs + k)]);
+      for (int64_t k = 0; k < inputs; ++k)
+        sum += x[static_cast<size_t>(n * inputs + k)] * static_cast<double>(weight[static_cast<size_t>(o * inputs + k)]);
       products[static_cast<size_t>(n * outputs + o)] = sum;
     }
   const Exact exact(c, products, outputs, gamma, beta, running);
