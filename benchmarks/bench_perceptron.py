@@ -67,7 +67,6 @@ def main():
     vars(linear_stack).update(LIMITS)
     print("\n".join(f"- {name}: {value}" for name, value in environment(arguments.threads).items()))
     for norm in (False, True):
-        least = used["_WEIGHTS_WITH_NORM" if norm else "_WEIGHTS"]
         print(f"\n{'Batch norm and leaky ReLU' if norm else 'Leaky ReLU'}\n")
         print("| width | " + " | ".join(f"{rows} rows" for rows in ROWS) + " |\n|---:|" + "---:|" * len(ROWS))
         for width in WIDTHS:
@@ -77,9 +76,10 @@ def main():
                 fused, x = fastgan.fuse(copy.deepcopy(plain)), torch.randn(rows, width)
                 torch.testing.assert_close(fused(x), plain(x), rtol=1e-3, atol=1e-3)
                 cell = " / ".join(f"{ratio(f, plain, fused, x, arguments.repeats):.2f}" for f in (train, forward))
-                weights = sum(p.numel() for p in plain.parameters())
-                used_here = used["_FEWEST_ROWS"] <= rows <= used["_MOST_ROWS"] and weights > least
-                cells.append(cell if used_here else f"({cell})")
+                vars(linear_stack).update(used)
+                taken = linear_stack.linear_stack_gains(rows, LAYERS * width**2, norm)
+                vars(linear_stack).update(LIMITS)
+                cells.append(cell if taken else f"({cell})")
             print(f"| {width} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -184,8 +184,8 @@ void transpose_features(int64_t rows, int64_t features, const float* from, int64
   for (int64_t n = 0; n < rows; n += kSide)
     for (int64_t f = 0; f < features; f += kSide) {
       const int64_t height = min64(kSide, features - f), width = min64(kSide, rows - n);
-      Side<float> square[kSide] = {};
       if (height == kSide && width == kSide) {
+        Side<float> square[kSide];
 #pragma GCC unroll 8
         for (int j = 0; j < kSide; ++j) __builtin_memcpy(square + j, from + (f + j) * from_stride + n, sizeof square[j]);
         transpose<float>(square);

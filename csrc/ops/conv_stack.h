@@ -46,7 +46,21 @@ struct WantedGradients {
   std::vector<size_t> first_parameter;  // where each layer's parameters begin in the mask; one more is the end
   int64_t lowest;                       // the lowest layer whose parameters, or input, want a gradient
 };
-WantedGradients wanted_gradients(const std::vector<StackLayer>& stack, at::IntArrayRef output_mask);
+// Layer: StackLayer, or linear_stack's.
+template <typename Layer>
+WantedGradients wanted_gradients(const std::vector<Layer>& stack, at::IntArrayRef output_mask) {
+  WantedGradients wanted{{1}, 0};
+  for (const Layer& layer : stack) wanted.first_parameter.push_back(wanted.first_parameter.back() + layer.parameter_count());
+  const auto wants_any = [&](int64_t i) {
+    for (size_t k = wanted.first_parameter[i]; k < wanted.first_parameter[i + 1]; ++k)
+      if (output_mask[k]) return true;
+    return false;
+  };
+  const auto last = static_cast<int64_t>(stack.size()) - 1;
+  if (!output_mask[0])
+    while (wanted.lowest < last && !wants_any(wanted.lowest)) ++wanted.lowest;
+  return wanted;
+}
 
 // The operators on CUDA, where they are compiled: cuda_conv_stack.cpp.
 std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cuda(const Tensor& input, at::TensorList parameters,

@@ -47,19 +47,4 @@ bool invertible(const StackLayer& layer) {
   return layer.activation != Activation::leaky_relu || layer.negative_slope >= 0;
 }
 
-WantedGradients wanted_gradients(const std::vector<StackLayer>& stack, at::IntArrayRef output_mask) {
-  WantedGradients wanted{{1}, 0};
-  for (const StackLayer& layer : stack)
-    wanted.first_parameter.push_back(wanted.first_parameter.back() + layer.parameter_count());
-  const auto wants_any = [&](int64_t i) {
-    for (size_t k = wanted.first_parameter[i]; k < wanted.first_parameter[i + 1]; ++k)
-      if (output_mask[k]) return true;
-    return false;
-  };
-  const auto last = static_cast<int64_t>(stack.size()) - 1;
-  if (!output_mask[0])
-    while (wanted.lowest < last && !wants_any(wanted.lowest)) ++wanted.lowest;
-  return wanted;
-}
-
 }  // namespace fastgan

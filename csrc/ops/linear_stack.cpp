@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "../cpu/linear.h"
-#include "conv_bn_act.h"
+#include "conv_stack.h"
 #include "held_gradients.h"
 #include "kept_memory.h"
 
@@ -34,12 +34,13 @@ struct LinearLayer {
   double momentum, eps, noise_std;
   Tensor weight, bias, bn_weight, bn_bias;
   Tensor running_mean, running_var, counter;  // undefined in backward
-  size_t first_parameter;  // its weight's place in the output mask, which is of the input and then of the parameters
   // Places in what is saved, in floats; -1: not saved. products: by feature, rows: its input by row.
   int64_t statistics, products, rows;
 
   static constexpr size_t kIntegers = 8, kNumbers = 4;
 
+  // weight [, bias] [, bn_weight] [, bn_bias]
+  size_t parameter_count() const { return 1 + has_bias + has_bn_weight + has_bn_bias; }
   int64_t inputs() const { return weight.size(1); }
   int64_t outputs() const { return weight.size(0); }
   bool passes_products_on() const { return !has_batch_norm && activation.kind == Activation::identity; }
@@ -87,7 +88,7 @@ Stack parse(const Tensor& input, at::TensorList parameters, const at::TensorList
     const double* f = numbers.data() + 1 + i * LinearLayer::kNumbers;
     LinearLayer layer{n[0] != 0, n[1] != 0, n[2] != 0, n[3] != 0, n[4] != 0, n[5] != 0, n[6] != 0,
                       {static_cast<Activation>(n[7]), f[2]},
-                      f[0], f[1], f[3], {}, {}, {}, {}, {}, {}, {}, next + 1, -1, -1, -1};
+                      f[0], f[1], f[3], {}, {}, {}, {}, {}, {}, {}, -1, -1, -1};
     layer.weight = take(true);
     TORCH_CHECK_VALUE(layer.weight.dim() == 2 && layer.inputs() == features, "linear_stack: weight of layer ", i,
                       " must have shape [*, ", features, "], got ", layer.weight.sizes());
@@ -178,13 +179,8 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
   std::vector<Tensor> results(output_mask.size());
   for (Tensor& result : results) result = at::empty({0}, options);
 
-  int64_t lowest = 0;  // whose parameters, or input, want a gradient
-  if (!output_mask[0])
-    for (; lowest + 1 < count; ++lowest) {
-      const auto first = output_mask.begin() + static_cast<int64_t>(stack.layers[lowest].first_parameter);
-      const auto end = output_mask.begin() + static_cast<int64_t>(stack.layers[lowest + 1].first_parameter);
-      if (std::any_of(first, end, [](int64_t wanted) { return wanted != 0; })) break;
-    }
+  const WantedGradients wanted = wanted_gradients(stack.layers, output_mask);
+  const int64_t lowest = wanted.lowest;
 
   // What finishes the gradient of layer i's output, in `gradient`; sums are two rows.
   std::vector<float> sums;
@@ -206,7 +202,7 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
   const auto keep_sums = [&](int64_t i, const cpu::LinearBackward& done) {
     const LinearLayer& layer = stack.layers[i];
     const int64_t C = layer.outputs();
-    size_t k = layer.first_parameter + 1;
+    size_t k = wanted.first_parameter[i] + 1;
     const auto keep = [&](const auto& value) {
       if (!output_mask[k]) return void(++k);
       float* to = floats(results[k++] = at::empty({C}, options));
@@ -229,7 +225,7 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
   for (int64_t i = count - 1; i >= lowest; --i) {
     const LinearLayer& layer = stack.layers[i];
     const cpu::LinearShape shape{N, layer.inputs(), layer.outputs()};
-    const size_t k = layer.first_parameter;
+    const size_t k = wanted.first_parameter[i];
     if (output_mask[k]) {
       const bool add = k < held.size() && held[k].defined();
       const Tensor weight = add ? held[k] : empty_kept(layer.weight.sizes(), at::kFloat);
@@ -331,17 +327,12 @@ class LinearStack : public torch::autograd::Function<LinearStack> {
     add_noise(stack.input_noise, 0);
     for (size_t i = 0; i < stack.layers.size(); ++i) {
       const LinearLayer& layer = stack.layers[i];
-      const auto parameter = [&](bool present, size_t after) {
-        return present ? parameters[layer.first_parameter - 1 + after] : Tensor();
-      };
-      const size_t bn = 1 + layer.has_bias;
-      const Tensor bias = parameter(layer.has_bias, 1);
-      x = at::linear(x, parameter(true, 0), bias.defined() ? OptionalTensor(bias) : std::nullopt);
+      x = at::linear(x, layer.weight, layer.has_bias ? OptionalTensor(layer.bias) : std::nullopt);
       if (layer.has_batch_norm) {
         const int64_t C = layer.outputs();
         const Tensor mean = kept.narrow(0, layer.statistics, C), invstd = kept.narrow(0, layer.statistics + C, C);
-        x = differentiable_batch_norm(x.unsqueeze(2).unsqueeze(3), parameter(layer.has_bn_weight, bn),
-                                      parameter(layer.has_bn_bias, bn + layer.has_bn_weight), mean, invstd, layer.training, layer.eps)
+        x = differentiable_batch_norm(x.unsqueeze(2).unsqueeze(3), layer.bn_weight, layer.bn_bias, mean, invstd, layer.training,
+                                      layer.eps)
                 .flatten(1);
       }
       x = activate(x, layer.activation.kind, layer.activation.negative_slope);

@@ -23,7 +23,7 @@ from fastgan.nn.report import Fusion, FusionReport
 from fastgan.nn.sync_batch_norm import SyncBatchNorm
 from fastgan.ops._conv import activate
 from fastgan.ops.conv_stack import StackCall
-from fastgan.ops.linear_stack import LinearStackCall
+from fastgan.ops.linear_stack import LinearStackCall, linear_stack_gains
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
@@ -388,7 +388,7 @@ class _Layer:
 class _Norm:
     """A BatchNorm1d, or None, with the activation and the noise after it: children[position : position + length]."""
 
-    def __init__(self, children, position, bn):
+    def __init__(self, children, position):
         def next_if(types):
             child = children[position + self.length] if position + self.length < len(children) else None
             found = child if type(child) in types and _plain(child) else None
@@ -396,14 +396,14 @@ class _Norm:
             return found
 
         self.length = 0
-        self.bn = next_if((nn.BatchNorm1d,)) if bn else None
+        self.bn = next_if((nn.BatchNorm1d,))
         activation, self.noise = next_if(_ACTIVATIONS), next_if((GaussianNoise,))
         self.activation = "identity" if activation is None else _ACTIVATIONS[type(activation)]
         self.negative_slope = activation.negative_slope if self.activation == "leaky_relu" else 0.2
 
     @property
     def noise_std(self):
-        return self.noise.std if self.noise is not None and self.noise.training else 0.0
+        return _noise_std(self.noise)
 
     def run(self, input):
         call = BatchNormCall(self.bn)
@@ -417,20 +417,28 @@ class _Norm:
         return output
 
 
+def _noise_std(noise):
+    return noise.std if noise is not None and noise.training else 0.0
+
+
 def _run_perceptron(children, position, input):
     """Calls the run [GaussianNoise] (Linear [BatchNorm1d] [activation] [GaussianNoise])... that starts at children[position] as one
     operator. Returns its output and the position after it, or None where there is no such run, or the operator does not take it."""
-    start = _Norm(children, position, bn=False) if type(children[position]) is GaussianNoise else None
-    position += 1 if start is not None else 0
+    first = children[position]
+    noise = first if type(first) is GaussianNoise and _plain(first) else None
+    position += noise is not None
     if not (position < len(children) and type(children[position]) is nn.Linear and _fusable_rows(input)):
         return None
     if input.dim() != 2 or input.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return None
-    if start is not None and start.noise is None:  # it has hooks
+    left = children[position:]
+    # With a bias and batch norm's two numbers a feature, what all that is left would have as one run.
+    most = sum(child.weight.numel() + 3 * child.out_features for child in left if type(child) is nn.Linear)
+    if not linear_stack_gains(input.shape[0], most, any(type(child) is nn.BatchNorm1d for child in left)):
         return None
-    stack, calls = LinearStackCall(input, start.noise_std if start is not None else 0.0), []
+    stack, calls = LinearStackCall(input, _noise_std(noise)), []
     while position < len(children) and type(linear := children[position]) is nn.Linear and _plain(linear):
-        norm = _Norm(children, position + 1, bn=True)
+        norm = _Norm(children, position + 1)
         uses_batch, running, counter, momentum = False, (), None, 0.0
         if norm.bn is not None:
             call = BatchNormCall(norm.bn)
@@ -553,7 +561,7 @@ def _match_norm(children, position, input):
     """The run of batch norm, activation and noise that starts at children[position], or None."""
     if type(children[position]) is not nn.BatchNorm1d or not _plain(children[position]) or not _fusable_rows(input):
         return None
-    return _Norm(children, position, bn=True)
+    return _Norm(children, position)
 
 
 def _fusable_rows(input):

@@ -9,6 +9,7 @@ from fastgan.ops._sync_batch_norm import sync_batch_norm
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "identity")
 # The enum Activation in csrc/activation.h.
 ACTIVATION_CODES = {name: code for code, name in enumerate(("identity", "relu", "leaky_relu", "tanh", "sigmoid"))}
+assert set(ACTIVATION_CODES) == set(ACTIVATIONS)
 
 
 def activate(op, z, activation, negative_slope):

@@ -15,6 +15,11 @@ _FEWEST_ROWS, _MOST_ROWS = 12, 256
 _WEIGHTS, _WEIGHTS_WITH_NORM = 2**18, 2**15
 
 
+def linear_stack_gains(rows, weights, has_norm):
+    """Whether a run with so many parameters is faster by the operator than layer by layer."""
+    return _FEWEST_ROWS <= rows <= _MOST_ROWS and weights > (_WEIGHTS_WITH_NORM if has_norm else _WEIGHTS)
+
+
 class LinearStackCall:
     """Collects the arguments of one call, layer by layer.
 
@@ -61,8 +66,7 @@ class LinearStackCall:
     def gains(self):
         """Whether the call is faster than its layers one by one."""
         weights = sum(p.numel() for p in self.parameters)
-        has_norm = any(self.layers[1::_INTEGERS])
-        return _FEWEST_ROWS <= self.input.shape[0] <= _MOST_ROWS and weights > (_WEIGHTS_WITH_NORM if has_norm else _WEIGHTS)
+        return linear_stack_gains(self.input.shape[0], weights, any(self.layers[1::_INTEGERS]))
 
     def run(self):
         """``[N, C]``."""
