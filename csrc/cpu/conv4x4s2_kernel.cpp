@@ -7,7 +7,8 @@
 //   up:   for each of the four output phases: result = transformed back; the epilogue once the two phases that share
 //         image rows are there, so that it runs along whole rows (pixel by pixel alternating it took twice as long)
 //   weight_gradient: a task owns a block of the weight; for each input parity, sum over all tiles of (data side)^T
-//         (gradient side) in the transformed domain, then back to four taps
+//         (gradient side) in the transformed domain, then back to four taps. Where a weight has few blocks, a task takes one
+//         parity, and as many images as make enough tasks; their taps meet in a buffer.
 #include "conv4x4s2_blocks.h"
 #include "conv4x4s2_gemm.h"
 #include "conv4x4s2_kernel.h"
@@ -24,7 +25,7 @@ constexpr int64_t kGradientRows = 1024;  // the same for the weight gradient, wh
 constexpr int64_t kGradientLarge = 64;   // block of the weight a weight_gradient task owns
 constexpr int64_t kGradientSmall = 128;
 constexpr int64_t kGradientMatrix = kGradientLarge * kGradientSmall + 16;  // floats from one matrix of such a block to the next
-constexpr int64_t kGradientTasks = 16;   // the sum over images is split to reach about this many tasks
+constexpr int64_t kGradientTasks = 16;   // parities, then images, are split over tasks to reach about this many
 constexpr int64_t kRowsAhead = 3;        // prefetched: as many as a row of tiles is high
 
 // Rows [from, end) of one image's inputs of one parity, zero padded: stage[end - from][width + 1][kChunk]
@@ -230,26 +231,31 @@ void transform_gradients(const ConvOperand& operand, const Geometry& g, const Pr
 struct GradientPlan {
   Geometry g;
   Blocks blocks;
-  int64_t large_blocks, small_blocks, splits;
+  int64_t large_blocks, small_blocks;
+  int64_t parities, splits;  // parts that the four parities and the images of a block of the weight are cut into, a task each
   int64_t inputs, gradients, accumulators, taps, stage;  // floats
 
   explicit GradientPlan(const Conv4x4s2Shape& shape)
       : g(shape, Conv4x4s2Loop::weight_gradient), blocks(g, kGradientRows) {
     large_blocks = ceil_div(g.input_channels, kGradientLarge);
     small_blocks = ceil_div(g.output_channels, kGradientSmall);
-    splits = min64(blocks.count(), max64(1, kGradientTasks / (large_blocks * small_blocks)));
+    parities = weight_blocks() >= kGradientTasks ? 1 : 4;
+    splits = min64(blocks.count(), max64(1, kGradientTasks / (weight_blocks() * parities)));
     inputs = blocks.product_rows * kChunk;
     gradients = blocks.product_rows * kGradientSmall;
     accumulators = kPairs * kGradientMatrix;
     taps = 16 * kGradientMatrix;
     stage = blocks.stage_pixels * max64(kChunk, kGradientSmall);
   }
-  int64_t weights() const { return 16 * g.input_channels * g.output_channels; }
+  int64_t weight_blocks() const { return large_blocks * small_blocks; }
+  bool tasks_finish() const { return parities == 1; }  // a task's taps are all there is of its block of the weight
   int64_t slot_bytes() const {
-    return (inputs + gradients + accumulators + taps + stage) * static_cast<int64_t>(sizeof(float));
+    return (inputs + gradients + accumulators + (tasks_finish() ? taps : 0) + stage) * static_cast<int64_t>(sizeof(float));
   }
-  int64_t partials_bytes() const {
-    return splits == 1 ? 0 : round_up(splits * weights() * static_cast<int64_t>(sizeof(float)), ScratchSlots::kAlignment);
+  // Where the taps of several tasks meet: [splits][weight blocks][taps]
+  int64_t shared_bytes() const {
+    return tasks_finish() ? 0
+                          : round_up(splits * weight_blocks() * taps * static_cast<int64_t>(sizeof(float)), ScratchSlots::kAlignment);
   }
 };
 
@@ -272,83 +278,112 @@ void transform_weight_gradients(const float* sums, int64_t large, int64_t row_pa
   }
 }
 
+// A block of the weight: its first channels, and how many
+struct WeightBlock {
+  int64_t large, large_channels, small, small_channels;
+
+  WeightBlock(const GradientPlan& plan, int64_t index)
+      : large(index / plan.small_blocks * kGradientLarge), large_channels(min64(kGradientLarge, plan.g.input_channels - large)),
+        small(index % plan.small_blocks * kGradientSmall), small_channels(min64(kGradientSmall, plan.g.output_channels - small)) {}
+};
+
+// result (+)= the sum of `parts` buffers of taps, `stride` floats apart, of the small channels from `first` to `end` of a block
+void store_taps(const float* taps, int64_t parts, int64_t stride, const WeightBlock& block, int64_t first, int64_t end,
+                int64_t all_large, const ConvWeightGradient& result) {
+  constexpr int kColumns = kLanes < kSide ? kLanes : kSide;
+  for (int64_t k = first; k < end; k += kColumns)
+    for (int64_t c = 0; c < block.large_channels; ++c) {
+      const float* src = taps + c * kGradientSmall + k;
+      float* dst = result.data + ((block.small + k) * all_large + block.large + c) * 16;
+      if constexpr (kColumns == kSide) {
+        for (int t = 0; t < 16; t += kSide) {
+          Side<float> square[kSide];
+#pragma GCC unroll 8
+          for (int j = 0; j < kSide; ++j) {
+            const float* from = src + (t + j) * kGradientMatrix;
+            __builtin_memcpy(square + j, from, sizeof square[j]);
+            for (int64_t part = 1; part < parts; ++part) {
+              Side<float> more;
+              __builtin_memcpy(&more, from + part * stride, sizeof more);
+              square[j] += more;
+            }
+          }
+          transpose<float>(square);
+#pragma GCC unroll 8
+          for (int j = 0; j < kSide; ++j) {
+            float* to = dst + j * all_large * 16 + t;
+            Side<float> before;
+            if (result.add) {
+              __builtin_memcpy(&before, to, sizeof before);
+              square[j] += before;
+            }
+            __builtin_memcpy(to, square + j, sizeof square[j]);
+          }
+        }
+      } else {
+        for (int64_t lane = 0; lane < kColumns; ++lane)
+          for (int t = 0; t < 16; ++t) {
+            const float* from = src + t * kGradientMatrix + lane;
+            float sum = from[0];
+            for (int64_t part = 1; part < parts; ++part) sum += from[part * stride];
+            float& to = dst[lane * all_large * 16 + t];
+            to = result.add ? to + sum : sum;
+          }
+      }
+    }
+}
+
 void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
                           const ConvWeightGradient& result, void* workspace, int threads) {
   const GradientPlan plan(shape);
   const Geometry& g = plan.g;
   const Blocks& blocks = plan.blocks;
-  float* partials = plan.splits == 1 ? result.data : static_cast<float*>(workspace);
-  const bool add = plan.splits == 1 && result.add;
-  const ScratchSlots slots(static_cast<char*>(workspace) + plan.partials_bytes(), threads, plan.slot_bytes());
+  float* shared = static_cast<float*>(workspace);
+  const ScratchSlots slots(static_cast<char*>(workspace) + plan.shared_bytes(), threads, plan.slot_bytes());
 
-  parallel_for(plan.splits * plan.large_blocks * plan.small_blocks, [&](int64_t task) {
-    const int64_t k0 = task % plan.small_blocks * kGradientSmall;
-    const int64_t c0 = task / plan.small_blocks % plan.large_blocks * kGradientLarge;
-    const int64_t split = task / plan.small_blocks / plan.large_blocks;
-    const int64_t large_channels = min64(kGradientLarge, g.input_channels - c0);
-    const int64_t small_channels = min64(kGradientSmall, g.output_channels - k0);
+  parallel_for(plan.splits * plan.parities * plan.weight_blocks(), [&](int64_t task) {
+    const int64_t index = task % plan.weight_blocks(), split = task / plan.weight_blocks() / plan.parities;
+    const int64_t part = task / plan.weight_blocks() % plan.parities;
+    const WeightBlock w(plan, index);
     const ScratchSlots::Lease lease(slots);
     float* inputs = lease.memory();
     float* gradients = inputs + plan.inputs;
     float* sums = gradients + plan.gradients;
-    float* taps = sums + plan.accumulators;
-    float* stage = taps + plan.taps;
+    float* stage = sums + plan.accumulators;
+    float* taps = plan.tasks_finish() ? stage + plan.stage : shared + (split * plan.weight_blocks() + index) * plan.taps;
 
-    for (int64_t parities = 0; parities < 4; ++parities) {
-      const int64_t a = parities / 2, b = parities % 2;
+    for (int64_t parity = 4 * part / plan.parities; parity < 4 * (part + 1) / plan.parities; ++parity) {
+      const int64_t a = parity / 2, b = parity % 2;
       const int64_t first_block = blocks.count() * split / plan.splits, end_block = blocks.count() * (split + 1) / plan.splits;
       for (int64_t block = first_block; block < end_block; ++block) {
         const Axis rows = g.row_axis(a, blocks.strip(block), blocks.strips), columns = g.column_axis(b);
         const ProductRows at(rows, columns, blocks.image_count(block));
         const int64_t first_image = blocks.first_image(block);
-        transform_gradients(small, g, at, first_image, k0, small_channels, stage, gradients);
-        for (int64_t c = 0; c < large_channels; c += kChunk) {
-          const int64_t chunk = min64(kChunk, large_channels - c);
-          transform_inputs(large, g, at, a, b, first_image, c0 + c, chunk, stage, inputs);
+        transform_gradients(small, g, at, first_image, w.small, w.small_channels, stage, gradients);
+        for (int64_t c = 0; c < w.large_channels; c += kChunk) {
+          const int64_t chunk = min64(kChunk, w.large_channels - c);
+          transform_inputs(large, g, at, a, b, first_image, w.large + c, chunk, stage, inputs);
           for (int p = 0; p < kPairs; ++p)
-            for (int64_t k = 0; k < small_channels; k += kPanel)
+            for (int64_t k = 0; k < w.small_channels; k += kPanel)
               multiply<2, 1, kChunk, kGradientSmall>(inputs + at.base[p] * kChunk, gradients + at.base[p] * kGradientSmall + k,
                                                   at.count(p),
                                                   sums + p * kGradientMatrix + c * kGradientSmall + k, kGradientSmall, chunk,
                                                   block > first_block);
         }
       }
-      transform_weight_gradients(sums, large_channels, a, b, taps);
+      transform_weight_gradients(sums, w.large_channels, a, b, taps);
     }
-    float* out = partials + split * plan.weights();
-    constexpr int kColumns = kLanes < kSide ? kLanes : kSide;
-    for (int64_t k = 0; k < small_channels; k += kColumns)
-      for (int64_t c = 0; c < large_channels; ++c) {
-        const float* src = taps + c * kGradientSmall + k;
-        float* dst = out + ((k0 + k) * g.input_channels + c0 + c) * 16;
-        if constexpr (kColumns == kSide) {
-          for (int t = 0; t < 16; t += kSide) {
-            Side<float> square[kSide];
-#pragma GCC unroll 8
-            for (int j = 0; j < kSide; ++j) __builtin_memcpy(square + j, src + (t + j) * kGradientMatrix, sizeof square[j]);
-            transpose<float>(square);
-#pragma GCC unroll 8
-            for (int j = 0; j < kSide; ++j) {
-              float* to = dst + j * g.input_channels * 16 + t;
-              Side<float> before;
-              if (add) {
-                __builtin_memcpy(&before, to, sizeof before);
-                square[j] += before;
-              }
-              __builtin_memcpy(to, square + j, sizeof square[j]);
-            }
-          }
-        } else {
-          for (int64_t lane = 0; lane < kColumns; ++lane)
-            for (int t = 0; t < 16; ++t) {
-              float& to = dst[lane * g.input_channels * 16 + t];
-              to = add ? to + src[t * kGradientMatrix + lane] : src[t * kGradientMatrix + lane];
-            }
-        }
-      }
+    if (plan.tasks_finish()) store_taps(taps, 1, 0, w, 0, w.small_channels, g.input_channels, result);
   });
 
-  if (plan.splits > 1) add_partials(partials, plan.splits, plan.weights(), result);
+  if (plan.tasks_finish()) return;
+  constexpr int64_t kPieces = kGradientSmall / kLineFloats;  // of a block: a cache line of each of its rows
+  parallel_for(plan.weight_blocks() * kPieces, [&](int64_t task) {
+    const int64_t index = task / kPieces, first = task % kPieces * kLineFloats;
+    const WeightBlock w(plan, index);
+    store_taps(shared + index * plan.taps, plan.splits, plan.weight_blocks() * plan.taps, w, first,
+               min64(first + kLineFloats, w.small_channels), g.input_channels, result);
+  });
 }
 
 }  // namespace
@@ -367,7 +402,7 @@ void conv4x4s2_pack(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float
 int64_t conv4x4s2_workspace_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, int threads) {
   if (loop == Conv4x4s2Loop::weight_gradient) {
     const GradientPlan plan(shape);
-    return plan.partials_bytes() + ScratchSlots::bytes(threads, plan.slot_bytes());
+    return plan.shared_bytes() + ScratchSlots::bytes(threads, plan.slot_bytes());
   }
   const Geometry g(shape, loop);
   const Blocks blocks = forward_blocks(g);
