@@ -141,6 +141,8 @@ PYBIND11_MODULE(_C, m) {
   parallel_runner = run_on_torch_threads;
   m.doc() = "The compiled part of fastgan: importing it registers torch.ops.fastgan.*";
   m.def("add_gradients_in_place", &fastgan::add_gradients_in_place);
+  m.def("put_off_gradients", &fastgan::put_off_gradients);
+  m.def("finish_gradients", &fastgan::finish_gradients, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("cpu_info", [] {
     pybind11::dict info;
     pybind11::list isas;

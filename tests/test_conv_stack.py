@@ -176,6 +176,57 @@ def test_gradients_added_in_place(autocast):
 
 
 @pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="no compiled kernels")
+@pytest.mark.parametrize("autocast", (False, True))
+@pytest.mark.parametrize("kind", ("discriminator", "generator"))
+def test_gradients_put_off(kind, autocast):
+    """Large weights' gradients are computed when the context ends, with the bits of separate additions."""
+    torch.manual_seed(0)
+    if kind == "discriminator":
+        layers = [
+            down(3, 32, True), nn.LeakyReLU(0.2), down(32, 128), nn.BatchNorm2d(128), nn.LeakyReLU(0.2), nn.Conv2d(128, 1, 2)
+        ]  # fmt: skip
+        images, large = torch.randn(16, 3, 8, 8), 2
+    else:
+        layers = [
+            nn.ConvTranspose2d(5, 128, 2), nn.ReLU(), up(128, 64), nn.BatchNorm2d(64), nn.ReLU(), up(64, 3, True), nn.Tanh()
+        ]  # fmt: skip
+        images, large = torch.randn(16, 5, 1, 1), 2
+    network = fastgan.fuse(nn.Sequential(*layers))
+    weight = network[large].weight
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return network(images).float().square().sum()
+
+    loss().backward()
+    once = weight.grad.clone()
+    for _ in range(3):
+        loss().backward()
+    expected = [parameter.grad for parameter in network.parameters()]
+    network.zero_grad()
+    for passes in (2, 2):  # from no gradient, and added to one
+        with gradients_added_in_place(put_off=True):
+            before = None if weight.grad is None else weight.grad.clone()
+            for _ in range(passes):
+                loss().backward()
+            assert weight.grad is None if before is None else torch.equal(weight.grad, before)
+            assert network[0].weight.grad is not None
+    assert all(map(torch.equal, (parameter.grad for parameter in network.parameters()), expected))
+
+    before = weight.grad.clone()
+    with pytest.raises(ZeroDivisionError), gradients_added_in_place(put_off=True):
+        loss().backward()
+        raise ZeroDivisionError
+    with gradients_added_in_place(put_off=True):
+        assert torch.equal(torch.autograd.grad(loss(), [network[0].weight, weight])[1], once)
+    assert torch.equal(weight.grad, before)  # neither added anything
+    seen = []
+    with weight.register_hook(seen.append), gradients_added_in_place(put_off=True):
+        loss().backward()
+        assert torch.equal(seen[0], once) and torch.equal(weight.grad, before + once)
+
+
+@pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="no compiled kernels")
 def test_in_place_gradients_overwrite_activations_that_nobody_reads_again():
     network, images = build("discriminator")
     network, images = fastgan.fuse(network), torch.cat([images] * 5)

@@ -65,6 +65,12 @@ Tensor empty_image(const Tensor& like, int64_t batch, int64_t channels, int64_t 
 
 Tensor empty_image_like(const Tensor& t) { return empty_image(t, t.size(0), t.size(1), t.size(2), t.size(3)); }
 
+Tensor image_copy(const Tensor& t) {
+  const Tensor copy = empty_image_like(t);
+  copy.copy_(t);
+  return copy;
+}
+
 Tensor bytes(size_t count) { return empty_kept({static_cast<int64_t>(count)}, at::kByte); }
 
 // Numbers by channel that live as long as a call, zero to begin with: rows of plain memory, since a tensor each, and a view of each
@@ -117,6 +123,27 @@ struct Lazy {
     });
     return out;
   }
+};
+
+// One that outlives the call that it was computed in, and what takes the place of its raw output.
+class LazyCopy {
+ public:
+  explicit LazyCopy(const Lazy& lazy) : lazy_(lazy) {
+    lazy_.raw = image_copy(lazy.raw);
+    if (lazy.scale == nullptr) return;
+    scale_.assign(lazy.scale, lazy.scale + lazy.raw.size(1));
+    shift_.assign(lazy.shift, lazy.shift + lazy.raw.size(1));
+  }
+
+  cpu::ConvOperand operand() const {
+    cpu::ConvOperand o = lazy_.operand();
+    if (lazy_.scale != nullptr) o.scale = scale_.data(), o.shift = shift_.data();
+    return o;
+  }
+
+ private:
+  Lazy lazy_;
+  std::vector<float> scale_, shift_;
 };
 
 // The gradient of a convolution's raw output: grad, or a * grad + b * y + c where batch norm's backward is still to
@@ -237,6 +264,21 @@ void run_loop(const Geometry& g, cpu::Conv4x4s2Loop loop, const cpu::ConvOperand
   RECORD_FUNCTION(down ? "fastgan::conv4x4s2_down" : "fastgan::conv4x4s2_up", {});
   const auto run = down ? cpu::conv4x4s2_down : cpu::conv4x4s2_up;
   run(g.shape, operand, packed.mutable_data_ptr(), epilogue, workspace.mutable_data_ptr(), threads);
+}
+
+void weight_gradient(const Geometry& g, bool transposed, const cpu::ConvOperand& x, const cpu::ConvOperand& dy,
+                     const Tensor& grad_weight, bool add) {
+  const int threads = at::get_num_threads();
+  const Tensor workspace = bytes(cpu::conv4x4s2_workspace_bytes(g.shape, cpu::Conv4x4s2Loop::weight_gradient, threads));
+  RECORD_FUNCTION("fastgan::conv4x4s2_weight_gradient", {});
+  cpu::conv4x4s2_weight_gradient(g.shape, transposed ? dy : x, transposed ? x : dy, {floats(grad_weight), add},
+                                 workspace.mutable_data_ptr(), threads);
+}
+
+// Whether a layer's images, kept until its weight gradient is computed, take so much less memory than that gradient that putting it
+// off is worth their copies.
+bool outweighs_images(const Tensor& weight, const Tensor& x, const Tensor& dy) {
+  return weight.nbytes() > 2 * (x.nbytes() + dy.nbytes());
 }
 
 // weight [A, B, kH, kW] -> [A, kH * kW * B], the order of a channels_last pixel block.
@@ -448,8 +490,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
 }
 
 // Gradients of input and of every parameter, with shape [0] where output_mask says false. Weight gradients that the loops of
-// conv4x4s2.h compute are added to `held`, one a result, where that is defined; they then have shape [0], too. With overwrites_raw
-// a layer's gradient takes the place of its raw output as soon as nothing else reads that.
+// conv4x4s2.h compute are added to `held`, one a result, where that is defined, or put off; they then have shape [0], too. With
+// overwrites_raw a layer's gradient takes the place of its raw output as soon as nothing else reads that.
 std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& input, at::TensorList parameters,
                                     const Tensor& output, const Tensor& raw, const Tensor& statistics,
                                     at::IntArrayRef layers, at::ArrayRef<double> numbers, at::IntArrayRef output_mask,
@@ -587,15 +629,18 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
     } else if (want_weight) {
       const size_t k = first_parameter[i];
       const bool add = k < held.size() && held[k].defined();
-      const Tensor grad_weight = add ? held[k] : empty_kept(weight.sizes(), at::kFloat);
-      const int threads = at::get_num_threads();
-      const Tensor workspace =
-          bytes(cpu::conv4x4s2_workspace_bytes(g.shape, cpu::Conv4x4s2Loop::weight_gradient, threads));
-      RECORD_FUNCTION("fastgan::conv4x4s2_weight_gradient", {});
-      const auto large = layer.transposed ? grad.operand() : below.operand();
-      const auto small = layer.transposed ? below.operand() : grad.operand();
-      cpu::conv4x4s2_weight_gradient(g.shape, large, small, {floats(grad_weight), add}, workspace.mutable_data_ptr(), threads);
-      results[k] = add ? at::empty({0}, options) : grad_weight;
+      const bool later = !held.empty() && outweighs_images(weight, below.raw, grad.grad) && may_put_off(parameters[k - 1]);
+      if (later || add) results[k] = at::empty({0}, options);
+      if (later) {
+        put_off(parameters[k - 1], [g, transposed = layer.transposed, x = LazyCopy(below), dy = image_copy(grad.store())](
+                                       const Tensor& grad_weight, bool add_to) {
+          weight_gradient(g, transposed, x.operand(), LazyGrad{dy}.operand(), grad_weight, add_to);
+        });
+      } else {
+        const Tensor grad_weight = add ? held[k] : empty_kept(weight.sizes(), at::kFloat);
+        weight_gradient(g, layer.transposed, below.operand(), grad.operand(), grad_weight, add);
+        if (!add) results[k] = grad_weight;
+      }
     }
     if (!want_input) continue;
     // Batch norm's backward still reads the raw output; an activation's reads it here, element by element before it is written.

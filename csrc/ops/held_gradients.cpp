@@ -6,28 +6,58 @@
 
 #include <utility>
 
+#include "kept_memory.h"
+
 namespace fastgan {
 namespace {
 
-thread_local bool adds_in_place = false;
+thread_local bool adds_in_place = false, puts_off = false;
 
-at::Tensor held_gradient(const at::Tensor& parameter) {
+struct PutOff {
+  at::Tensor parameter;
+  ComputeGradient compute;
+};
+thread_local std::vector<PutOff> pending;
+
+bool is_plain(const at::Tensor& t) {
+  return t.layout() == at::kStrided && t.scalar_type() == at::kFloat && t.device().is_cpu() && t.is_contiguous();
+}
+
+// Whether nobody sees what is added to the parameter's gradient, and this is where it would be put.
+bool takes_gradients(const at::Tensor& parameter) {
   namespace impl = torch::autograd::impl;
-  if (!parameter.is_leaf() || !parameter.requires_grad() || !impl::hooks(parameter).empty() ||
+  if (!parameter.is_leaf() || !parameter.requires_grad() || !is_plain(parameter) || !impl::hooks(parameter).empty() ||
       impl::post_acc_grad_hooks(parameter) != nullptr)
-    return {};
+    return false;
   const at::Tensor& held = parameter.grad();
-  if (!held.defined() || held.layout() != at::kStrided || held.scalar_type() != at::kFloat || !held.device().is_cpu() ||
-      !held.is_contiguous() || held.requires_grad())
-    return {};
+  if (held.defined() && (!is_plain(held) || held.requires_grad())) return false;
   const auto accumulator = impl::try_get_grad_accumulator(parameter);
-  if (accumulator == nullptr || !accumulator->pre_hooks().empty() || !accumulator->post_hooks().empty()) return {};
-  return held;
+  return accumulator != nullptr && accumulator->pre_hooks().empty() && accumulator->post_hooks().empty();
 }
 
 }  // namespace
 
 bool add_gradients_in_place(bool wanted) { return std::exchange(adds_in_place, wanted); }
+
+bool put_off_gradients(bool wanted) {
+  pending.clear();
+  return std::exchange(puts_off, wanted);
+}
+
+bool may_put_off(const at::Tensor& parameter) { return puts_off && takes_gradients(parameter); }
+
+void put_off(const at::Tensor& parameter, ComputeGradient compute) { pending.push_back({parameter, std::move(compute)}); }
+
+void finish_gradients() {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  for (PutOff& each : std::exchange(pending, {})) {
+    at::Tensor& gradient = each.parameter.mutable_grad();
+    const bool add = gradient.defined();
+    if (!add) gradient = empty_kept(each.parameter.sizes(), at::kFloat);
+    std::exchange(each.compute, nullptr)(gradient, add);  // and with it goes what it read
+    if (add) torch::autograd::impl::bump_version(gradient);
+  }
+}
 
 std::vector<at::Tensor> held_gradients(at::TensorList parameters, at::IntArrayRef output_mask) {
   // Empty in backward(), which gives every leaf its gradient; torch.autograd.grad wants them returned.
@@ -35,7 +65,7 @@ std::vector<at::Tensor> held_gradients(at::TensorList parameters, at::IntArrayRe
   if (!adds_in_place || only == nullptr || !only->empty()) return {};
   std::vector<at::Tensor> held(output_mask.size());
   for (size_t i = 1; i < output_mask.size(); ++i)
-    if (output_mask[i]) held[i] = held_gradient(parameters[i - 1]);
+    if (output_mask[i] && takes_gradients(parameters[i - 1])) held[i] = parameters[i - 1].grad();
   return held;
 }
 
@@ -43,10 +73,10 @@ void take_gradients(const std::vector<at::Tensor>& found, const std::vector<at::
                     std::vector<at::Tensor>& gradients) {
   for (size_t i = 0; i < output_mask.size(); ++i) {
     if (!output_mask[i]) continue;
-    if (i < held.size() && held[i].defined() && found[i].numel() == 0)
-      torch::autograd::impl::bump_version(held[i]);
-    else
+    if (held.empty() || found[i].numel() > 0)
       gradients[i] = found[i];
+    else if (held[i].defined())
+      torch::autograd::impl::bump_version(held[i]);
   }
 }
 

@@ -299,9 +299,8 @@ class Trainer:
 
         # Generator: the same fakes, judged by the discriminator as it now is and as it stays.
         with frozen(discriminator):
-            with self.autocast():
-                loss = self.objective.generator_loss(discriminator, part, fake)
-            loss_g, figures_g = self._descend("generator", iter([loss]), part, z)
+            losses = (self.objective.generator_loss(discriminator, part, fake) for _ in range(1))  # once there is room for it
+            loss_g, figures_g = self._descend("generator", losses, part, z)
         return {"loss_d": loss_d, "loss_g": loss_g} | figures_d | figures_g
 
     def _graph_recorder(self) -> CUDARecorder | None:
@@ -340,11 +339,11 @@ class Trainer:
         for each in self.optimizers.values():  # the other network's gradients have done their work: less memory
             each.zero_grad()
         loss, figures = torch.zeros((), device=self.device), {}
-        while (term := self._next_term(losses)) is not None:
-            with gradients_added_in_place():
+        with gradients_added_in_place(put_off=name == "discriminator"):  # whose loss comes in several terms
+            while (term := self._next_term(losses)) is not None:
                 scaler.scale(term[0]).backward()
-            loss, figures = loss + term[0].detach(), figures | term[1]
-            del term  # and with it what its backward pass kept
+                loss, figures = loss + term[0].detach(), figures | term[1]
+                del term  # and with it what its backward pass kept
         parameters = self.networks[name].parameters()
         mean_loss, self._stopping = self.ranks.average(parameters, loss, bool(self._signals))
         if self.graph.guarded:

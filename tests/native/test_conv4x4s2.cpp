@@ -401,7 +401,8 @@ void check_all(const std::vector<Layer>& layers, const std::vector<Layer>& layer
     for (int64_t channels : {64, 3}) check_thread_independence(Layer(20, 16, 16, channels, 48, dtype), loop);
 }
 
-// The ways that weights take to the products: packed, within the cache and past it; read as they lie.
+// The ways that weights take to the products: packed, within the cache and past it; read as they lie. And that of their gradients
+// into memory: from tasks that own a block, or that own an input parity and images of one.
 void check_weights() {
   const bool gathers = active_isa() != Isa::baseline;
   const auto check = [](const Layer& layer, bool packed) {
@@ -411,8 +412,10 @@ void check_weights() {
     }
   };
   check(Layer(2, 4, 6, 144, 144), active_isa() >= Isa::avx512 || !gathers);  // 144 is a multiple of an AVX2 panel only
-  check(Layer(1, 96, 64, 32, 64), true);                                     // several blocks
+  check(Layer(2, 96, 64, 32, 64), true);                                     // several blocks
   check(Layer(3, 8, 8, 160, 192), !gathers);  // several blocks of outputs, chunks of inputs
+  for (const Layer& layer : {Layer(2, 6, 4, 256, 400), Layer(3, 7, 5, 208, 144), Layer(5, 48, 40, 32, 80)})
+    check_weight_gradient(layer, ConvOperand::Mode::plain, ConvOperand::Mode::plain, 2);
 }
 
 // bfloat16 results of operands that were bfloat16 before: no more than twice the error of rounding the exact result.
