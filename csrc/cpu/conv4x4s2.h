@@ -69,7 +69,7 @@ struct ConvOperand {
 struct ConvEpilogue {
   enum class Mode {
     store,       // out = r + bias
-    activate,    // out = activation(r + bias)
+    activate,    // out = activation(scale[c] * r + bias)
     statistics,  // out = r + bias; mean[c] of out and m2[c] = sum of (out - mean)^2, over batch and pixels
     gradient,    // r is the gradient of a = activation(z), z = scale[c] * y + shift[c]:
                  // out = dz = r * activation'(z); sum_dz[c] = sum of dz;
@@ -85,8 +85,8 @@ struct ConvEpilogue {
   float* m2 = nullptr;    // [channels], written by statistics
 
   const void* y = nullptr;         // like out; read by gradient
-  const float* scale = nullptr;    // [channels]; scale and shift may both be null, meaning 1 and 0
-  const float* shift = nullptr;    // [channels]
+  const float* scale = nullptr;    // [channels] or null, meaning 1; read by activate and gradient
+  const float* shift = nullptr;    // [channels], or null where scale is; read by gradient
   const float* y_mean = nullptr;   // [channels]; null: there is no batch norm, sum_dz_xhat is not computed
   const float* y_invstd = nullptr;
   float* sum_dz = nullptr;       // [channels], written by gradient; may be null

@@ -116,13 +116,16 @@ struct ResultStrides {
 // The three functions below take kVectors vectors of channels from channel c of the box: results -> out, with the
 // epilogue. T is the storage type.
 
-// out = activation(results + bias)
+// out = activation(scale * results + bias)
 template <typename T, int kVectors>
 void activate_channels(const ConvEpilogue& e, const OutputBox& box, const float* results, ResultStrides strides, int64_t c) {
   const int64_t ld = strides.pixel, step = box.all_channels, ahead = kPrefetchPixels * step;
-  Vec bias[kVectors] = {};
-  if (e.bias != nullptr)
-    for (int v = 0; v < kVectors; ++v) bias[v] = load(e.bias + box.c0 + c + v * kLanes);
+  Vec bias[kVectors] = {}, scale[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t at = box.c0 + c + v * kLanes;
+    if (e.bias != nullptr) bias[v] = load(e.bias + at);
+    scale[v] = e.scale != nullptr ? load(e.scale + at) : splat(1.0f);
+  }
   with_activation(e.mode == ConvEpilogue::Mode::store ? Activation::identity : e.activation, [&](auto tag) {
     const float slope = e.negative_slope;
     for (int64_t n = 0; n < box.images; ++n) {
@@ -132,7 +135,7 @@ void activate_channels(const ConvEpilogue& e, const OutputBox& box, const float*
         for (int64_t j = 0; j < box.width; ++j, src += ld, q += step)
           for (int v = 0; v < kVectors; ++v) {
             __builtin_prefetch(q + ahead + v * kLanes, 1, 2);
-            store(q + v * kLanes, activate(load(src + v * kLanes) + bias[v], tag.value, slope));
+            store(q + v * kLanes, activate(scale[v] * load(src + v * kLanes) + bias[v], tag.value, slope));
           }
       }
     }

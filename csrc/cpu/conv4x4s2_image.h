@@ -160,7 +160,7 @@ void finish_rows(const ConvEpilogue& e, const Image& g, int64_t image, int64_t y
   const int64_t length = g.image_row(), pixels = count * g.width;
   const bool gradient = e.mode == ConvEpilogue::Mode::gradient;
   float *scale = parameters, *shift = parameters + g.padded_row();
-  repeat_channels(gradient ? e.scale : nullptr, g.channels, 1, length, scale);
+  repeat_channels(e.scale, g.channels, 1, length, scale);
   repeat_channels(gradient ? e.shift : e.bias, g.channels, 0, length, shift);
   const Activation activation = e.mode == ConvEpilogue::Mode::activate ? e.activation : Activation::identity;
   const int64_t offset = (image * g.height + y0) * length;
@@ -175,7 +175,7 @@ void finish_rows(const ConvEpilogue& e, const Image& g, int64_t image, int64_t y
         v = activate_backward(v, load(scale + x) * load_some(y + i * length + x, left) + load(shift + x), e.activation,
                               e.negative_slope);
       else
-        v = activate(v + load(shift + x), activation, e.negative_slope);
+        v = activate(load(scale + x) * v + load(shift + x), activation, e.negative_slope);
       store_some(row + x, v, left);
       store_some(out + i * length + x, v, left);
     }

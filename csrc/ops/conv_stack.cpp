@@ -413,7 +413,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
   const Tensor statistics = at::empty({plan.statistics_size}, options);
   int64_t channels = 0;
   for (const Geometry& g : plan.layers) channels += g.channels;
-  ChannelRows rows(3 * channels);
+  ChannelRows rows(4 * channels);
   Lazy current{dense_channels_last(input)};
   size_t next_running = 0;
   for (size_t i = 0; i < stack.size(); ++i) {
@@ -432,9 +432,20 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
       next.mean = saved.mean, next.invstd = saved.invstd;
       next.scale = rows.take(C), next.shift = rows.take(C), var = rows.take(C);
     }
+    const auto fold = [&] {
+      cpu::fold_statistics<float>(C, next.mean, var, floats(p.bn_weight), floats(p.bn_bias), layer.eps, next.invstd, next.scale,
+                                  next.shift);
+    };
+    if (layer.has_batch_norm && !from_batch) {
+      TORCH_CHECK(layer.has_running, "conv_stack: the batch norm of layer ", i, " is in eval mode and has no running statistics");
+      std::copy_n(floats(running[next_running++]), C, next.mean);
+      std::copy_n(floats(running[next_running++]), C, var);
+      fold();
+    }
     bool activated = false;
     if (g.path == Path::conv4x4s2) {
-      activated = !keeps_raw;
+      // What no backward pass reads is stored as the next layer wants it.
+      activated = !keeps_raw || (!save_for_backward && !from_batch);
       cpu::ConvEpilogue e;
       e.mode = from_batch  ? cpu::ConvEpilogue::Mode::statistics
                : activated ? cpu::ConvEpilogue::Mode::activate
@@ -445,6 +456,15 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
       e.negative_slope = static_cast<float>(layer.negative_slope);
       e.mean = next.mean;
       e.m2 = var;
+      if (activated && layer.has_batch_norm) {
+        e.scale = next.scale;
+        e.bias = next.shift;
+        if (p.bias.defined()) {
+          float* bias = rows.take(C);
+          for (int64_t c = 0; c < C; ++c) bias[c] = next.scale[c] * floats(p.bias)[c] + next.shift[c];
+          e.bias = bias;
+        }
+      }
       run_loop(g, layer.transposed ? cpu::Conv4x4s2Loop::up : cpu::Conv4x4s2Loop::down, current.operand(), p.weight, e);
       if (from_batch) cpu::divide_by_count(C, rows_of(y).outer, var);
     } else {
@@ -467,25 +487,20 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
     int64_t values = rows_of(y).outer;  // a channel
     if (from_batch && layer.together)
       values = merge_statistics("conv_stack", group, at::from_blob(next.mean, {C}, options), at::from_blob(var, {C}, options), values);
-    if (!activated) next.activation = {layer.activation, layer.negative_slope};
-    if (layer.has_batch_norm) {
+    if (from_batch) {
       if (layer.has_running) {
         float *running_mean = floats(running[next_running++]), *running_var = floats(running[next_running++]);
-        if (layer.training) {
-          cpu::update_running_statistics<float>(C, values, layer.momentum, next.mean, var, running_mean, running_var);
-        } else {
-          std::copy_n(running_mean, C, next.mean);
-          std::copy_n(running_var, C, var);
-        }
+        cpu::update_running_statistics<float>(C, values, layer.momentum, next.mean, var, running_mean, running_var);
       }
-      cpu::fold_statistics<float>(C, next.mean, var, floats(p.bn_weight), floats(p.bn_bias), layer.eps, next.invstd, next.scale,
-                                  next.shift);
+      fold();
     }
+    if (activated) next.scale = next.shift = nullptr;
+    else next.activation = {layer.activation, layer.negative_slope};
     current = next;
   }
   Tensor output = current.store();
   // An operator's results share no memory: after batch norm with no activation the raw output would be both.
-  if (plan.layers.back().raw_offset >= 0 && output.is_same(current.raw)) output = output.clone();
+  if (save_for_backward && plan.layers.back().raw_offset >= 0 && output.is_same(current.raw)) output = output.clone();
   return {output, raw, save_for_backward ? statistics : at::empty({0}, options)};
 }
 

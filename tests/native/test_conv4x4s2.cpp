@@ -279,12 +279,17 @@ void check_loop(const Layer& layer, Conv4x4s2Loop loop, ConvOperand::Mode mode, 
   Doubles want(result.size());
   e.bias = bias.data();
   e.mode = ConvEpilogue::Mode::activate;
-  for (Activation a : {Activation::leaky_relu, Activation::relu, Activation::tanh, Activation::sigmoid}) {
-    e.activation = a;
-    for (size_t i = 0; i < want.size(); ++i) want[i] = act(result[i] + bias[i % channels], a, e.negative_slope);
-    layer.run(loop, input.operand, e, threads);
-    expect_close(out.values(), want, down ? "down, activate" : "up, activate", s, tolerance);
-  }
+  const Floats factors = random_floats(channels, 0.5, 2);
+  for (Activation a : {Activation::leaky_relu, Activation::relu, Activation::tanh, Activation::sigmoid})
+    for (bool scaled : {false, true}) {
+      e.activation = a;
+      e.scale = scaled ? factors.data() : nullptr;
+      for (size_t i = 0; i < want.size(); ++i)
+        want[i] = act((scaled ? factors[i % channels] : 1) * result[i] + bias[i % channels], a, e.negative_slope);
+      layer.run(loop, input.operand, e, threads);
+      expect_close(out.values(), want, down ? "down, activate" : "up, activate", s, tolerance);
+    }
+  e.scale = nullptr;
 
   e.mode = ConvEpilogue::Mode::statistics;
   const Floats offset = random_floats(channels, 100, 101);  // a mean far larger than the deviation must not hurt m2
