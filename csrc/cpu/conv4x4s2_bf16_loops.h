@@ -241,6 +241,18 @@ int64_t gradient_workspace_bytes(const Form& form, int threads) {
   return form.partials_bytes() + ScratchSlots::bytes(threads, gradient_slot_bytes(form));
 }
 
+// result[i] (+)= sum over splits of partials[split][i]; weights is a multiple of kLanes.
+void add_partials(const float* partials, int64_t splits, int64_t weights, const ConvWeightGradient& result) {
+  constexpr int64_t kPiece = 4096;
+  parallel_for(ceil_div(weights, kPiece), [&](int64_t task) {
+    for (int64_t i = task * kPiece; i < min64(weights, (task + 1) * kPiece); i += kLanes) {
+      Vec sum = load(partials + i);
+      for (int64_t split = 1; split < splits; ++split) sum += load(partials + split * weights + i);
+      store(result.data + i, result.add ? load(result.data + i) + sum : sum);
+    }
+  });
+}
+
 template <typename Form>
 void run_weight_gradient(const Form& p, const ConvOperand& large, const ConvOperand& small, const ConvWeightGradient& result,
                          void* workspace, int threads) {

@@ -287,18 +287,6 @@ void merge_partials(const ConvEpilogue& e, const float* partials, int64_t parts,
   }
 }
 
-// result[i] (+)= sum over splits of partials[split][i]; weights is a multiple of kLanes.
-inline void add_partials(const float* partials, int64_t splits, int64_t weights, const ConvWeightGradient& result) {
-  constexpr int64_t kPiece = 4096;
-  parallel_for(ceil_div(weights, kPiece), [&](int64_t task) {
-    for (int64_t i = task * kPiece; i < min64(weights, (task + 1) * kPiece); i += kLanes) {
-      Vec sum = load(partials + i);
-      for (int64_t split = 1; split < splits; ++split) sum += load(partials + split * weights + i);
-      store(result.data + i, result.add ? load(result.data + i) + sum : sum);
-    }
-  });
-}
-
 // ---- workspace
 
 // One scratch area per thread, handed from task to task: parallel_for does not say which thread runs a task.
