@@ -90,9 +90,13 @@ if _extension.has_kernels("cpu"):
             bias, has_bn, bn_weight, bn_bias, *_, activation = layers[i * _INTEGERS : (i + 1) * _INTEGERS]
             weight = parameters[position]
             position += 1 + bias + bn_weight + bn_bias
-            saved += (save > 1) * rows * _stride(features)
+            if save > 1:
+                saved += rows * _stride(features)
             features = weight.shape[0]
-            saved += (save > 0) * ((2 * features + 15) // 16 * 16 * has_bn + (has_bn or activation != 0) * features * _stride(rows))
+            if save > 0 and has_bn:
+                saved += (2 * features + 15) // 16 * 16
+            if save > 0 and (has_bn or activation != 0):
+                saved += features * _stride(rows)
         return input.new_empty([rows, features]), input.new_empty([saved])
 
     @torch.library.register_fake("fastgan::linear_stack_backward")
