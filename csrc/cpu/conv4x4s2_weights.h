@@ -5,7 +5,8 @@
 //
 //   packed    all weights, put in the order of the products once a call: many blocks of images read them
 //   gathered  the weight itself, a panel at a time: with one block of images a packed weight would be written to memory to be
-//             read once, with two it takes the same time and less memory. 512 x 256 channels at 4 pixels, batch 16: a training step of the 64 px networks takes 3% less, and 8 MiB
+//             read once, with two it takes the same time and more memory. 512 x 256 channels at 4 pixels, batch 16: a training
+//             step of the 64 px networks takes 3% less, and 8 MiB
 #pragma once
 
 #include "conv4x4s2_blocks.h"

@@ -11,8 +11,8 @@ def gradients_added_in_place(put_off: bool = False):
     them, where that exists, has the weight's layout and nobody's hooks are to see what is added: no tensor of its own, no pass
     over both. The results are the same to the bit (of linear_stack up to 256 rows, the most that fuse gives it). For this thread.
 
-    With ``put_off``, gradients of conv_stack that are larger than what they are computed from are computed at the end of
-    the context: where it spans several backward passes, none of these then holds them. Before it ends, ``weight.grad`` lacks them;
+    With ``put_off``, gradients of conv_stack that are more than twice as large as what they are computed from are computed at the end
+    of the context: where it spans several backward passes, none of these then holds them. Before it ends, ``weight.grad`` lacks them;
     where it ends with an exception, they are never added."""
     if not _extension.has_kernels("cpu"):
         yield
