@@ -297,6 +297,8 @@ def test_kept_memory_is_counted_and_never_shared():
 def test_opcheck_and_fake_shapes(device):
     for name in ("discriminator", "generator", "batch norm at the end"):
         network, x = build(name, device=device)
+        if device.type == "cuda":  # where the operator takes no float32
+            x = x.to(torch.bfloat16, memory_format=torch.channels_last)
         call = stack_call(network, x.requires_grad_())
         arguments = (call.input, call.parameters, list(call.running), call.layers, call.numbers)
         torch.library.opcheck(torch.ops.fastgan.conv_stack, arguments)
@@ -440,7 +442,8 @@ def test_single_operators_take_the_same_loops_in_channels_last(transposed, bn):
 
 
 @pytest.mark.parametrize("name", ["generator", "odd sizes 28 to 7", "other kernels between"])
-def test_images_stay_in_channels_last_where_the_trainer_asks_for_it(name, device):
+def test_images_stay_in_channels_last_where_the_trainer_asks_for_it(name, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     network, x = build(name, device=device)
     fused = fastgan.fuse(network)
     expected = fused(x)
@@ -449,4 +452,5 @@ def test_images_stay_in_channels_last_where_the_trainer_asks_for_it(name, device
     assert expected.is_contiguous() and fused(x).is_contiguous()
     if device.type == "cpu":  # on a GPU the networks themselves are in that format
         assert found.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(found, expected)
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # cuDNN has an algorithm of its own for each format

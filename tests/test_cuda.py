@@ -155,7 +155,8 @@ def test_tf32_is_used_where_cudnn_may_use_it_and_nowhere_else(op, monkeypatch):
         pairs = [(exact[0], found[0]), *((exact[1][name], found[1][name]) for name in ("input", "weight"))]
         errors[allowed] = [((a - b.double()).abs().max() / a.abs().max()).item() for a, b in pairs]
     assert max(errors[False]) < 1e-5
-    assert 3e-5 < min(errors[True]) and max(errors[True]) < 3e-3
+    # Of which of the three convolutions cuDNN makes use of it is its choice.
+    assert 3e-5 < max(errors[True]) < 3e-3
 
 
 def test_one_channel_output_has_the_strides_pytorch_gives_it():
@@ -182,3 +183,33 @@ def test_tensors_decide_the_device_not_the_current_one():
     expected = case.run(OPS[case.op][0], torch.float32, "cuda:0")
     found = case.run(OPS[case.op][0], torch.float32, "cuda:1")
     torch.testing.assert_close(found[0].cpu(), expected[0].cpu())
+
+
+@pytest.mark.parametrize("which", ["generator", "discriminator", "discriminator with a bias"])
+def test_large_outputs_are_computed_again_in_backward(which):
+    """Beyond kSavedBytes of csrc/ops/cuda_conv_stack_plan.h: 300 images are two parts of a first layer's output, of 256 and of 44."""
+    torch.manual_seed(0)
+    generator, discriminator = fastgan.models.dcgan(64, 3)
+    network = generator if which == "generator" else discriminator
+    if "bias" in which:
+        first = next(m for m in network.modules() if isinstance(m, torch.nn.Conv2d))
+        first.bias = torch.nn.Parameter(torch.randn(first.out_channels) * 0.1)
+    network = network.cuda()
+    x = torch.rand(300, *((100, 1, 1) if which == "generator" else (3, 64, 64)), device="cuda") * 2 - 1
+    exact = step(copy.deepcopy(network).double(), x.double())
+    fused, bytes_saved = fastgan.fuse(copy.deepcopy(network)), []
+    parameters = list(fused.parameters())
+    with torch.autocast("cuda", torch.bfloat16):
+        plain, ours = step(copy.deepcopy(network), x), step(fused, x)
+        for wanted, expected in (([x.requires_grad_()], ours[1:2]), (parameters, ours[2:])):
+            output = fused(x)
+            grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+            assert all(map(torch.equal, torch.autograd.grad(output, wanted, grad), expected))
+        for module in (network, fused):
+            before = torch.cuda.memory_allocated()
+            output = module(x)
+            bytes_saved.append(torch.cuda.memory_allocated() - before)
+            del output
+    for e, p, o in zip(exact, plain, ours, strict=True):
+        assert (o.double() - e).norm() <= 2 * (p.double() - e).norm() + 1e-6 * e.norm()
+    assert bytes_saved[1] < 0.6 * bytes_saved[0]

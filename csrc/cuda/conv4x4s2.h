@@ -53,7 +53,7 @@ struct Conv4x4Epilogue {
   const float* bias = nullptr;  // [output channels]; null: 0
   ActivationSpec activation;
   StatisticsTiles statistics;     // out, see conv4x4s2_statistics_shape
-  const void* y = nullptr;        // activation_backward: raw output of the layer before, shaped like the output here
+  const void* y = nullptr;        // activation_backward: raw output of the layer before, shaped like the output here; may be its memory
   const float* scale = nullptr;   // [output channels]; null: 1
   const float* shift = nullptr;   // null: 0
   const float* mean = nullptr;    // null: 0

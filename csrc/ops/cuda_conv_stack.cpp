@@ -6,9 +6,12 @@
 // merge and one pass remain. Main loops read activated tensors as they lie: on their way to the tensor cores nothing
 // is computed. Weights are packed for all main loops of a call by one launch at its beginning.
 //
-// Saved for backward are, of every layer, the raw output where batch norm follows, and the activated output, which is
-// the operand of the next weight gradient; without batch norm the activation's derivative is taken from it. The last
-// layer's activated output is the operator's. Images are bfloat16 or float16, everything else float32.
+// Backward needs, of every layer, the raw output where batch norm follows, and the activated output, which is the operand
+// of the next weight gradient; without batch norm the activation's derivative is taken from it. Raw outputs are saved.
+// Activated ones are saved where they are small; others are computed again, in memory that the layer's gradient then
+// takes: from the raw output by one pass, or, of a first layer without batch norm, by its convolution, for some images
+// after the other. The last layer's activated output is the operator's. Images are bfloat16 or float16, everything else
+// float32.
 //
 // All launches are on the current stream, allocate through PyTorch and never synchronise: a CUDA graph can capture
 // them.
@@ -16,6 +19,9 @@
 #include <ATen/ops/mul.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <utility>
 
 #include "cuda_conv_stack_plan.h"
 
@@ -60,19 +66,19 @@ class Launches {
         packed_(images),
         partial_(images) {}
 
-  // Packs, by one launch, the weights of layers first, first + 1, ... for the main loops in their `direction`
-  // (&LayerPlan::forward or backward). Returns them by layer.
-  std::vector<const void*> pack(const Plan& plan, const std::vector<LayerParameters>& parameters, size_t first,
-                                Conv4x4Direction LayerPlan::*direction) {
+  // Packs, by one launch, a layer's weights for the main loop in a direction, for each of `wanted`. Returns them in that
+  // order.
+  std::vector<const void*> pack(const Plan& plan, const std::vector<LayerParameters>& parameters,
+                                const std::vector<std::pair<int64_t, Conv4x4Direction>>& wanted) {
     constexpr size_t kAlignment = 256;
     std::vector<cuda::Conv4x4PackArgs> packs;
     std::vector<size_t> offsets;
     size_t bytes = 0;
-    for (size_t i = first; i < plan.layers.size(); ++i) {
-      const Tensor& weight = parameters[i].weight;
+    for (const auto& [layer, direction] : wanted) {
+      const Tensor& weight = parameters[layer].weight;
       cuda::Conv4x4PackArgs& pack = packs.emplace_back();
-      pack.geometry = plan.layers[i].geometry;
-      pack.direction = plan.layers[i].*direction;
+      pack.geometry = plan.layers[layer].geometry;
+      pack.direction = direction;
       pack.type = type;
       pack.weight_layout = weight_layout(weight_format(weight));
       pack.weight = weight.const_data_ptr();
@@ -80,7 +86,7 @@ class Launches {
       bytes += (conv4x4s2_packed_bytes(pack) + kAlignment - 1) / kAlignment * kAlignment;
     }
     auto* memory = static_cast<char*>(packed_.take(bytes));
-    std::vector<const void*> packed(first, nullptr);
+    std::vector<const void*> packed;
     for (size_t i = 0; i < packs.size(); ++i) packed.push_back(packs[i].packed = memory + offsets[i]);
     C10_CUDA_CHECK(conv4x4s2_pack_launch(packs.data(), static_cast<int>(packs.size()), stream));
     return packed;
@@ -172,34 +178,40 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cuda(const Tensor& input, 
   const Tensor statistics = empty_floats(images, 2 * plan.statistics_size);
   const Saved saved(memory);
   Launches launches(images);
-  const auto packed = launches.pack(plan, split, 0, &LayerPlan::forward);
+  std::vector<std::pair<int64_t, Conv4x4Direction>> packs;
+  for (const LayerPlan& p : plan.layers) packs.emplace_back(packs.size(), p.forward);
+  const auto packed = launches.pack(plan, split, packs);
 
-  Tensor output, unsaved[2];  // of the layer before and of this one
+  Tensor output, unsaved;  // unsaved: of the layer before, and then of this one
   const void* x = images.const_data_ptr();
   size_t next_running = 0;
   for (size_t i = 0; i < stack.size(); ++i) {
     const StackLayer& layer = stack[i];
     const LayerPlan& p = plan.layers[i];
+    Tensor before;  // lives while this layer's convolution reads it
+    const auto activated_output = [&] {
+      if (i + 1 == stack.size()) return (output = empty_images(images, p)).mutable_data_ptr();
+      if (save_for_backward && !p.recomputed) return saved.activated(p);
+      before = std::exchange(unsaved, Tensor());
+      return (unsaved = empty_images(images, p)).mutable_data_ptr();
+    };
     void* activated;
-    if (i + 1 == stack.size()) {
-      output = empty_images(images, p);
-      activated = output.mutable_data_ptr();
-    } else if (save_for_backward) {
-      activated = saved.activated(p);
-    } else {
-      unsaved[i % 2] = empty_images(images, p);
-      activated = unsaved[i % 2].mutable_data_ptr();
-    }
     Conv4x4Epilogue epilogue;
     epilogue.bias = floats(split[i].bias);
     if (!layer.has_batch_norm) {
       epilogue.kind = Conv4x4Epilogue::Kind::bias_activation;
       epilogue.activation = p.activation;
+      activated = activated_output();
       launches.convolve(p, p.forward, packed[i], x, activated, epilogue);
     } else {
-      void* raw = save_for_backward ? saved.raw(p) : activated;
+      void* raw = save_for_backward ? saved.raw(p) : activated_output();
       epilogue.kind = layer.training ? Conv4x4Epilogue::Kind::statistics : Conv4x4Epilogue::Kind::store;
       launches.convolve(p, p.forward, packed[i], x, raw, epilogue);
+      activated = raw;
+      if (save_for_backward) {
+        unsaved = Tensor();  // read, so that its memory may become this layer's
+        activated = activated_output();
+      }
       const Statistics s(statistics, plan, p);
       cuda::BatchNormForwardArgs merge;
       merge.channels = p.channels();
@@ -343,16 +355,82 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
     return dy;
   };
 
-  const auto packed =
-      launches.pack(plan, split, wanted.lowest + (wants_input(wanted.lowest) ? 0 : 1), &LayerPlan::backward);
+  // Whether the lowest two layers' gradients are computed together, part by part; see first_two_layers.
+  const bool in_parts = last > 0 && plan.layers[0].recomputed && !stack[0].has_batch_norm && wanted.lowest <= 1;
+  std::vector<std::pair<int64_t, Conv4x4Direction>> packs;
+  for (int64_t i = 0; i <= last; ++i)
+    if (wants_input(i)) packs.emplace_back(i, plan.layers[i].backward);
+  if (in_parts) packs.emplace_back(0, plan.layers[0].forward);
+  const auto packs_in_order = launches.pack(plan, split, packs);
+  std::vector<const void*> packed(stack.size());
+  for (size_t k = 0; k < packs.size() - in_parts; ++k) packed[packs[k].first] = packs_in_order[k];
+
+  // Where the first layer's output is not saved: it is computed again for some images after the other, and used at
+  // once: for the second layer's weight gradient, as whose input gradient's memory it ends, and for its own.
+  const auto first_two_layers = [&](const Tensor& dy) {
+    const LayerPlan &first_layer = plan.layers[0], &second_layer = plan.layers[1];
+    const Tensor images = input.contiguous(kChannelsLast);
+    const int sums = wants_input(1) ? sums_needed(0) : 0;  // over all images, so that these are one part then
+    const int64_t batch = input.size(0), element = input.element_size();
+    const int64_t output_bytes = first_layer.values() / batch * first_layer.channels() * element;
+    const int64_t parts = sums > 0 ? 1 : (batch * output_bytes + kPartBytes - 1) / kPartBytes;
+    const int64_t most = (batch + parts - 1) / parts;
+    const Tensor memory = empty_images(input, first_layer.of(most));
+    if (wants_input(0)) results[0] = at::empty(input.sizes(), input.options().memory_format(kChannelsLast));
+    for (int64_t begin = 0; begin < batch; begin += most) {
+      const int64_t count = std::min(most, batch - begin);
+      const LayerPlan lower = first_layer.of(count), upper = second_layer.of(count);
+      const Tensor x = images.narrow(0, begin, count), grad = dy.narrow(0, begin, count);
+      const auto add = [&](int64_t i, const void* small_or_input, const void* grad_output) {
+        Tensor& sum = results[first[i]];
+        const Tensor part = launches.weight_gradient(i == 0 ? lower : upper, split[i].weight, small_or_input, grad_output);
+        sum = sum.defined() ? sum.add_(part) : part;
+      };
+      Conv4x4Epilogue activate;
+      activate.kind = Conv4x4Epilogue::Kind::bias_activation;
+      activate.bias = floats(split[0].bias);
+      activate.activation = lower.activation;
+      launches.convolve(lower, lower.forward, packs_in_order.back(), x.const_data_ptr(), memory.mutable_data_ptr(), activate);
+      if (wants_weight(1)) add(1, memory.const_data_ptr(), grad.const_data_ptr());
+      if (!wants_input(1)) continue;
+      Conv4x4Epilogue derive;
+      derive.kind = Conv4x4Epilogue::Kind::activation_backward;
+      derive.activation = lower.activation;
+      derive.y = memory.const_data_ptr();
+      launches.convolve(upper, upper.backward, packed[1], grad.const_data_ptr(), memory.mutable_data_ptr(), derive, sums);
+      merge(0, derive.gradients);
+      if (wants_weight(0)) add(0, x.const_data_ptr(), memory.const_data_ptr());
+      if (!wants_input(0)) continue;
+      Conv4x4Epilogue store;
+      launches.convolve(lower, lower.backward, packed[0], memory.const_data_ptr(),
+                        results[0].narrow(0, begin, count).mutable_data_ptr(), store);
+    }
+  };
+
   Tensor dy = last_layer_backward(grad_output.contiguous(kChannelsLast));
   for (int64_t i = last; i >= wanted.lowest; --i) {
+    if (i == 1 && in_parts) {
+      first_two_layers(dy);
+      break;
+    }
     const LayerPlan& p = plan.layers[i];
-    const Tensor& weight = split[i].weight;
+    Tensor recomputed;  // the activated output of the layer below
     if (wants_weight(i)) {
       const Tensor images = i == 0 ? input.contiguous(kChannelsLast) : Tensor();
-      const void* x = i == 0 ? images.const_data_ptr() : saved.activated(plan.layers[i - 1]);
-      results[first[i]] = launches.weight_gradient(p, weight, x, dy.const_data_ptr());
+      const void* x;
+      if (i == 0) {
+        x = images.const_data_ptr();
+      } else if (const LayerPlan& below = plan.layers[i - 1]; !below.recomputed) {
+        x = saved.activated(below);
+      } else {
+        recomputed = empty_images(input, below);
+        const Statistics s(statistics, plan, below);
+        C10_CUDA_CHECK(cuda::scale_shift_act_launch({below.shape(), launches.type, saved.raw(below), s.scale, s.shift,
+                                                     below.activation, recomputed.mutable_data_ptr()},
+                                                    launches.stream));
+        x = recomputed.const_data_ptr();
+      }
+      results[first[i]] = launches.weight_gradient(p, split[i].weight, x, dy.const_data_ptr());
     }
     if (!wants_input(i)) break;
     Conv4x4Epilogue epilogue;
@@ -363,7 +441,7 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
     }
     const LayerPlan& below = plan.layers[i - 1];
     const bool has_batch_norm = stack[i - 1].has_batch_norm;
-    const Tensor dz = empty_images(input, below);
+    const Tensor dz = recomputed.defined() ? recomputed : empty_images(input, below);
     epilogue.kind = Conv4x4Epilogue::Kind::activation_backward;
     epilogue.activation = below.activation;
     epilogue.y = saved.activated(below);

@@ -9,6 +9,7 @@ namespace fastgan {
 Plan make_plan(const std::vector<StackLayer>& stack, const std::vector<LayerParameters>& split, const Tensor& input) {
   TORCH_CHECK_NOT_IMPLEMENTED(cuda::conv4x4s2_takes(cuda_type(input.scalar_type())),
                               "conv_stack: the CUDA kernels take bfloat16 and float16, got ", input.scalar_type());
+  constexpr int64_t kImageChannels = 4;  // from so many a layer is cheap to repeat
   Plan plan;
   const int64_t N = input.size(0);
   int64_t C = input.size(1), H = input.size(2), W = input.size(3);
@@ -50,7 +51,9 @@ Plan make_plan(const std::vector<StackLayer>& stack, const std::vector<LayerPara
       p.raw_offset = take(N * C * H * W);
       p.statistics_offset = std::exchange(plan.statistics_size, plan.statistics_size + 2 * C);
     }
-    if (!last) p.activated_offset = take(N * C * H * W);
+    const bool from_image = i == 0 && input.size(1) <= kImageChannels;
+    p.recomputed = !last && (layer.has_batch_norm || from_image) && N * C * H * W * input.element_size() > kSavedBytes;
+    if (!last && !p.recomputed) p.activated_offset = take(N * C * H * W);
     plan.most_channels = std::max(plan.most_channels, C);
     plan.layers.push_back(p);
   }

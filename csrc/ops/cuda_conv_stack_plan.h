@@ -9,6 +9,15 @@
 
 namespace fastgan {
 
+// What backward computes again instead of finding it saved: activated outputs of more bytes than this. Below it launches cost more
+// than memory is worth.
+#if defined(FASTGAN_CUDA_HOST)
+constexpr int64_t kSavedBytes = 2 << 10, kPartBytes = 4 << 10;  // so that tests meet both
+#else
+constexpr int64_t kSavedBytes = 8 << 20;
+constexpr int64_t kPartBytes = 32 << 20;  // of a first layer's output, which is computed again part by part
+#endif
+
 struct LayerPlan {
   cuda::Conv4x4Geometry geometry;
   cuda::Conv4x4Direction forward, backward;
@@ -16,15 +25,23 @@ struct LayerPlan {
   cuda::ActivationSpec activation;
   // Where the raw output, the activated output and (mean, invstd) stand in what is saved, in elements; -1: nowhere.
   int64_t raw_offset = -1, activated_offset = -1, statistics_offset = -1;
+  // The activated output is not saved: backward has it from the raw one, or, of a first layer without batch norm, from the input.
+  bool recomputed = false;
 
   int64_t channels() const { return sizes[1]; }
   int64_t values() const { return sizes[0] * sizes[2] * sizes[3]; }  // a channel
   cuda::BnActShape shape() const { return {values(), channels(), 1}; }
+  // The same for some of the images.
+  LayerPlan of(int64_t images) const {
+    LayerPlan part = *this;
+    part.geometry.batch = part.sizes[0] = images;
+    return part;
+  }
 };
 
 struct Plan {
   std::vector<LayerPlan> layers;
-  int64_t saved_size = 0;       // elements of raw and activated outputs
+  int64_t saved_size = 0;       // elements of raw and activated outputs that are saved
   int64_t statistics_size = 0;  // of mean and invstd; as many of scale and shift follow in the same order
   int64_t most_channels = 0;
 };

@@ -12,6 +12,7 @@ from fastgan.ops._conv import ACTIVATION_CODES, group_arguments
 
 _INTEGERS, _NUMBERS = 12, 3  # a layer, as in csrc/ops/conv_stack.h
 _CUDA_PIXELS = 2**31 - 128  # indices_fit() in csrc/cuda/conv4x4s2.cu
+_CUDA_SAVED_BYTES = 8 << 20  # kSavedBytes in csrc/ops/cuda_conv_stack_plan.h
 
 
 class StackCall:
@@ -145,8 +146,9 @@ if _extension.has_kernels("cpu"):
             ]
             shape = (shape[0], weight.shape[1 if transposed else 0], *sides)
             invertible = code != ACTIVATION_CODES["leaky_relu"] or numbers[i * _NUMBERS + 2] >= 0
-            if cuda:  # raw and activated outputs; mean, invstd, scale and shift
-                kept, rows = has_bn + (i + 1 < count), 4
+            if cuda:  # raw outputs, and activated ones that are not computed again; mean, invstd, scale and shift
+                recomputed = (has_bn or i == 0 and input.shape[1] <= 4) and math.prod(shape) * input.itemsize > _CUDA_SAVED_BYTES
+                kept, rows = has_bn + (i + 1 < count and not recomputed), 4
             else:
                 kept, rows = int(i + 1 < count or has_bn or not invertible), 2
             raw_size += kept * ((math.prod(shape) + 31) // 32 * 32)
