@@ -9,7 +9,9 @@ Configurations (--configurations, all by default):
     fastgan bf16            the same, fused by fastgan;        ... graph
     channels_last tf32, fastgan tf32, each also graph          only for --tf32-cases
     compile default bf16, the same in a graph, compile reduce-overhead bf16, compile max-autotune bf16
-                            channels_last; only for --compile-cases, after everything else, max-autotune last
+                            only for --compile-cases, after everything else, max-autotune last; in PyTorch's default
+                            format unless --compile-format says otherwise: Inductor chooses formats itself, and given
+                            channels_last, PyTorch 2.11's fails in the last layer's backward pass
 
 A configuration that no longer fits --seconds is left out and said so. With --profile nothing is timed: the kernels of
 one step are listed.
@@ -46,7 +48,7 @@ COMPILE_SECONDS = {"compile default bf16": 30, "compile reduce-overhead bf16": 3
 class Step:
     """One training step on a fixed batch, with everything it needs."""
 
-    def __init__(self, device, case, name):
+    def __init__(self, device, case, name, compile_format=torch.contiguous_format):
         torch.manual_seed(0)
         image_size, channels, batch = case
         self.device, self.mixed = device, "bf16" in name
@@ -55,10 +57,11 @@ class Step:
         self.real = torch.rand(batch, channels, image_size, image_size, device=device) * 2 - 1
         tuned = name != EAGER["float32"]
         if tuned:
+            memory_format = compile_format if self.compile_mode else torch.channels_last
             self.generator, self.discriminator = (
-                n.to(memory_format=torch.channels_last) for n in (self.generator, self.discriminator)
+                n.to(memory_format=memory_format) for n in (self.generator, self.discriminator)
             )
-            self.real = self.real.contiguous(memory_format=torch.channels_last)
+            self.real = self.real.contiguous(memory_format=memory_format)
         if name.startswith("fastgan"):
             self.generator, self.discriminator = fastgan.fuse(self.generator), fastgan.fuse(self.discriminator)
         adam = {"lr": 2e-4, "betas": (0.5, 0.999)}
@@ -141,13 +144,13 @@ class Memory:
         return {"peak_bytes": self.peak_bytes, "kept_bytes": self.kept_bytes} if self.counts else {}
 
 
-def prepare(device, case, name, steps):
+def prepare(device, case, name, steps, compile_format):
     """(what to time, its memory); a compiled step that is already among `steps` is captured as it is."""
     base = name.removesuffix(GRAPH)
     memory = Memory(device)
     step = steps.get(base) if base in COMPILE_MODES else None
     if step is None:
-        step = Step(device, case, base)
+        step = Step(device, case, base, compile_format)
         for _ in range(2):
             step()
     if name.endswith(GRAPH):
@@ -200,7 +203,9 @@ def run_case(text, names, arguments, results, slowest, begin):
             )
             continue
         with results.surviving(f"{text} {name}"):
-            ready[name], memory[name] = prepare(device, case, name, ready)
+            ready[name], memory[name] = prepare(
+                device, case, name, ready, getattr(torch, arguments.compile_format)
+            )
         taken = time.monotonic() - before
         slowest[name.split()[0]] = max(slowest.get(name.split()[0], 0), taken)
         if taken > 5:
@@ -289,6 +294,7 @@ def main():
         "--cases", nargs="+", default=["64x3x128", "64x3x512", "64x3x1024", "32x1x128"], help="size x channels x batch"
     )
     parser.add_argument("--compile-cases", nargs="*", help="cases to compile for; the first by default")
+    parser.add_argument("--compile-format", choices=("contiguous_format", "channels_last"), default="contiguous_format")
     parser.add_argument("--tf32-cases", nargs="*", help="cases to run in TF32 too; the first by default")
     parser.add_argument("--configurations", nargs="+", choices=names, metavar="NAME", default=names)
     parser.add_argument("--profile", nargs="+", choices=names, metavar="NAME", help="list kernels, time nothing")
