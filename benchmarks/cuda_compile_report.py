@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STEMS = ("bn_act", "softmax_entropy", "conv4x4s2")
+STEMS = ("bn_act", "softmax_entropy", "adam", "conv4x4s2")
 ARCHITECTURES = ("80", "86", "89", "90a")
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<architecture>\w+)'.*?"

@@ -114,6 +114,14 @@ TORCH_LIBRARY(fastgan, m) {
   m.def(
       "softmax_entropy_backward(Tensor? grad_conditional, Tensor? grad_marginal, Tensor? grad_cross_entropy, "
       "Tensor logits, Tensor? labels, int ignore_index, Tensor mean_probabilities, Tensor log_normalizer) -> Tensor");
+
+  // One step of Adam; CUDA alone has it. Float32; the tensors of a parameter have its strides. steps: one [] each, counted on the
+  // device. blocks_arrived: int32 [1], 0 between calls. lr_on_device, if given, replaces lr; found_inf that is not 0: nothing
+  // happens.
+  m.def(
+      "adam_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] steps, Tensor(e!) blocks_arrived, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "bool decoupled_weight_decay, Tensor? lr_on_device=None, Tensor? found_inf=None) -> ()");
 }
 
 namespace {

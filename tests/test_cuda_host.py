@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("stem", ["bn_act", "softmax_entropy", "conv4x4s2"])
+@pytest.mark.parametrize("stem", ["bn_act", "softmax_entropy", "adam", "conv4x4s2"])
 def test_cuda_kernels_equal_float64_reference_under_every_thread_order(stem, tmp_path):
     executable = tmp_path / stem
     build = subprocess.run(

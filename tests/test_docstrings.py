@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 MODULES = (
-    "fastgan", "fastgan.ops", "fastgan.nn", "fastgan.models", "fastgan.losses", "fastgan.data", "fastgan.train",
+    "fastgan", "fastgan.ops", "fastgan.nn", "fastgan.models", "fastgan.losses", "fastgan.optim", "fastgan.data", "fastgan.train",
     "fastgan.metrics.distances", "fastgan.metrics.features", "fastgan.metrics.clustering", "fastgan.metrics.generator",
     "fastgan.laboratory",
 )  # fmt: skip

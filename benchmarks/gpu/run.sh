@@ -33,7 +33,7 @@ done
 wheel=${FASTGAN_WHEEL:+$(realpath "$FASTGAN_WHEEL")}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-stems="bn_act softmax_entropy conv4x4s2"
+stems="bn_act softmax_entropy adam conv4x4s2"
 export PYTHONUNBUFFERED=1
 
 wants() { [[ "$wanted" == *" $1 "* ]]; }
@@ -121,7 +121,8 @@ fi
 cd "$work"
 wants pytest && step pytest 150 python3 -m pytest -o addopts= -q -k cuda -p no:cacheprovider "$here/tests" \
   --ignore="$here/tests/test_cuda_host.py" --ignore="$here/tests/test_cuda_conv_stack_host.py" \
-  --ignore="$here/tests/test_cuda_compile.py" --ignore="$here/tests/test_docs.py" --ignore="$here/tests/test_notebook.py"
+  --ignore="$here/tests/test_cuda_adam_host.py" --ignore="$here/tests/test_cuda_compile.py" \
+  --ignore="$here/tests/test_docs.py" --ignore="$here/tests/test_notebook.py"
 wants main_loops && shown_step main_loops 40 bash -c run_main_loops
 measure="$here/benchmarks/gpu"
 wants cudnn && shown_step cudnn 70 python3 "$measure/cudnn.py" --output "$out/cudnn.json" ${CUDNN_OPTIONS:-}

@@ -5,8 +5,8 @@
 
 Configurations (--configurations, all by default):
     eager float32           contiguous, PyTorch's defaults (cuDNN may use TF32)
-    channels_last bf16      autocast, fused capturable Adam;   ... graph: captured in a CUDA graph
-    fastgan bf16            the same, fused by fastgan;        ... graph
+    channels_last bf16      autocast, torch.optim.Adam fused and capturable; ... graph: captured in a CUDA graph
+    fastgan bf16            networks fused by fastgan, fastgan.optim.Adam;   ... graph
     channels_last tf32, fastgan tf32, each also graph          only for --tf32-cases
     compile default bf16, the same in a graph, compile reduce-overhead bf16, compile max-autotune bf16
                             only for --compile-cases, after everything else, max-autotune last; in PyTorch's default
@@ -62,12 +62,14 @@ class Step:
                 n.to(memory_format=memory_format) for n in (self.generator, self.discriminator)
             )
             self.real = self.real.contiguous(memory_format=memory_format)
+        optimizer = torch.optim.Adam
         if name.startswith("fastgan"):
             self.generator, self.discriminator = fastgan.fuse(self.generator), fastgan.fuse(self.discriminator)
+            optimizer = fastgan.optim.Adam
         adam = {"lr": 2e-4, "betas": (0.5, 0.999)}
         if tuned and device.type == "cuda":  # plain eager keeps the optimizer's defaults
             adam |= {"fused": True, "capturable": True}
-        self.optimizers = [torch.optim.Adam(n.parameters(), **adam) for n in (self.generator, self.discriminator)]
+        self.optimizers = [optimizer(n.parameters(), **adam) for n in (self.generator, self.discriminator)]
         self.noise = torch.randn(batch, self.generator.latent_dim, device=device)
         self.generate, self.judge_both, self.judge_fake = self.generator, self.discriminator_loss, self.generator_loss
         if self.compile_mode:  # three functions: each is one graph forward and one backward

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from tqdm import tqdm
 
+from fastgan import optim
 from fastgan.data import Batch
 from fastgan.train.distributed import random_state
 
@@ -30,8 +31,8 @@ def adam(parameters: Iterable[nn.Parameter], rate: float, betas: tuple[float, fl
     """Fused Adam. On a GPU its step size is a tensor there, which a captured step reads; in a ``state_dict`` it is a number, so
     that checkpoints go from one device to the other."""
     if device.type == "cpu":
-        return Adam(parameters, lr=rate, betas=betas, fused=True)
-    return with_rate_on_device(Adam(parameters, lr=torch.tensor(rate, device=device), betas=betas, fused=True))
+        return optim.Adam(parameters, lr=rate, betas=betas, fused=True)
+    return with_rate_on_device(optim.Adam(parameters, lr=torch.tensor(rate, device=device), betas=betas, fused=True))
 
 
 def with_rate_on_device(optimizer: Adam) -> Adam:
