@@ -9,6 +9,7 @@
 #include <memory>
 #include <typeinfo>
 
+#include "../csrc/cuda/conv4x4s2_dense.cuh"
 #include "../csrc/cuda/conv4x4s2_gather.cuh"
 #include "../csrc/cuda/conv4x4s2_thin.cuh"
 #include "../csrc/cuda/conv4x4s2_weight.cuh"
@@ -32,12 +33,14 @@ template <typename Math, typename Tile>
 void print_main_loops() {
   print<Math, Tile>("gather_kernel", gather_shared_bytes<Tile>());
   print<Math, Tile>("weight_gradient_kernel", weight_gradient_shared_bytes<Math, Tile>());
+  print<Math, Tile>("dense_up_kernel", dense_up_shared_bytes<Tile>(kDenseDepth));
 }
 
 template <typename... Maths>
 void print_all() {
   (print_main_loops<Maths, LargeTile>(), ...);
   (print_main_loops<Maths, SmallTile>(), ...);
+  (print<Maths>("dense_weight_gradient_kernel", dense_weight_gradient_shared_bytes<Maths>()), ...);
 }
 
 // Of the loops for thin images, what the geometry that needs most asks for.

@@ -80,6 +80,16 @@ def test_thin_image_loops_leave_room_for_a_block_on_every_multiprocessor(report)
         assert row["static_shared"] + row["dynamic_shared"] <= MAX_SHARED_BYTES, row
 
 
+def test_dense_loops_leave_registers_for_two_blocks_on_every_multiprocessor(report):
+    dense = [row for row in report if row["kernel"].startswith("dense_")]
+    assert len(dense) == 4 * 2 * (2 + 1)  # targets * types * (up: two tiles; W)
+    for row in dense:
+        threads = 128 if "Tile<64" in row["kernel"] else 256
+        assert row["registers"] * threads * 2 <= 65536, row
+        assert 0 < row["dynamic_shared"] and row["static_shared"] == 0, row
+        assert row["dynamic_shared"] <= MAX_SHARED_BYTES, row
+
+
 def test_hopper_loops_have_the_registers_that_their_blocks_need(report):
     loops = [row for row in report if "box_kernel" in row["kernel"] and row["architecture"] == "sm_90a"]
     assert len(loops) == 2 * (2 * (2 * 2 + 1) + 1)  # types * (clusters * (columns * stages, and 256 columns); W)

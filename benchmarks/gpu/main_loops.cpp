@@ -179,5 +179,6 @@ int main(int argc, char** argv) {
   time_layer(batch, 8, 256, 512, 2);
   time_layer(batch, 4, 512, 1, 1);
   time_layer(batch, 4, 512, 100, 1);
+  time_layer(batch, 4, 256, 100, 1);
   time_layer(batch, 32, 1, 64, 2);
 }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "conv4x4s2_dense.cuh"
 #include "conv4x4s2_gather.cuh"
 #include "conv4x4s2_hopper_launch.cuh"
 #include "conv4x4s2_pack.cuh"
@@ -77,7 +78,7 @@ cudaError_t dispatch_tile(bool large, const F& f) {
 
 struct Split {
   int64_t splits, pixels_per_split;
-  bool large_tile, hopper, thin;
+  bool large_tile, hopper, thin, dense;
 };
 
 // Enough blocks for two on every multiprocessor (Hopper's loop: for one), but no split shorter than eight stages.
@@ -91,6 +92,12 @@ Split split_of(const Conv4x4WeightGradientArgs& args) {
     return split;
   }
   split.hopper = hopper_takes_weight_gradient(args);
+  split.dense = !split.hopper && takes_dense(args);
+  if (split.dense) {
+    split.pixels_per_split = dense_images_per_split(args);
+    split.splits = divide_up(g.batch, split.pixels_per_split);
+    return split;
+  }
   const int64_t pixels = g.batch * g.small_height * g.small_width;
   const int64_t stage = split.hopper ? 64 : kDepthBytes / size_of(args.type);
   const int64_t most = std::max<int64_t>(1, pixels / (8 * stage));
@@ -107,6 +114,7 @@ Split split_of(const Conv4x4WeightGradientArgs& args) {
 
 // One partial result in the gradient's own order and type is the gradient.
 bool partial_is_gradient(const Conv4x4WeightGradientArgs& args, const Split& split) {
+  if (split.dense) return split.splits == 1;
   return !split.thin && split.splits == 1 && args.weight_type == DataType::float32 &&
          args.weight_layout == Conv4x4WeightLayout::channels_last;
 }
@@ -195,6 +203,16 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
       return pixel_up_launch<T>(args, padded_depth(product, args.type), tile_rows(args, product), stream);
     });
   }
+  const int hopper_columns = hopper_gather_columns(args, product);
+  if (hopper_columns == 0 && takes_dense(args)) {
+    return dispatch_math(args.type, [&](auto math) {
+      using M = decltype(math);
+      return dispatch_tile<M>(gather_uses_large_tile(args, product), [&](auto tile) -> cudaError_t {
+        if constexpr (M::kTensorCore) return dense_up_launch<M, decltype(tile)>(args, product, stream);
+        return cudaErrorInvalidValue;
+      });
+    });
+  }
   GatherParams p{};
   p.input = make_operand(args.input, down ? g.large_height : g.small_height,
                          down ? g.large_width : g.small_width, down ? g.large_channels : g.small_channels,
@@ -229,7 +247,7 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
     return dim3(static_cast<unsigned>(p.row_tiles) * static_cast<unsigned>(p.column_tiles), 1,
                 static_cast<unsigned>(product.phases));
   };
-  if (const int columns = hopper_gather_columns(args, product)) return hopper_gather_launch(args, product, p, columns, stream);
+  if (hopper_columns != 0) return hopper_gather_launch(args, product, p, hopper_columns, stream);
   return dispatch_math(args.type, [&](auto math) {
     using M = decltype(math);
     return dispatch_tile<M>(gather_uses_large_tile(args, product), [&](auto tile) {
@@ -280,6 +298,9 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
     using M = decltype(math);
     if (split.thin) return thin_weight_gradient_launch(args, stream);
     if (split.hopper) return hopper_weight_gradient_launch(args, p, set_tiles(kHopperRows, 256), stream);
+    if constexpr (M::kTensorCore) {
+      if (split.dense) return dense_weight_gradient_launch<M>(args, split.pixels_per_split, stream);
+    }
     return dispatch_tile<M>(split.large_tile, [&](auto tile) {
       using Tile = decltype(tile);
       return launch(weight_gradient_kernel<M, Tile>, set_tiles(Tile::kRows, Tile::kColumns), Tile::kThreads,

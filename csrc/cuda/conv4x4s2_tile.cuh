@@ -64,34 +64,38 @@ struct Accumulators {
   __device__ static int column(int j, int e) { return first_column() + j * 8 + lane() % 4 * 2 + e % 2; }
 };
 
+// One mma's depth of A (rows) and B (columns), which lie `row_bytes` apart, on the tensor cores.
+template <typename Math, typename Tile>
+__device__ __forceinline__ void multiply_step(const char* a, const char* b, int row_bytes, Accumulators<Tile>& sums) {
+  const int lane = sums.lane();
+  uint32_t b_fragments[Tile::kColumnTiles][2];
+#pragma unroll
+  for (int j = 0; j < Tile::kColumnTiles; j += 2) {
+    uint32_t loaded[4];
+    load_matrix_x4(loaded,
+                   b + (sums.first_column() + j * 8 + lane % 8 + lane / 16 * 8) * row_bytes + lane / 8 % 2 * 16);
+    b_fragments[j][0] = loaded[0];
+    b_fragments[j][1] = loaded[1];
+    b_fragments[j + 1][0] = loaded[2];
+    b_fragments[j + 1][1] = loaded[3];
+  }
+#pragma unroll
+  for (int i = 0; i < Tile::kRowTiles; ++i) {
+    uint32_t a_fragment[4];
+    load_matrix_x4(a_fragment, a + (sums.first_row() + i * 16 + lane % 16) * row_bytes + lane / 16 * 16);
+#pragma unroll
+    for (int j = 0; j < Tile::kColumnTiles; ++j) {
+      mma_m16n8k16(sums.values[i][j], a_fragment, b_fragments[j], typename Math::Type{});
+    }
+  }
+}
+
 // One stage of A (rows) and B (columns), the summed dimension along their rows.
 template <typename Math, typename Tile>
 __device__ __forceinline__ void multiply_stage(const char* a, const char* b, Accumulators<Tile>& sums) {
   if constexpr (Math::kTensorCore) {
-    const int lane = sums.lane();
 #pragma unroll
-    for (int step = 0; step < kDepthBytes; step += 32) {  // one mma's depth
-      uint32_t b_fragments[Tile::kColumnTiles][2];
-#pragma unroll
-      for (int j = 0; j < Tile::kColumnTiles; j += 2) {
-        uint32_t loaded[4];
-        load_matrix_x4(loaded, b + (sums.first_column() + j * 8 + lane % 8 + lane / 16 * 8) * kRowBytes + step +
-                                   lane / 8 % 2 * 16);
-        b_fragments[j][0] = loaded[0];
-        b_fragments[j][1] = loaded[1];
-        b_fragments[j + 1][0] = loaded[2];
-        b_fragments[j + 1][1] = loaded[3];
-      }
-#pragma unroll
-      for (int i = 0; i < Tile::kRowTiles; ++i) {
-        uint32_t a_fragment[4];
-        load_matrix_x4(a_fragment, a + (sums.first_row() + i * 16 + lane % 16) * kRowBytes + step + lane / 16 * 16);
-#pragma unroll
-        for (int j = 0; j < Tile::kColumnTiles; ++j) {
-          mma_m16n8k16(sums.values[i][j], a_fragment, b_fragments[j], typename Math::Type{});
-        }
-      }
-    }
+    for (int step = 0; step < kDepthBytes; step += 32) multiply_step<Math, Tile>(a + step, b + step, kRowBytes, sums);
   } else {
 #pragma unroll
     for (int step = 0; step < kDepthBytes; step += 16) {

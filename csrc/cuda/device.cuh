@@ -144,6 +144,15 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
                : "memory");
 }
 
+// The same with 8 bytes.
+__device__ __forceinline__ void copy_async_half(void* shared, const void* global, bool valid) {
+  const int bytes = valid ? 8 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
+               :
+               : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPendingGroups>
@@ -189,7 +198,6 @@ using host::atomic_increment;
 using host::bits_to_float;
 using host::block_barrier;
 using host::clear_async;
-using host::copy_async;
 using host::copy_async_commit;
 using host::device_fence;
 using host::float_to_bits;
@@ -199,6 +207,11 @@ using host::load_matrix_x4_transposed;
 using host::shared_memory;
 using host::shuffle_xor;
 using host::warp_barrier;
+
+inline void copy_async(void* shared, const void* global, bool valid) { host::copy_async(shared, global, 16, valid); }
+inline void copy_async_half(void* shared, const void* global, bool valid) {
+  host::copy_async(shared, global, 8, valid);
+}
 
 template <int kPendingGroups>
 inline void copy_async_wait() {

@@ -59,6 +59,7 @@ enum class State { ready, at_barrier, in_warp_operation, done };
 struct Copy {
   void* shared;
   const void* global;
+  int bytes;
   bool valid;
 };
 
@@ -268,10 +269,12 @@ void warp_collective(void* operand, Combine combine) {
   for (int lane = 0; lane < kWarp; ++lane) launch.fibers[first + lane].state = State::ready;
 }
 
-void copy_async(void* shared, const void* global, bool valid) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) fail("cp.async: shared address not aligned to 16 bytes");
-  if (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("cp.async: global address not aligned to 16 bytes");
-  launch.fibers[launch.current].open_group.push_back({shared, global, valid});
+void copy_async(void* shared, const void* global, int bytes, bool valid) {
+  if (reinterpret_cast<uintptr_t>(shared) % bytes != 0) fail("cp.async: shared address not aligned to its bytes");
+  if (valid && reinterpret_cast<uintptr_t>(global) % bytes != 0) {
+    fail("cp.async: global address not aligned to its bytes");
+  }
+  launch.fibers[launch.current].open_group.push_back({shared, global, bytes, valid});
 }
 
 void copy_async_commit() {
@@ -285,9 +288,9 @@ void copy_async_wait(int pending_groups) {
   while (static_cast<int>(groups.size()) > pending_groups) {
     for (const Copy& copy : groups.front()) {
       if (copy.valid) {
-        std::memcpy(copy.shared, copy.global, 16);
+        std::memcpy(copy.shared, copy.global, copy.bytes);
       } else {
-        std::memset(copy.shared, 0, 16);
+        std::memset(copy.shared, 0, copy.bytes);
       }
     }
     groups.erase(groups.begin());

@@ -452,6 +452,26 @@ int main(int argc, char** argv) {
     ++cases;
   }
 
+  // One pixel of many channels: products of its own up and in the weight gradient, in both tiles, with remainders of rows,
+  // columns and depth; what they do not take (misaligned, depths beyond 176, channels that are no multiple of 4, of the
+  // large side 8 in a contiguous gradient) goes the generic way. The last one's gradient is split.
+  for (const Case& c :
+       {Case{pixel(5, 100, 24), bf16, false, false}, Case{pixel(128, 100, 32), bf16, true, false},
+        Case{pixel(70, 8, 8), f16, false, false}, Case{pixel(131, 136, 12), f16, true, false},
+        Case{pixel(64, 20, 3), bf16, false, false}, Case{pixel(200, 68, 1), bf16, true, false},
+        Case{pixel(9, 100, 8), f16, false, true}, Case{pixel(3, 176, 16), f16, false, false},
+        Case{pixel(3, 180, 8), bf16, false, false}, Case{pixel(2060, 12, 8), bf16, false, false}}) {
+    if (cases == most) break;
+    for (const Epilogue epilogue :
+         {Epilogue::store, Epilogue::statistics, Epilogue::bias_activation, Epilogue::activation_backward}) {
+      if (c.g.batch <= 1000 || epilogue == Epilogue::statistics) check_direction(c, Conv4x4Direction::up, epilogue);
+    }
+    for (const Conv4x4WeightLayout layout : kLayouts) {
+      for (const DataType type : {f32, c.type}) check_weight_gradient(c, type, layout);
+    }
+    ++cases;
+  }
+
   // Thin images under channels in 64s: loops of their own. On one multiprocessor a block has several tiles.
   const Case thin_cases[] = {
       {halving(3, 64, 64, 64, 3), bf16, true, false},   {halving(5, 28, 28, 64, 1), f16, true, false},
