@@ -124,9 +124,20 @@ __device__ __forceinline__ float reciprocal(float value) {
   return result;
 }
 
-__device__ __forceinline__ float shuffle_xor(float value, int mask) {
+// 2^value to two units in the last place; numbers below the normal ones come as 0.
+__device__ __forceinline__ float exp2_approximate(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
+template <typename Value>
+__device__ __forceinline__ Value shuffle_xor(Value value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+
+// 16 bytes to global memory that the caches need not keep.
+__device__ __forceinline__ void store_streaming(void* p, uint4 words) { __stcs(static_cast<uint4*>(p), words); }
 
 __device__ __forceinline__ unsigned atomic_increment(unsigned* counter) { return atomicAdd(counter, 1u); }
 __device__ __forceinline__ void device_fence() { __threadfence(); }
@@ -209,6 +220,8 @@ inline void wait_for_previous_kernel() {}
 inline bool runs_hopper_code() { return false; }
 
 inline float reciprocal(float value) { return 1.0f / value; }
+inline float exp2_approximate(float value) { return std::exp2(value); }
+inline void store_streaming(void* p, uint4 words) { *static_cast<uint4*>(p) = words; }
 inline float to_float(Half value) { return host::half_to_float(value.bits); }
 inline void from_float(float value, BFloat16& result) { result.bits = host::float_to_bfloat16(value); }
 inline void from_float(float value, Half& result) { result.bits = host::float_to_half(value); }

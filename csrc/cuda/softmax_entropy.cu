@@ -1,13 +1,16 @@
-// Softmax entropy kernels. Blocks are persistent: each takes rows blockIdx, blockIdx + gridDim, ... and keeps its
-// share of the marginal in registers; the block that finishes last adds the blocks' shares in block order (float64),
-// so that the result is the same in every run and small batches need one launch.
+// Softmax entropy kernels. Blocks are persistent: each walks rows that lie a grid apart and keeps its share of the
+// marginal on the chip; the block that finishes last adds the blocks' shares in a fixed order (float64), so that the
+// result is the same in every run and small batches need one launch.
 //
 // By the number of classes a row belongs to
-//   one thread  (up to 20): no shuffles, rows staged through shared memory so that global accesses are coalesced;
-//   one warp    (up to 1024): a lane holds classes lane, lane + 32, ... in registers;
+//   one thread  (up to 20): a warp copies tiles of 32 rows into shared memory, some tiles ahead of the one it works on;
+//   one warp    (up to 1024): the next row is copied into shared memory while this one is worked on in registers;
 //   one block   (more): two passes over the row, the second from the L2 cache.
+// The copies are 16 bytes a lane where rows are aligned to that (tiles: dense), else element by element.
+// Backward computes exponentials twice rather than keep them, and walks the rows from the last to the first: those that
+// forward has left in the L2 cache.
 //
-// Its tests pass on an H200; no variant has been measured there.
+// The version before this one passed its tests on an H200; this one is not measured.
 #include "softmax_entropy.h"
 
 #include <algorithm>
@@ -17,20 +20,35 @@
 namespace fastgan::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kExtra = 2;  // columns of a block's share after the classes: sum of H, sum of the cross-entropy
+constexpr int kThreads = 512;     // at most, in kernels of a thread or a warp a row
+constexpr int kRowThreads = 256;  // in kernels of a block a row
+constexpr int kMaxWarps = kThreads / kWarpSize;
+constexpr int kExtra = 2;          // columns of a block's share after the classes: sum of H, sum of the cross-entropy
 constexpr int kMaxThreadClasses = 20;
 constexpr int kMaxWarpClasses = 1024;
+constexpr int kFinishBytes = 256;  // of shared memory, for finish()
+static_assert((kMaxWarps + 1) * sizeof(double) <= kFinishBytes);
 
 struct ForwardParams {
   SoftmaxEntropyArgs args;
   FastDivisor classes;
+  bool vectors;       // rows (tiles of rows) are read 16 bytes at a time
   float* shares;      // [blocks, classes + kExtra]
   unsigned* counter;  // blocks that have written their share
 };
 
-__device__ __forceinline__ float warp_sum(float value) {
+struct BackwardParams {
+  SoftmaxEntropyArgs args;
+  FastDivisor classes;
+  bool vectors;  // rows (tiles of rows) of logits and of gradients are read and written 16 bytes at a time
+};
+
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+__device__ __forceinline__ int warp_count() { return static_cast<int>(blockDim.x) / kWarpSize; }
+
+template <typename Value>
+__device__ __forceinline__ Value warp_sum(Value value) {
 #pragma unroll
   for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
   return value;
@@ -42,8 +60,11 @@ __device__ __forceinline__ float warp_max(float value) {
   return value;
 }
 
-// d e^d with 0 log 0 = 0, for logits of -infinity
-__device__ __forceinline__ float weighted(float d, float e) { return e > 0.0f ? d * e : 0.0f; }
+// e^d for d <= 0, which is exact enough after the row's maximum is subtracted: where d is large, e^d is small.
+__device__ __forceinline__ float exponential(float d) { return exp2_approximate(d * 1.44269504f); }
+
+// d as a factor of e^d, finite: 0 log 0 = 0, for logits of -infinity.
+__device__ __forceinline__ float finite(float d) { return fmaxf(d, -1e30f); }
 
 __device__ __forceinline__ bool carries_label(const SoftmaxEntropyArgs& p, int64_t row, int64_t& label) {
   if (p.labels == nullptr) return false;
@@ -57,260 +78,601 @@ __device__ __forceinline__ bool out_of_range(const SoftmaxEntropyArgs& p, int64_
 
 __device__ __forceinline__ float not_a_number() { return bits_to_float(0x7FC00000u); }
 
-// Adds the shares of all blocks, in block order within each of a fixed number of lanes, and writes the results.
-// Only the block that comes last does so. Every thread of every block calls this, after its block's share is written.
-__device__ void finish(const ForwardParams& p) {
-  double* shared = static_cast<double*>(shared_memory());
-  const int thread = static_cast<int>(threadIdx.x);
+// Shared memory: finish()'s, the share of a block that is alone, and what each kernel needs.
+__host__ __device__ inline int64_t share_bytes(int64_t classes) { return (classes + kExtra + 3) / 4 * 16; }
+__device__ __forceinline__ unsigned char* kernel_memory(int64_t classes) {
+  return static_cast<unsigned char*>(shared_memory()) + kFinishBytes + share_bytes(classes);
+}
+
+// Where a block of the thread and warp kernels puts its share: a block that is alone keeps it in shared memory.
+__device__ __forceinline__ float* block_share(const ForwardParams& p) {
+  if (gridDim.x == 1) return reinterpret_cast<float*>(static_cast<unsigned char*>(shared_memory()) + kFinishBytes);
+  return p.shares + int64_t{blockIdx.x} * (p.args.classes + kExtra);
+}
+
+// Adds the shares of all blocks in a fixed order and writes the results. Only the block that comes last does so. Every
+// thread of every block calls this, after its block's share is written; `shares` is that of block 0.
+__device__ void finish(const ForwardParams& p, const float* shares) {
+  double* shared = static_cast<double*>(shared_memory());  // [kMaxWarps + 1]
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const int blocks = static_cast<int>(gridDim.x);
   const int64_t classes = p.args.classes, columns = classes + kExtra;
-  if (gridDim.x > 1) {
+  if (blocks > 1) {
     device_fence();
     block_barrier();
-    if (thread == 0) shared[0] = atomic_increment(p.counter) == gridDim.x - 1 ? 1.0 : 0.0;
+    if (thread == 0) shared[kMaxWarps] = atomic_increment(p.counter) == gridDim.x - 1 ? 1.0 : 0.0;
     block_barrier();
-    const bool last = shared[0] != 0.0;
-    block_barrier();
-    if (!last) return;
+    if (shared[kMaxWarps] == 0.0) return;
     device_fence();
   } else {
     block_barrier();
   }
   const double rows = static_cast<double>(p.args.rows);
-  int width = 1;  // columns side by side, a power of two; the rest of the threads share out the blocks
-  while (width < columns && width < kThreads) width *= 2;
-  const int lanes = kThreads / width, lane = thread / width;
+  int lanes = 1;  // of a warp, that share out the blocks of one column
+  while (lanes < kWarpSize && lanes < blocks && 2 * lanes * columns <= threads) lanes *= 2;
   double entropy = 0.0;
-  for (int64_t first = 0; first < columns; first += width) {
-    const int64_t column = first + thread % width;
+  for (int64_t first = 0; first < columns; first += threads / lanes) {
+    const int64_t column = first + thread / lanes;
     double sum = 0.0;
     if (column < columns) {
-      for (int64_t block = lane; block < gridDim.x; block += lanes) sum += double{p.shares[block * columns + column]};
-    }
-    shared[thread] = sum;
-    block_barrier();
-    if (lane == 0 && column < columns) {
-      for (int i = 1; i < lanes; ++i) sum += shared[thread + i * width];
-      if (column < classes) {
-        const double q = sum / rows;
-        p.args.mean_probabilities[column] = static_cast<float>(q);
-        if (q != 0.0) entropy -= q * double{logf(static_cast<float>(q))};
-      } else if (column == classes) {
-        *p.args.conditional = static_cast<float>(sum / rows);
-      } else {
-        const int64_t count = p.args.labels != nullptr ? *p.args.label_count : 0;
-        *p.args.cross_entropy = count > 0 ? static_cast<float>(sum / static_cast<double>(count)) : 0.0f;
+      constexpr int kAtOnce = 16;  // loads in flight
+      for (int begin = thread % lanes; begin < blocks; begin += kAtOnce * lanes) {
+        float loaded[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int block = begin + i * lanes;
+          loaded[i] = block < blocks ? shares[block * columns + column] : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) sum += double{loaded[i]};
       }
     }
-    block_barrier();
+    for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (thread % lanes != 0 || column >= columns) continue;
+    if (column < classes) {
+      const double q = sum / rows;
+      p.args.mean_probabilities[column] = static_cast<float>(q);
+      if (q != 0.0) entropy -= q * double{logf(static_cast<float>(q))};
+    } else if (column == classes) {
+      *p.args.conditional = static_cast<float>(sum / rows);
+    } else {
+      const int64_t count = p.args.labels != nullptr ? *p.args.label_count : 0;
+      *p.args.cross_entropy = count > 0 ? static_cast<float>(sum / static_cast<double>(count)) : 0.0f;
+    }
   }
-  shared[thread] = entropy;
+  entropy = warp_sum(entropy);
+  if (lane_index() == 0) shared[warp_index()] = entropy;
   block_barrier();
-  for (int step = kThreads / 2; step > 0; step /= 2) {
-    if (thread < step) shared[thread] += shared[thread + step];
-    block_barrier();
-  }
-  if (thread == 0) *p.args.marginal = static_cast<float>(shared[0]);
+  if (thread > 0) return;
+  for (int warp = 1; warp < warp_count(); ++warp) entropy += shared[warp];
+  *p.args.marginal = static_cast<float>(entropy);
 }
 
-// Sum over the block's threads, in a fixed order; valid in thread 0. `shared`: [kWarps]
+// The gradient of a logit is p (sum_j p_j t_j - t) / N + g_ce (p - [k = label]) / count,
+// with t_k = g_conditional d_k + g_marginal log q_k: log p_k = d_k - log s, whose log s falls out.
+struct Gradients {
+  float conditional, marginal, cross_entropy;
+
+  __device__ explicit Gradients(const SoftmaxEntropyArgs& p) {
+    const float rows = static_cast<float>(p.rows);
+    conditional = p.grad_conditional != nullptr ? *p.grad_conditional / rows : 0.0f;
+    marginal = p.grad_marginal != nullptr ? *p.grad_marginal / rows : 0.0f;
+    const int64_t count = p.labels != nullptr ? *p.label_count : 0;
+    cross_entropy =
+        p.grad_cross_entropy != nullptr && count > 0 ? *p.grad_cross_entropy / static_cast<float>(count) : 0.0f;
+  }
+
+  __device__ float of_mean(float q) const { return q == 0.0f ? 0.0f : marginal * logf(q); }
+  __device__ float t(float d, float of_mean_k) const { return conditional * finite(d) + of_mean_k; }
+  __device__ float of_label(bool labeled) const { return labeled ? cross_entropy : 0.0f; }
+};
+
+// A row's label as an index that no class equals if the row carries none or one out of range.
+__device__ __forceinline__ int class_or_none(const SoftmaxEntropyArgs& p, bool labeled, int64_t label) {
+  return labeled && !out_of_range(p, label) ? static_cast<int>(label) : -1;
+}
+
+// ---- one thread a row
+
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount) Neighbours {
+  T values[kCount];
+};
+
+// A row in shared memory, kWidth elements at a time (a divisor of the classes); -infinity beyond its end.
+template <int kWidth, typename T, int kMaxClasses>
+__device__ __forceinline__ void read_row(const T* row, int classes, float (&x)[kMaxClasses]) {
+#pragma unroll
+  for (int first = 0; first < kMaxClasses; first += kWidth) {
+    Neighbours<T, kWidth> loaded{};
+    if (first < classes) loaded = *reinterpret_cast<const Neighbours<T, kWidth>*>(row + first);
+#pragma unroll
+    for (int i = 0; i < kWidth && first + i < kMaxClasses; ++i) {
+      x[first + i] = first < classes ? to_float(loaded.values[i]) : -INFINITY;
+    }
+  }
+}
+
+template <int kWidth, typename T, int kMaxClasses>
+__device__ __forceinline__ void write_row(const float (&x)[kMaxClasses], int classes, T* row) {
+#pragma unroll
+  for (int first = 0; first < kMaxClasses; first += kWidth) {
+    if (first >= classes) continue;
+    Neighbours<T, kWidth> stored{};
+#pragma unroll
+    for (int i = 0; i < kWidth && first + i < kMaxClasses; ++i) from_float(x[first + i], stored.values[i]);
+    *reinterpret_cast<Neighbours<T, kWidth>*>(row + first) = stored;
+  }
+}
+
+// The tiles of one warp: 32 rows each, in shared memory side by side without gaps, kStages of them. With as wide an
+// access as the number of classes allows, lanes that walk their rows meet no bank conflict but with 8 and 16 classes.
+// kAll: the number of classes is kMaxClasses.
+template <typename T, int kMaxClasses, bool kAll>
+struct Tiles {
+  static constexpr int kStages = kMaxClasses * static_cast<int>(sizeof(T)) <= 40 ? 4 : 2;
+  static constexpr int kSize = Vector<T>::kSize;
+
+  const SoftmaxEntropyArgs& p;
+  const FastDivisor divisor;
+  const bool vectors;
+  const int classes, lane;
+  T* const memory;  // [kStages, kWarpSize, classes]
+
+  __device__ Tiles(const SoftmaxEntropyArgs& args, const FastDivisor& divisor_in, bool vectors_in)
+      : p(args),
+        divisor(divisor_in),
+        vectors(vectors_in),
+        classes(kAll ? kMaxClasses : static_cast<int>(args.classes)),
+        lane(lane_index()),
+        memory(reinterpret_cast<T*>(kernel_memory(classes)) + warp_index() * kStages * kWarpSize * classes) {}
+
+  __device__ int64_t count() const { return (p.rows + kWarpSize - 1) / kWarpSize; }
+  __device__ T* tile_memory(int stage) const { return memory + stage * kWarpSize * classes; }
+  __device__ int rows_of(int64_t tile) const {
+    const int64_t rows = p.rows - tile * kWarpSize;
+    return rows < kWarpSize ? static_cast<int>(rows) : kWarpSize;
+  }
+
+  // Starts a copy into a stage that no lane reads any more. One group of copies, empty for a tile that is not there.
+  __device__ void start(int64_t tile, int stage) const {
+    if (tile >= 0 && tile < count()) {
+      const int rows = rows_of(tile), elements = rows * classes;
+      const T* logits = static_cast<const T*>(p.logits) + tile * kWarpSize * p.row_stride;
+      T* staged = tile_memory(stage);
+      if (vectors && rows == kWarpSize) {
+#pragma unroll 4
+        for (int i = lane * kSize; i < kWarpSize * classes; i += kWarpSize * kSize) {
+          copy_async(staged + i, logits + i, true);
+        }
+      } else {
+#pragma unroll 2
+        for (int i = lane; i < elements; i += kWarpSize) {
+          const int row = divisor.divide(i);
+          staged[i] = logits[row * p.row_stride + i - row * classes];
+        }
+      }
+    }
+    copy_async_commit();
+  }
+
+  // Waits for the oldest of kStages - 1 tiles that were started.
+  __device__ void wait() const {
+    copy_async_wait<kStages - 2>();
+    warp_barrier();
+  }
+
+  __device__ void read(int stage, float (&x)[kMaxClasses]) const {
+    const T* row = tile_memory(stage) + lane * classes;
+    if (classes % 4 == 0) {
+      read_row<4>(row, classes, x);
+    } else if (classes % 2 == 0) {
+      read_row<2>(row, classes, x);
+    } else {
+      read_row<1>(row, classes, x);
+    }
+  }
+
+  __device__ void write(int stage, const float (&x)[kMaxClasses]) const {
+    T* row = tile_memory(stage) + lane * classes;
+    if (classes % 4 == 0) {
+      write_row<4>(x, classes, row);
+    } else if (classes % 2 == 0) {
+      write_row<2>(x, classes, row);
+    } else {
+      write_row<1>(x, classes, row);
+    }
+  }
+
+  // Copies a tile that all lanes have written to the gradient.
+  __device__ void store(int64_t tile, int stage) const {
+    const int rows = rows_of(tile), elements = rows * classes;
+    T* grad = static_cast<T*>(p.grad_logits) + tile * kWarpSize * classes;
+    const T* staged = tile_memory(stage);
+    if (vectors && rows == kWarpSize) {
+#pragma unroll 4
+      for (int i = lane * kSize; i < kWarpSize * classes; i += kWarpSize * kSize) {
+        store_streaming(grad + i, load_bytes(staged + i, kSize, true).words);
+      }
+    } else {
+#pragma unroll 2
+      for (int i = lane; i < elements; i += kWarpSize) grad[i] = staged[i];
+    }
+  }
+};
+
+template <typename T, int kMaxClasses, bool kAll>
+__global__ void __launch_bounds__(kThreads, 1) forward_thread_kernel(ForwardParams params) {
+  using Walk = Tiles<T, kMaxClasses, kAll>;
+  wait_for_previous_kernel();
+  const SoftmaxEntropyArgs& p = params.args;
+  const Walk tiles(p, params.classes, params.vectors);
+  const int classes = tiles.classes, thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int64_t step = int64_t{gridDim.x} * warp_count(), count = tiles.count();
+  int64_t tile = int64_t{warp_index()} * gridDim.x + blockIdx.x;
+#pragma unroll 1
+  for (int stage = 0; stage < Walk::kStages - 1; ++stage) tiles.start(tile + stage * step, stage);
+  float share[kMaxClasses] = {};
+  float entropy = 0.0f, cross_entropy = 0.0f;
+  for (int stage = 0; tile < count; tile += step, stage = (stage + 1) % Walk::kStages) {
+    const int64_t row = tile * kWarpSize + tiles.lane;
+    const bool active = row < p.rows;
+    int64_t label = -1;
+    const bool labeled = active && carries_label(p, row, label);
+    tiles.wait();
+    tiles.start(tile + (Walk::kStages - 1) * step, (stage + Walk::kStages - 1) % Walk::kStages);
+    if (!active) continue;
+    float e[kMaxClasses];
+    tiles.read(stage, e);
+    float max = e[0], s = 0.0f, u = 0.0f;
+#pragma unroll
+    for (int k = 1; k < kMaxClasses; ++k) max = fmaxf(max, e[k]);
+#pragma unroll
+    for (int k = 0; k < kMaxClasses; ++k) {
+      const float d = e[k] - max;
+      e[k] = exponential(d);
+      s += e[k];
+      u += finite(d) * e[k];
+    }
+    const float inverse = reciprocal(s), log_s = logf(s);
+#pragma unroll
+    for (int k = 0; k < kMaxClasses; ++k) share[k] += e[k] * inverse;
+    entropy += log_s - u * inverse;
+    p.log_normalizer[row] = log_s;
+    if (labeled) {
+      const T* staged = tiles.tile_memory(stage) + tiles.lane * classes;
+      cross_entropy += out_of_range(p, label) ? not_a_number() : log_s - (to_float(staged[label]) - max);
+    }
+  }
+  // The threads' sums side by side, then a warp a column.
+  copy_async_wait<0>();
+  block_barrier();
+  float* sums = reinterpret_cast<float*>(kernel_memory(classes));  // [classes + kExtra, threads]
+#pragma unroll
+  for (int k = 0; k < kMaxClasses; ++k) {
+    if (k < classes) sums[k * threads + thread] = share[k];
+  }
+  sums[classes * threads + thread] = entropy;
+  sums[(classes + 1) * threads + thread] = cross_entropy;
+  block_barrier();
+  float* out = block_share(params);
+  for (int column = warp_index(); column < classes + kExtra; column += warp_count()) {
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int i = tiles.lane; i < threads; i += kWarpSize) sum += sums[column * threads + i];
+    sum = warp_sum(sum);
+    if (tiles.lane == 0) out[column] = sum;
+  }
+  finish(params, gridDim.x == 1 ? out : params.shares);
+}
+
+template <typename T, int kMaxClasses, bool kAll>
+__global__ void __launch_bounds__(kThreads, 1) backward_thread_kernel(BackwardParams params) {
+  using Walk = Tiles<T, kMaxClasses, kAll>;
+  wait_for_previous_kernel();
+  const SoftmaxEntropyArgs& p = params.args;
+  const Walk tiles(p, params.classes, params.vectors);
+  const int classes = tiles.classes;
+  const int64_t step = int64_t{gridDim.x} * warp_count();
+  int64_t tile = tiles.count() - 1 - (int64_t{warp_index()} * gridDim.x + blockIdx.x);
+#pragma unroll 1
+  for (int stage = 0; stage < Walk::kStages - 1; ++stage) tiles.start(tile - stage * step, stage);
+  const Gradients g(p);
+  float of_mean[kMaxClasses];
+#pragma unroll
+  for (int k = 0; k < kMaxClasses; ++k) of_mean[k] = k < classes ? p.mean_probabilities[k] : 0.0f;
+#pragma unroll
+  for (int k = 0; k < kMaxClasses; ++k) of_mean[k] = g.of_mean(of_mean[k]);
+  for (int stage = 0; tile >= 0; tile -= step, stage = (stage + 1) % Walk::kStages) {
+    const int64_t row = tile * kWarpSize + tiles.lane;
+    const bool active = row < p.rows;
+    int64_t label = -1;
+    const bool labeled = active && carries_label(p, row, label);
+    tiles.wait();
+    tiles.start(tile - (Walk::kStages - 1) * step, (stage + Walk::kStages - 1) % Walk::kStages);
+    if (active) {
+      float x[kMaxClasses], e[kMaxClasses];
+      tiles.read(stage, x);
+      float max = x[0], s = 0.0f, mean_t = 0.0f;
+#pragma unroll
+      for (int k = 1; k < kMaxClasses; ++k) max = fmaxf(max, x[k]);
+#pragma unroll
+      for (int k = 0; k < kMaxClasses; ++k) {
+        const float d = x[k] - max;
+        e[k] = exponential(d);
+        x[k] = g.t(d, of_mean[k]);
+        s += e[k];
+        mean_t += e[k] * x[k];
+      }
+      const float inverse = reciprocal(s), of_label = g.of_label(labeled), mean = mean_t * inverse + of_label;
+      const int own = class_or_none(p, labeled, label);
+#pragma unroll
+      for (int k = 0; k < kMaxClasses; ++k) x[k] = e[k] * inverse * (mean - x[k]) - (k == own ? of_label : 0.0f);
+      tiles.write(stage, x);
+    }
+    warp_barrier();
+    tiles.store(tile, stage);
+  }
+  copy_async_wait<0>();
+}
+
+// ---- one warp a row
+
+// The rows of one warp, one of them in shared memory. Lane l holds kVectors vectors of neighbouring classes, the i-th
+// from first_class(i) = (32 i + l) * kSize on.
+template <typename T, int kVectors>
+struct WarpRows {
+  static constexpr int kSize = Vector<T>::kSize, kPerLane = kVectors * kSize, kCapacity = kPerLane * kWarpSize;
+
+  const SoftmaxEntropyArgs& p;
+  const bool vectors;
+  const int classes, lane;
+  T* const buffer;  // [kCapacity]
+
+  __device__ WarpRows(const SoftmaxEntropyArgs& args, bool vectors_in, unsigned char* memory)
+      : p(args),
+        vectors(vectors_in),
+        classes(static_cast<int>(args.classes)),
+        lane(lane_index()),
+        buffer(reinterpret_cast<T*>(memory) + warp_index() * kCapacity) {}
+
+  __device__ __forceinline__ int first_class(int i) const { return (i * kWarpSize + lane) * kSize; }
+
+  // Starts the copy of a row. As vectors, a lane copies just what it reads itself, and need not wait for others.
+  __device__ __forceinline__ void start(int64_t row) const {
+    const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
+    if (vectors) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        const int k = first_class(i);
+        if (k < classes) copy_async(buffer + k, logits + k, true);
+      }
+      copy_async_commit();
+    } else {
+      warp_barrier();
+#pragma unroll 4
+      for (int k = lane; k < kCapacity; k += kWarpSize) {
+        T value;
+        from_float(-INFINITY, value);
+        buffer[k] = k < classes ? logits[k] : value;
+      }
+      warp_barrier();
+    }
+  }
+
+  // The row that was started; -infinity beyond its end.
+  __device__ __forceinline__ void read(float (&x)[kPerLane]) const {
+    copy_async_wait<0>();
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      Vector<T> vector;
+      const int k = first_class(i);
+      const bool there = !vectors || k < classes;
+      if (there) unpack(load_bytes(buffer + k, kSize, true), vector);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) x[i * kSize + j] = there ? vector.values[j] : -INFINITY;
+    }
+  }
+
+  // Whether this lane holds the class, which then may be read from the buffer until the next row is started.
+  __device__ __forceinline__ bool holds(int k) const { return k >= 0 && k / kSize % kWarpSize == lane; }
+
+  // A vector of the gradient; without vectors, into the buffer.
+  __device__ __forceinline__ void write(int64_t row, int i, const Vector<T>& vector) const {
+    const int k = first_class(i);
+    if (!vectors) {
+      store_vector(buffer + k, kSize, true, vector);
+    } else if (k < classes) {
+      store_streaming(static_cast<T*>(p.grad_logits) + row * classes + k, pack(vector).words);
+    }
+  }
+
+  // Copies a gradient that was written into the buffer.
+  __device__ __forceinline__ void flush(int64_t row) const {
+    T* grad = static_cast<T*>(p.grad_logits) + row * classes;
+    warp_barrier();
+#pragma unroll 8
+    for (int k = lane; k < classes; k += kWarpSize) grad[k] = buffer[k];
+  }
+};
+
+// Blocks of the warp kernels that a multiprocessor must have room for.
+template <typename T>
+constexpr int resident_blocks(int vectors) {
+  return vectors * Vector<T>::kSize <= 8 ? 2 : 1;
+}
+
+template <typename T, int kVectors>
+__global__ void __launch_bounds__(kThreads, resident_blocks<T>(kVectors)) forward_warp_kernel(ForwardParams params) {
+  using Rows = WarpRows<T, kVectors>;
+  wait_for_previous_kernel();
+  const SoftmaxEntropyArgs& p = params.args;
+  const Rows rows(p, params.vectors, kernel_memory(p.classes));
+  const int classes = rows.classes, lane = rows.lane, columns = classes + kExtra;
+  const int64_t step = int64_t{gridDim.x} * warp_count();
+  int64_t row = int64_t{warp_index()} * gridDim.x + blockIdx.x;
+  if (row < p.rows) rows.start(row);
+  float share[Rows::kPerLane] = {};
+  float entropy = 0.0f, cross_entropy = 0.0f;
+  for (; row < p.rows; row += step) {
+    int64_t label = -1;
+    const bool labeled = carries_label(p, row, label);
+    float e[Rows::kPerLane];
+    rows.read(e);
+    const int own = class_or_none(p, labeled, label);
+    const float own_logit = rows.holds(own) ? to_float(rows.buffer[own]) : 0.0f;
+    if (row + step < p.rows) rows.start(row + step);
+    float max = e[0], s = 0.0f, u = 0.0f;
+#pragma unroll
+    for (int i = 1; i < Rows::kPerLane; ++i) max = fmaxf(max, e[i]);
+    max = warp_max(max);
+#pragma unroll
+    for (int i = 0; i < Rows::kPerLane; ++i) {
+      const float d = e[i] - max;
+      e[i] = exponential(d);
+      s += e[i];
+      u += finite(d) * e[i];
+    }
+    s = warp_sum(s);
+    u = warp_sum(u);
+    const float inverse = reciprocal(s), log_s = logf(s);
+#pragma unroll
+    for (int i = 0; i < Rows::kPerLane; ++i) share[i] += e[i] * inverse;
+    if (rows.holds(own)) cross_entropy += log_s - (own_logit - max);
+    if (lane == 0) {
+      entropy += log_s - u * inverse;
+      p.log_normalizer[row] = log_s;
+      if (labeled && own < 0) cross_entropy = not_a_number();
+    }
+  }
+  cross_entropy = warp_sum(cross_entropy);
+  // The warps' shares in shared memory, then added in order.
+  block_barrier();
+  float* shares = reinterpret_cast<float*>(kernel_memory(classes));  // [warps, columns]
+  float* mine = shares + warp_index() * columns;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+#pragma unroll
+    for (int j = 0; j < Rows::kSize; ++j) {
+      if (rows.first_class(i) + j < classes) mine[rows.first_class(i) + j] = share[i * Rows::kSize + j];
+    }
+  }
+  if (lane == 0) {
+    mine[classes] = entropy;
+    mine[classes + 1] = cross_entropy;
+  }
+  block_barrier();
+  float* out = block_share(params);
+  for (int column = static_cast<int>(threadIdx.x); column < columns; column += static_cast<int>(blockDim.x)) {
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int w = 0; w < warp_count(); ++w) sum += shares[w * columns + column];
+    out[column] = sum;
+  }
+  finish(params, gridDim.x == 1 ? out : params.shares);
+}
+
+template <typename T, int kVectors>
+__global__ void __launch_bounds__(kThreads, resident_blocks<T>(kVectors)) backward_warp_kernel(BackwardParams params) {
+  using Rows = WarpRows<T, kVectors>;
+  wait_for_previous_kernel();
+  const SoftmaxEntropyArgs& p = params.args;
+  float* of_mean = static_cast<float*>(shared_memory());  // [kCapacity], zeros beyond the classes
+  const Rows rows(p, params.vectors, reinterpret_cast<unsigned char*>(of_mean + Rows::kCapacity));
+  const int64_t step = int64_t{gridDim.x} * warp_count();
+  int64_t row = p.rows - 1 - (int64_t{warp_index()} * gridDim.x + blockIdx.x);
+  if (row >= 0) rows.start(row);
+  const Gradients g(p);
+  for (int k = static_cast<int>(threadIdx.x); k < Rows::kCapacity; k += static_cast<int>(blockDim.x)) {
+    of_mean[k] = k < rows.classes ? g.of_mean(p.mean_probabilities[k]) : 0.0f;
+  }
+  block_barrier();
+  for (; row >= 0; row -= step) {
+    int64_t label = -1;
+    const bool labeled = carries_label(p, row, label);
+    float x[Rows::kPerLane];
+    rows.read(x);
+    if (params.vectors && row >= step) rows.start(row - step);
+    float max = x[0], s = 0.0f, mean_t = 0.0f;
+#pragma unroll
+    for (int i = 1; i < Rows::kPerLane; ++i) max = fmaxf(max, x[i]);
+    max = warp_max(max);
+    const auto of_means = [&](int i, float (&values)[Rows::kSize]) {
+#pragma unroll
+      for (int j = 0; j < Rows::kSize; j += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(of_mean + rows.first_class(i) + j);
+        values[j] = four.x, values[j + 1] = four.y, values[j + 2] = four.z, values[j + 3] = four.w;
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      float means[Rows::kSize];
+      of_means(i, means);
+#pragma unroll
+      for (int j = 0; j < Rows::kSize; ++j) {
+        float& d = x[i * Rows::kSize + j];
+        d -= max;
+        const float e = exponential(d);
+        s += e;
+        mean_t += e * g.t(d, means[j]);
+      }
+    }
+    s = warp_sum(s);
+    mean_t = warp_sum(mean_t);
+    const float inverse = reciprocal(s), of_label = g.of_label(labeled), mean = mean_t * inverse + of_label;
+    const int own = class_or_none(p, labeled, label) - rows.lane * Rows::kSize;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      float means[Rows::kSize];
+      of_means(i, means);
+      Vector<T> grad;
+#pragma unroll
+      for (int j = 0; j < Rows::kSize; ++j) {
+        const float d = x[i * Rows::kSize + j];
+        grad.values[j] = exponential(d) * inverse * (mean - g.t(d, means[j])) -
+                         (own == i * kWarpSize * Rows::kSize + j ? of_label : 0.0f);
+      }
+      rows.write(row, i, grad);
+    }
+    if (!params.vectors) {
+      rows.flush(row);
+      if (row >= step) rows.start(row - step);
+    }
+  }
+}
+
+// ---- one block a row
+
+// Sum over the block's threads, in a fixed order; valid in every thread. `shared`: [kMaxWarps]
 __device__ float block_sum(float value, float* shared) {
   value = warp_sum(value);
-  if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
-  block_barrier();
-  float total = 0.0f;
-  if (threadIdx.x == 0) {
-    for (int warp = 0; warp < kWarps; ++warp) total += shared[warp];
-  }
-  block_barrier();
-  return total;
-}
-
-__device__ float block_max(float value, float* shared) {
-  value = warp_max(value);
-  if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
+  if (lane_index() == 0) shared[warp_index()] = value;
   block_barrier();
   value = shared[0];
-  for (int warp = 1; warp < kWarps; ++warp) value = fmaxf(value, shared[warp]);
+  for (int warp = 1; warp < warp_count(); ++warp) value += shared[warp];
   block_barrier();
   return value;
 }
 
-// Rows of a tile in shared memory, an odd number of floats apart: a thread walking its row meets no bank conflict.
-__device__ __forceinline__ int staged_stride(int64_t classes) { return static_cast<int>(classes) | 1; }
-
-template <typename T>
-__device__ void stage_rows(const SoftmaxEntropyArgs& p, const FastDivisor& classes, int64_t first_row, int rows,
-                           float* staged) {
-  const T* logits = static_cast<const T*>(p.logits);
-  const int k_count = static_cast<int>(p.classes);
-  for (int i = static_cast<int>(threadIdx.x); i < rows * k_count; i += kThreads) {
-    const int row = classes.divide(i), k = i - row * k_count;
-    staged[row * staged_stride(p.classes) + k] = to_float(logits[(first_row + row) * p.row_stride + k]);
-  }
-}
-
-template <typename T, int kMaxClasses>
-__global__ void __launch_bounds__(kThreads) forward_thread_kernel(ForwardParams params) {
-  wait_for_previous_kernel();
-  const SoftmaxEntropyArgs& p = params.args;
-  float* staged = static_cast<float*>(shared_memory());
-  const int k_count = static_cast<int>(p.classes), thread = static_cast<int>(threadIdx.x);
-  float share[kMaxClasses] = {};
-  float entropy = 0.0f, cross_entropy = 0.0f;
-  for (int64_t first = int64_t{blockIdx.x} * kThreads; first < p.rows; first += int64_t{gridDim.x} * kThreads) {
-    const int rows = p.rows - first < kThreads ? static_cast<int>(p.rows - first) : kThreads;
-    stage_rows<T>(p, params.classes, first, rows, staged);
-    block_barrier();
-    if (thread < rows) {
-      const float* row = staged + thread * staged_stride(p.classes);
-      float d[kMaxClasses], max = row[0];
-#pragma unroll
-      for (int k = 0; k < kMaxClasses; ++k) {
-        d[k] = k < k_count ? row[k] : 0.0f;
-        if (k < k_count) max = fmaxf(max, d[k]);
-      }
-      float s = 0.0f, u = 0.0f;
-#pragma unroll
-      for (int k = 0; k < kMaxClasses; ++k) {
-        if (k < k_count) {
-          const float e = expf(d[k] - max);
-          s += e;
-          u += weighted(d[k] - max, e);
-          d[k] = e;
-        }
-      }
-      const float inverse = 1.0f / s, log_s = logf(s);
-#pragma unroll
-      for (int k = 0; k < kMaxClasses; ++k) {
-        if (k < k_count) share[k] += d[k] * inverse;
-      }
-      entropy += log_s - u * inverse;
-      p.log_normalizer[first + thread] = log_s;
-      int64_t label;
-      if (carries_label(p, first + thread, label)) {
-        cross_entropy += out_of_range(p, label) ? not_a_number() : log_s - (row[label] - max);
-      }
-    }
-    block_barrier();
-  }
-  float* out = params.shares + int64_t{blockIdx.x} * (p.classes + kExtra);
-#pragma unroll
-  for (int k = 0; k < kMaxClasses; ++k) {
-    if (k < k_count) {
-      const float sum = block_sum(share[k], staged);
-      if (thread == 0) out[k] = sum;
-    }
-  }
-  const float entropy_sum = block_sum(entropy, staged), cross_entropy_sum = block_sum(cross_entropy, staged);
-  if (thread == 0) {
-    out[k_count] = entropy_sum;
-    out[k_count + 1] = cross_entropy_sum;
-  }
-  finish(params);
-}
-
-// What one lane holds of its warp's row: e^d and d for classes lane + 32 i; s, u and log s of the whole row.
-template <int kPerLane>
-struct WarpRow {
-  float d[kPerLane], e[kPerLane];
-  float s, u;
-
-  template <typename T>
-  __device__ WarpRow(const T* row, int classes, int lane) {
-    float max = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int k = lane + i * kWarpSize;
-      d[i] = k < classes ? to_float(row[k]) : -INFINITY;
-      max = fmaxf(max, d[i]);
-    }
-    max = warp_max(max);
-    s = u = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      d[i] -= max;
-      e[i] = lane + i * kWarpSize < classes ? expf(d[i]) : 0.0f;
-      s += e[i];
-      u += weighted(d[i], e[i]);
-    }
-    s = warp_sum(s);
-    u = warp_sum(u);
-  }
-};
-
-template <typename T, int kPerLane>
-__global__ void __launch_bounds__(kThreads) forward_warp_kernel(ForwardParams params) {
-  wait_for_previous_kernel();
-  const SoftmaxEntropyArgs& p = params.args;
-  const int classes = static_cast<int>(p.classes);
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const T* logits = static_cast<const T*>(p.logits);
-  float share[kPerLane] = {};
-  float entropy = 0.0f, cross_entropy = 0.0f;
-  for (int64_t row = int64_t{blockIdx.x} * kWarps + warp; row < p.rows; row += int64_t{gridDim.x} * kWarps) {
-    const WarpRow<kPerLane> r(logits + row * p.row_stride, classes, lane);
-    const float inverse = 1.0f / r.s, log_s = logf(r.s);
-    int64_t label = -1;
-    const bool labeled = carries_label(p, row, label);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      share[i] += r.e[i] * inverse;
-      if (labeled && label == lane + i * kWarpSize && label < classes) cross_entropy += log_s - r.d[i];
-    }
-    if (lane == 0) {
-      entropy += log_s - r.u * inverse;
-      p.log_normalizer[row] = log_s;
-      if (labeled && out_of_range(p, label)) cross_entropy = not_a_number();
-    }
-  }
-  // Each warp's share in shared memory, then added over the warps in order.
-  float* shared = static_cast<float*>(shared_memory());
-  float* out = params.shares + int64_t{blockIdx.x} * (p.classes + kExtra);
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int k = lane + i * kWarpSize;
-    if (k < classes) shared[warp * classes + k] = share[i];
-  }
+__device__ float block_max(float value, float* shared) {
+  value = warp_max(value);
+  if (lane_index() == 0) shared[warp_index()] = value;
   block_barrier();
-  for (int k = static_cast<int>(threadIdx.x); k < classes; k += kThreads) {
-    float sum = 0.0f;
-    for (int w = 0; w < kWarps; ++w) sum += shared[w * classes + k];
-    out[k] = sum;
-  }
+  value = shared[0];
+  for (int warp = 1; warp < warp_count(); ++warp) value = fmaxf(value, shared[warp]);
   block_barrier();
-  const float entropy_sum = block_sum(entropy, shared), cross_entropy_sum = block_sum(cross_entropy, shared);
-  if (threadIdx.x == 0) {
-    out[classes] = entropy_sum;
-    out[classes + 1] = cross_entropy_sum;
-  }
-  finish(params);
-}
-
-// Max and the two sums of a row that a whole block walks; valid in every thread. `shared`: [kWarps + 2]
-template <typename T>
-__device__ void block_row(const T* row, int64_t classes, float* shared, float& max, float& s, float& u) {
-  max = -INFINITY;
-  for (int64_t k = threadIdx.x; k < classes; k += kThreads) max = fmaxf(max, to_float(row[k]));
-  max = block_max(max, shared);
-  s = u = 0.0f;
-  for (int64_t k = threadIdx.x; k < classes; k += kThreads) {
-    const float d = to_float(row[k]) - max, e = expf(d);
-    s += e;
-    u += weighted(d, e);
-  }
-  s = block_sum(s, shared);
-  u = block_sum(u, shared);
-  if (threadIdx.x == 0) {
-    shared[kWarps] = s;
-    shared[kWarps + 1] = u;
-  }
-  block_barrier();
-  s = shared[kWarps];
-  u = shared[kWarps + 1];
+  return value;
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) forward_block_kernel(ForwardParams params) {
+__device__ float block_row_max(const T* row, int64_t classes, float* shared) {
+  float max = -INFINITY;
+  for (int64_t k = threadIdx.x; k < classes; k += kRowThreads) max = fmaxf(max, to_float(row[k]));
+  return block_max(max, shared);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads) forward_block_kernel(ForwardParams params) {
   wait_for_previous_kernel();
   const SoftmaxEntropyArgs& p = params.args;
   float* shared = static_cast<float*>(shared_memory());
@@ -318,12 +680,19 @@ __global__ void __launch_bounds__(kThreads) forward_block_kernel(ForwardParams p
   float entropy = 0.0f, cross_entropy = 0.0f;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
-    float max, s, u;
-    block_row(logits, p.classes, shared, max, s, u);
-    const float inverse = 1.0f / s, log_s = logf(s);
+    const float max = block_row_max(logits, p.classes, shared);
+    float s = 0.0f, u = 0.0f;
+    for (int64_t k = threadIdx.x; k < p.classes; k += kRowThreads) {
+      const float d = to_float(logits[k]) - max, e = exponential(d);
+      s += e;
+      u += finite(d) * e;
+    }
+    s = block_sum(s, shared);
+    u = block_sum(u, shared);
+    const float inverse = reciprocal(s), log_s = logf(s);
     const bool first = row == blockIdx.x;
-    for (int64_t k = threadIdx.x; k < p.classes; k += kThreads) {
-      const float probability = expf(to_float(logits[k]) - max) * inverse;
+    for (int64_t k = threadIdx.x; k < p.classes; k += kRowThreads) {
+      const float probability = exponential(to_float(logits[k]) - max) * inverse;
       out[k] = first ? probability : out[k] + probability;
     }
     if (threadIdx.x == 0) {
@@ -339,128 +708,11 @@ __global__ void __launch_bounds__(kThreads) forward_block_kernel(ForwardParams p
     out[p.classes] = entropy;
     out[p.classes + 1] = cross_entropy;
   }
-  finish(params);
-}
-
-// The gradient of a logit is p (sum_j p_j t_j - t) / N + g_ce (p - [k = label]) / count,
-// with t_k = g_conditional log p_k + g_marginal log q_k.
-struct Gradients {
-  float conditional, marginal, cross_entropy;
-
-  __device__ explicit Gradients(const SoftmaxEntropyArgs& p) {
-    const float rows = static_cast<float>(p.rows);
-    conditional = p.grad_conditional != nullptr ? *p.grad_conditional / rows : 0.0f;
-    marginal = p.grad_marginal != nullptr ? *p.grad_marginal / rows : 0.0f;
-    const int64_t count = p.labels != nullptr ? *p.label_count : 0;
-    cross_entropy =
-        p.grad_cross_entropy != nullptr && count > 0 ? *p.grad_cross_entropy / static_cast<float>(count) : 0.0f;
-  }
-
-  // log_p: clamped, so that 0 log 0 = 0
-  __device__ float t(float log_p, float log_q) const { return conditional * fmaxf(log_p, -1e30f) + marginal * log_q; }
-
-  __device__ float logit(float probability, float t_k, float mean_t, bool labeled, bool is_label) const {
-    const float entropy = probability * (mean_t - t_k);
-    return labeled ? entropy + cross_entropy * (probability - (is_label ? 1.0f : 0.0f)) : entropy;
-  }
-};
-
-__device__ __forceinline__ float log_or_zero(float q) { return q == 0.0f ? 0.0f : logf(q); }
-
-struct BackwardParams {
-  SoftmaxEntropyArgs args;
-  FastDivisor classes;
-};
-
-template <typename T, int kMaxClasses>
-__global__ void __launch_bounds__(kThreads) backward_thread_kernel(BackwardParams params) {
-  wait_for_previous_kernel();
-  const SoftmaxEntropyArgs& p = params.args;
-  float* staged = static_cast<float*>(shared_memory());
-  const int k_count = static_cast<int>(p.classes), thread = static_cast<int>(threadIdx.x);
-  const int stride = staged_stride(p.classes);
-  const Gradients g(p);
-  float* log_q = staged + kThreads * stride;
-  if (thread < k_count) log_q[thread] = log_or_zero(p.mean_probabilities[thread]);
-  const int64_t first = int64_t{blockIdx.x} * kThreads;
-  const int rows = p.rows - first < kThreads ? static_cast<int>(p.rows - first) : kThreads;
-  stage_rows<T>(p, params.classes, first, rows, staged);
-  block_barrier();
-  if (thread < rows) {
-    float* row = staged + thread * stride;
-    float d[kMaxClasses], e[kMaxClasses], max = row[0], s = 0.0f;
-#pragma unroll
-    for (int k = 0; k < kMaxClasses; ++k) {
-      d[k] = k < k_count ? row[k] : 0.0f;
-      if (k < k_count) max = fmaxf(max, d[k]);
-    }
-#pragma unroll
-    for (int k = 0; k < kMaxClasses; ++k) {
-      d[k] -= max;
-      e[k] = k < k_count ? expf(d[k]) : 0.0f;
-      s += e[k];
-    }
-    const float inverse = 1.0f / s, log_s = logf(s);
-    float mean_t = 0.0f;
-#pragma unroll
-    for (int k = 0; k < kMaxClasses; ++k) {
-      e[k] *= inverse;
-      d[k] = k < k_count ? g.t(d[k] - log_s, log_q[k]) : 0.0f;
-      mean_t += e[k] * d[k];
-    }
-    int64_t label = -1;
-    const bool labeled = carries_label(p, first + thread, label);
-#pragma unroll
-    for (int k = 0; k < kMaxClasses; ++k) {
-      if (k < k_count) row[k] = g.logit(e[k], d[k], mean_t, labeled, k == label);
-    }
-  }
-  block_barrier();
-  T* grad = static_cast<T*>(p.grad_logits) + first * p.classes;
-  for (int i = thread; i < rows * k_count; i += kThreads) {
-    const int row = params.classes.divide(i);
-    from_float(staged[row * stride + i - row * k_count], grad[i]);
-  }
-}
-
-template <typename T, int kPerLane>
-__global__ void __launch_bounds__(kThreads) backward_warp_kernel(BackwardParams params) {
-  wait_for_previous_kernel();
-  const SoftmaxEntropyArgs& p = params.args;
-  const int classes = static_cast<int>(p.classes);
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const T* logits = static_cast<const T*>(p.logits);
-  T* grad = static_cast<T*>(p.grad_logits);
-  const Gradients g(p);
-  float log_q[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int k = lane + i * kWarpSize;
-    log_q[i] = k < classes ? log_or_zero(p.mean_probabilities[k]) : 0.0f;
-  }
-  for (int64_t row = int64_t{blockIdx.x} * kWarps + warp; row < p.rows; row += int64_t{gridDim.x} * kWarps) {
-    WarpRow<kPerLane> r(logits + row * p.row_stride, classes, lane);
-    const float inverse = 1.0f / r.s, log_s = logf(r.s);
-    float mean_t = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      r.e[i] *= inverse;
-      r.d[i] = g.t(r.d[i] - log_s, log_q[i]);
-      mean_t += r.e[i] * r.d[i];
-    }
-    mean_t = warp_sum(mean_t);
-    int64_t label = -1;
-    const bool labeled = carries_label(p, row, label);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int k = lane + i * kWarpSize;
-      if (k < classes) from_float(g.logit(r.e[i], r.d[i], mean_t, labeled, k == label), grad[row * classes + k]);
-    }
-  }
+  finish(params, params.shares);
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) backward_block_kernel(BackwardParams params) {
+__global__ void __launch_bounds__(kRowThreads) backward_block_kernel(BackwardParams params) {
   wait_for_previous_kernel();
   const SoftmaxEntropyArgs& p = params.args;
   float* shared = static_cast<float*>(shared_memory());
@@ -468,39 +720,67 @@ __global__ void __launch_bounds__(kThreads) backward_block_kernel(BackwardParams
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
     T* grad = static_cast<T*>(p.grad_logits) + row * p.classes;
-    float max, s, u;
-    block_row(logits, p.classes, shared, max, s, u);
-    const float inverse = 1.0f / s, log_s = logf(s);
-    float mean_t = 0.0f;
-    for (int64_t k = threadIdx.x; k < p.classes; k += kThreads) {
-      const float d = to_float(logits[k]) - max;
-      mean_t += expf(d) * inverse * g.t(d - log_s, log_or_zero(p.mean_probabilities[k]));
+    const float max = block_row_max(logits, p.classes, shared);
+    float s = 0.0f, mean_t = 0.0f;
+    for (int64_t k = threadIdx.x; k < p.classes; k += kRowThreads) {
+      const float d = to_float(logits[k]) - max, e = exponential(d);
+      s += e;
+      mean_t += e * g.t(d, g.of_mean(p.mean_probabilities[k]));
     }
+    s = block_sum(s, shared);
     mean_t = block_sum(mean_t, shared);
-    if (threadIdx.x == 0) shared[kWarps] = mean_t;
-    block_barrier();
-    mean_t = shared[kWarps];
     int64_t label = -1;
     const bool labeled = carries_label(p, row, label);
-    for (int64_t k = threadIdx.x; k < p.classes; k += kThreads) {
-      const float d = to_float(logits[k]) - max;
-      const float t = g.t(d - log_s, log_or_zero(p.mean_probabilities[k]));
-      from_float(g.logit(expf(d) * inverse, t, mean_t, labeled, k == label), grad[k]);
+    const float inverse = reciprocal(s), of_label = g.of_label(labeled), mean = mean_t * inverse + of_label;
+    for (int64_t k = threadIdx.x; k < p.classes; k += kRowThreads) {
+      const float d = to_float(logits[k]) - max, t = g.t(d, g.of_mean(p.mean_probabilities[k]));
+      from_float(exponential(d) * inverse * (mean - t) - (labeled && k == label ? of_label : 0.0f), grad[k]);
     }
-    block_barrier();
   }
 }
 
-int64_t rows_per_block(int64_t classes) {
-  return classes <= kMaxThreadClasses ? kThreads : classes <= kMaxWarpClasses ? kWarps : 1;
+// ---- launch
+
+// What both directions launch alike.
+struct Plan {
+  bool thread_a_row, warp_a_row;
+  int threads;
+  unsigned blocks;
+
+  explicit Plan(const SoftmaxEntropyArgs& args)
+      : thread_a_row(args.classes <= kMaxThreadClasses),
+        warp_a_row(!thread_a_row && args.classes <= kMaxWarpClasses),
+        threads(kRowThreads) {
+    int64_t wanted = args.rows, resident = int64_t{args.multiprocessors} * 4;
+    if (thread_a_row || warp_a_row) {
+      const int64_t warps = thread_a_row ? divide_up(args.rows, kWarpSize) : args.rows;
+      threads = static_cast<int>(std::min<int64_t>(warps, kMaxWarps)) * kWarpSize;
+      wanted = divide_up(warps, threads / kWarpSize);
+      resident = int64_t{args.multiprocessors} * (warp_a_row && args.classes <= 256 ? 2 : 1);
+    }
+    blocks = static_cast<unsigned>(std::min(wanted, resident));
+  }
+};
+
+// Whether rows (one thread a row: tiles of rows) begin at multiples of 16 bytes and end there.
+bool reads_vectors(const SoftmaxEntropyArgs& args) {
+  if (!is_aligned16(args.logits)) return false;
+  if (args.classes <= kMaxThreadClasses) return args.row_stride == args.classes;
+  const int64_t size = size_of(args.type);
+  return args.row_stride * size % 16 == 0 && args.classes * size % 16 == 0;
 }
 
-// Blocks that are resident at once, or fewer.
-int64_t block_count(const SoftmaxEntropyArgs& args) {
-  return std::min<int64_t>(divide_up(args.rows, rows_per_block(args.classes)), int64_t{args.multiprocessors} * 4);
+// Of the tiles or rows in flight, kept in shared memory.
+template <typename T>
+size_t thread_bytes(const Plan& plan, int64_t classes) {
+  const int stages = (classes <= 10 ? Tiles<T, 10, false>::kStages : Tiles<T, kMaxThreadClasses, false>::kStages);
+  return static_cast<size_t>(plan.threads * classes) * stages * sizeof(T);
 }
 
-int64_t staged_floats(int64_t classes) { return kThreads * (classes | 1); }
+template <typename T>
+size_t warp_bytes(const Plan& plan, int64_t classes) {
+  return static_cast<size_t>(plan.threads) * (classes <= 256 ? 8 : 32) * sizeof(T);
+}
 
 template <typename F>
 cudaError_t dispatch(DataType type, const F& f) {
@@ -515,52 +795,60 @@ cudaError_t dispatch(DataType type, const F& f) {
 }  // namespace
 
 size_t softmax_entropy_workspace_bytes(const SoftmaxEntropyArgs& args) {
-  return 16 + static_cast<size_t>(block_count(args) * (args.classes + kExtra)) * sizeof(float);
+  return 16 + static_cast<size_t>(Plan(args).blocks * (args.classes + kExtra)) * sizeof(float);
 }
 
 cudaError_t softmax_entropy_forward_launch(const SoftmaxEntropyArgs& args, cudaStream_t stream) {
   const int64_t classes = args.classes;
-  const dim3 grid(static_cast<unsigned>(block_count(args)));
-  const ForwardParams params{args, FastDivisor(classes), static_cast<float*>(args.workspace) + 4,
+  const Plan plan(args);
+  const ForwardParams params{args, FastDivisor(classes), reads_vectors(args), static_cast<float*>(args.workspace) + 4,
                              static_cast<unsigned*>(args.workspace)};
-  if (grid.x > 1) {
+  if (plan.blocks > 1) {
     const cudaError_t error = clear_async(params.counter, sizeof(unsigned), stream);
     if (error != cudaSuccess) return error;
   }
-  const size_t finish_bytes = kThreads * sizeof(double);
+  const size_t common_bytes = kFinishBytes + share_bytes(classes), columns = classes + kExtra;
   return dispatch(args.type, [&](auto zero) {
     using T = decltype(zero);
-    if (classes <= kMaxThreadClasses) {
-      const size_t bytes = std::max(finish_bytes, staged_floats(classes) * sizeof(float));
-      return launch(classes <= 10 ? forward_thread_kernel<T, 10> : forward_thread_kernel<T, kMaxThreadClasses>, grid,
-                    kThreads, bytes, stream, params);
+    constexpr int kSize = Vector<T>::kSize;
+    const auto run = [&](void (*kernel)(ForwardParams), size_t bytes) {
+      return launch(kernel, plan.blocks, plan.threads, bytes, stream, params);
+    };
+    if (plan.thread_a_row) {
+      const size_t bytes =
+          common_bytes + std::max(thread_bytes<T>(plan, classes), plan.threads * columns * sizeof(float));
+      if (classes == 10) return run(forward_thread_kernel<T, 10, true>, bytes);
+      return run(classes < 10 ? forward_thread_kernel<T, 10, false> : forward_thread_kernel<T, 20, false>, bytes);
     }
-    if (classes <= kMaxWarpClasses) {
-      const size_t bytes = std::max(finish_bytes, static_cast<size_t>(kWarps * classes) * sizeof(float));
-      return launch(classes <= 256 ? forward_warp_kernel<T, 8> : forward_warp_kernel<T, 32>, grid, kThreads, bytes,
-                    stream, params);
+    if (plan.warp_a_row) {
+      const size_t bytes =
+          common_bytes + std::max(warp_bytes<T>(plan, classes), plan.threads / kWarpSize * columns * sizeof(float));
+      return run(classes <= 256 ? forward_warp_kernel<T, 8 / kSize> : forward_warp_kernel<T, 32 / kSize>, bytes);
     }
-    return launch(forward_block_kernel<T>, grid, kThreads, finish_bytes, stream, params);
+    return run(forward_block_kernel<T>, kFinishBytes);
   });
 }
 
 cudaError_t softmax_entropy_backward_launch(const SoftmaxEntropyArgs& args, cudaStream_t stream) {
   const int64_t classes = args.classes;
-  const BackwardParams params{args, FastDivisor(classes)};
+  const Plan plan(args);
+  const BackwardParams params{args, FastDivisor(classes), reads_vectors(args) && is_aligned16(args.grad_logits)};
   return dispatch(args.type, [&](auto zero) {
     using T = decltype(zero);
-    if (classes <= kMaxThreadClasses) {
-      const dim3 grid(static_cast<unsigned>(divide_up(args.rows, kThreads)));
-      const size_t bytes = (staged_floats(classes) + classes) * sizeof(float);
-      return launch(classes <= 10 ? backward_thread_kernel<T, 10> : backward_thread_kernel<T, kMaxThreadClasses>, grid,
-                    kThreads, bytes, stream, params);
+    constexpr int kSize = Vector<T>::kSize;
+    const auto run = [&](void (*kernel)(BackwardParams), size_t bytes) {
+      return launch(kernel, plan.blocks, plan.threads, bytes, stream, params);
+    };
+    if (plan.thread_a_row) {
+      const size_t bytes = kFinishBytes + share_bytes(classes) + thread_bytes<T>(plan, classes);
+      if (classes == 10) return run(backward_thread_kernel<T, 10, true>, bytes);
+      return run(classes < 10 ? backward_thread_kernel<T, 10, false> : backward_thread_kernel<T, 20, false>, bytes);
     }
-    const dim3 grid(static_cast<unsigned>(block_count(args)));
-    if (classes <= kMaxWarpClasses) {
-      return launch(classes <= 256 ? backward_warp_kernel<T, 8> : backward_warp_kernel<T, 32>, grid, kThreads, 0,
-                    stream, params);
+    if (plan.warp_a_row) {
+      const size_t bytes = warp_bytes<T>(plan, classes) + (classes <= 256 ? 256 : 1024) * sizeof(float);
+      return run(classes <= 256 ? backward_warp_kernel<T, 8 / kSize> : backward_warp_kernel<T, 32 / kSize>, bytes);
     }
-    return launch(backward_block_kernel<T>, grid, kThreads, (kWarps + 2) * sizeof(float), stream, params);
+    return run(backward_block_kernel<T>, kFinishBytes);
   });
 }
 

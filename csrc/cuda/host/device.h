@@ -27,11 +27,12 @@ inline cudaError_t clear_async(void* memory, size_t bytes, cudaStream_t) {
 inline unsigned atomic_increment(unsigned* counter) { return (*counter)++; }
 inline void device_fence() {}
 
-inline float shuffle_xor(float value, int mask) {
+template <typename Value>
+Value shuffle_xor(Value value, int mask) {
   struct Operand {
-    float value, result;
+    Value value, result;
     int mask;
-  } operand{value, 0.0f, mask};
+  } operand{value, Value{}, mask};
   warp_collective(&operand, [](void* const operands[32]) {
     for (int lane = 0; lane < 32; ++lane) {
       Operand& mine = *static_cast<Operand*>(operands[lane]);

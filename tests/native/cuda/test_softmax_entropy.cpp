@@ -1,5 +1,5 @@
 // softmax_entropy kernels against a float64 reference: one, few and many rows, 1 to 4096 classes, strided rows,
-// labels with ignored rows, extreme logits.
+// labels with ignored rows, extreme logits and logits of -infinity, rows that are and are not aligned to 16 bytes.
 #include "../../../csrc/cuda/softmax_entropy.h"
 
 #include "testing.h"
@@ -13,34 +13,43 @@ struct Case {
   int64_t rows, classes, row_stride;
   DataType type;
   bool with_labels;
-  double deviation;  // of the logits
+  double deviation;              // of the logits
+  bool misaligned = false;       // logits and gradient, from 16 bytes
+  bool with_infinities = false;  // some logits are -infinity, whose probability is 0
 
   std::string name() const {
     return "softmax_entropy [" + std::to_string(rows) + ", " + std::to_string(classes) + "] stride " +
            std::to_string(row_stride) + " " + name_of(type) + (with_labels ? " labels" : "") + " deviation " +
-           std::to_string(deviation);
+           std::to_string(deviation) + (misaligned ? " misaligned" : "") + (with_infinities ? " infinities" : "");
   }
 };
 
 void run(const Case& c) {
   const int64_t n = c.rows, k_count = c.classes;
-  const Values logits = random_values((n - 1) * c.row_stride + k_count, c.type, 0.0, c.deviation);
+  Values logits = random_values((n - 1) * c.row_stride + k_count, c.type, 0.0, c.deviation);
   DeviceVector<int64_t> labels(n), counts(1);
   int64_t& label_count = counts[0];
-  for (int64_t& label : labels) {
-    label = random_integer(0, 3) == 0 ? -100 : random_integer(0, k_count - 1);
-    label_count += label != -100;
+  for (int64_t i = 0; i < n; ++i) {
+    labels[i] = random_integer(0, 3) == 0 ? -100 : random_integer(0, k_count - 1);
+    label_count += labels[i] != -100;
+    if (!c.with_infinities) continue;
+    const int64_t kept = labels[i] < 0 ? random_integer(0, k_count - 1) : labels[i];
+    for (int64_t k = 0; k < k_count; ++k) {      if (k != kept && (k == 0 || random_integer(0, 2) == 0)) {
+        logits[i * c.row_stride + k] = -std::numeric_limits<double>::infinity();
+      }
+    }
   }
   const Values upstream = random_values(3, DataType::float32);
   std::vector<Buffer> outputs;
   under_every_schedule(c.name(), [&] {
-    Buffer input(c.type, logits), q(DataType::float32, k_count), log_normalizer(DataType::float32, n);
-    Buffer scalars(DataType::float32, 3), grad_scalars(DataType::float32, upstream), grad(c.type, n * k_count);
+    Buffer input(c.type, logits, c.misaligned), q(DataType::float32, k_count), log_normalizer(DataType::float32, n);
+    Buffer scalars(DataType::float32, 3), grad_scalars(DataType::float32, upstream);
+    Buffer grad(c.type, n * k_count, c.misaligned);
     SoftmaxEntropyArgs args;
     args.rows = n, args.classes = k_count, args.row_stride = c.row_stride, args.type = c.type;
     args.logits = input.data();
     if (c.with_labels) args.labels = labels.data(), args.label_count = counts.data();
-    args.multiprocessors = 1;  // four blocks: small inputs use several rows a block and the last-block merge
+    args.multiprocessors = 2;  // few blocks: small inputs use several rows a warp and the last-block merge
     Buffer workspace(DataType::float32, static_cast<int64_t>(softmax_entropy_workspace_bytes(args) / 4));
     args.workspace = workspace.data();
     args.mean_probabilities = q.floats(), args.log_normalizer = log_normalizer.floats();
@@ -66,7 +75,7 @@ void run(const Case& c) {
       log_p[i * k_count + k] = row[k] - max - std::log(s);
       p[i * k_count + k] = std::exp(log_p[i * k_count + k]);
       q[k] += p[i * k_count + k] / static_cast<double>(n);
-      scalars[0] -= p[i * k_count + k] * log_p[i * k_count + k] / static_cast<double>(n);
+      if (p[i * k_count + k] > 0) scalars[0] -= p[i * k_count + k] * log_p[i * k_count + k] / static_cast<double>(n);
     }
     if (c.with_labels && labels[i] >= 0) {
       scalars[2] -= log_p[i * k_count + labels[i]] / static_cast<double>(label_count);
@@ -76,7 +85,7 @@ void run(const Case& c) {
   for (int64_t i = 0; i < n; ++i) {
     double mean_t = 0;
     const auto t = [&](int64_t k) {
-      return upstream[0] * log_p[i * k_count + k] + upstream[1] * (q[k] > 0 ? std::log(q[k]) : 0.0);
+      return upstream[0] * std::max(log_p[i * k_count + k], -1e300) + upstream[1] * (q[k] > 0 ? std::log(q[k]) : 0.0);
     };
     for (int64_t k = 0; k < k_count; ++k) mean_t += p[i * k_count + k] * t(k);
     for (int64_t k = 0; k < k_count; ++k) {
@@ -96,10 +105,10 @@ void run(const Case& c) {
 
 // A label outside [0, classes) must not go unnoticed.
 void out_of_range_label_gives_nan() {
-  for (int64_t classes : {5, 40, 1100}) {
+  for (int64_t classes : {5, 10, 16, 40, 256, 1000, 1100}) {
     Buffer input(DataType::float32, random_values(2 * classes, DataType::float32));
     Buffer q(DataType::float32, classes), log_normalizer(DataType::float32, 2), scalars(DataType::float32, 3);
-    const DeviceVector<int64_t> labels{1, classes}, label_count{2};
+    const DeviceVector<int64_t> labels{1, classes == 40 ? (int64_t{1} << 32) + 1 : classes}, label_count{2};
     SoftmaxEntropyArgs args;
     args.rows = 2, args.classes = classes, args.row_stride = classes, args.logits = input.data();
     args.labels = labels.data(), args.label_count = label_count.data();
@@ -129,13 +138,28 @@ int main(int argc, char** argv) {
   };
   check({1, 2, 2, DataType::float32, true, 1.0});
   check({1, 1, 1, DataType::float32, false, 1.0});
-  check({1500, 10, 10, DataType::float32, true, 3.0});  // several tiles a block
+  check({100, 10, 10, DataType::float32, true, 3.0});  // one block
   check({300, 20, 23, DataType::bfloat16, true, 2.0});
   check({100, 10, 10, DataType::float32, false, 5000.0});  // one-hot rows: entropies of 0, nothing infinite
   check({50, 300, 300, DataType::float32, false, 5000.0});
   check({5, 4096, 4096, DataType::float32, true, 2.0});
   check({6, 1025, 1030, DataType::float16, true, 2.0});
   check({40, 1000, 1000, DataType::float32, true, 2.0});
+  check({5000, 10, 10, DataType::float32, true, 3.0});  // more tiles a warp than are in flight, the last one not full
+  check({2100, 16, 16, DataType::bfloat16, true, 3.0});
+  check({10, 1024, 1024, DataType::float16, true, 2.0});
+  for (int64_t classes : {1, 3, 6, 8, 10, 16, 20, 21, 24, 256, 257, 1000, 1024, 1025}) {
+    for (DataType type : {DataType::float32, DataType::bfloat16, DataType::float16}) {
+      const int64_t rows = classes <= 20 ? random_integer(33, 200) : random_integer(1, 80000 / classes < 70 ? 40 : 70);
+      check({rows, classes, classes, type, true, 1.0, random_integer(0, 3) == 0, true});
+      check({rows, classes, classes + random_choice({1, 8}), type, random_integer(0, 1) == 0, 1.0});
+    }
+  }
+  check({40, 21, 24, DataType::float32, true, 1.0});  // rows that begin at multiples of 16 bytes and do not end there
+  check({20, 257, 264, DataType::bfloat16, true, 1.0});
+  for (int64_t classes : {10, 16, 24, 1000}) {  // dense rows, misaligned arrays
+    check({70, classes, classes, random_choice({DataType::float32, DataType::bfloat16}), true, 1.0, true});
+  }
   for (int i = 0; i < 16; ++i) {
     Case c{};
     c.classes = random_choice({2, 3, 10, 11, 20, 21, 33, 100, 257, 1024});
