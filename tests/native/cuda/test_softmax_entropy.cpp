@@ -44,7 +44,8 @@ void run(const Case& c) {
   std::vector<Buffer> outputs;
   under_every_schedule(c.name(), [&] {
     Buffer input(c.type, logits, c.misaligned), q(DataType::float32, k_count), log_normalizer(DataType::float32, n);
-    Buffer scalars(DataType::float32, 3), grad_scalars(DataType::float32, upstream), grad(c.type, n * k_count, c.misaligned);
+    Buffer scalars(DataType::float32, 3), grad_scalars(DataType::float32, upstream);
+    Buffer grad(c.type, n * k_count, c.misaligned);
     SoftmaxEntropyArgs args;
     args.rows = n, args.classes = k_count, args.row_stride = c.row_stride, args.type = c.type;
     args.logits = input.data();
@@ -155,6 +156,8 @@ int main(int argc, char** argv) {
       check({rows, classes, classes + random_choice({1, 8}), type, random_integer(0, 1) == 0, 1.0});
     }
   }
+  check({40, 21, 24, DataType::float32, true, 1.0});  // rows that begin at multiples of 16 bytes and do not end there
+  check({20, 257, 264, DataType::bfloat16, true, 1.0});
   for (int64_t classes : {10, 16, 24, 1000}) {  // dense rows, misaligned arrays
     check({70, classes, classes, random_choice({DataType::float32, DataType::bfloat16}), true, 1.0, true});
   }
