@@ -187,7 +187,7 @@ def test_tensors_decide_the_device_not_the_current_one():
 
 @pytest.mark.parametrize("which", ["generator", "discriminator", "discriminator with a bias"])
 def test_large_outputs_are_computed_again_in_backward(which):
-    """Beyond kSavedBytes of csrc/ops/cuda_conv_stack_plan.h: 300 images are two parts of a first layer's output, of 256 and of 44."""
+    """Beyond kSavedBytes and kWholeBytes of csrc/ops/cuda_conv_stack_plan.h, with halves that are no whole tiles: 150 and 151."""
     torch.manual_seed(0)
     generator, discriminator = fastgan.models.dcgan(64, 3)
     network = generator if which == "generator" else discriminator
@@ -195,7 +195,7 @@ def test_large_outputs_are_computed_again_in_backward(which):
         first = next(m for m in network.modules() if isinstance(m, torch.nn.Conv2d))
         first.bias = torch.nn.Parameter(torch.randn(first.out_channels) * 0.1)
     network = network.cuda()
-    x = torch.rand(300, *((100, 1, 1) if which == "generator" else (3, 64, 64)), device="cuda") * 2 - 1
+    x = torch.rand(301, *((100, 1, 1) if which == "generator" else (3, 64, 64)), device="cuda") * 2 - 1
     exact = step(copy.deepcopy(network).double(), x.double())
     fused, bytes_saved = fastgan.fuse(copy.deepcopy(network)), []
     parameters = list(fused.parameters())
@@ -212,4 +212,5 @@ def test_large_outputs_are_computed_again_in_backward(which):
             del output
     for e, p, o in zip(exact, plain, ours, strict=True):
         assert (o.double() - e).norm() <= 2 * (p.double() - e).norm() + 1e-6 * e.norm()
-    assert bytes_saved[1] < 0.6 * bytes_saved[0]
+    # In units of the largest layer: 2.75 to 0.9 of a discriminator; 3.75 to 2 and twice the image, 0.2, of a generator.
+    assert bytes_saved[1] < 0.68 * bytes_saved[0]

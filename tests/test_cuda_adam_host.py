@@ -7,11 +7,19 @@ import subprocess
 
 import pytest
 import torch
-from test_cuda_host import ROOT, pytestmark  # noqa: F401
-from test_optim import SETTINGS, assert_close, gradients, parameters, set_gradients, steps_of
+from test_cuda_host import ROOT
+from test_cuda_host import pytestmark as host_marks
+from test_optim import (
+    SETTINGS, assert_close, check_that_operator_names_the_argument_at_fault, gradients, parameters, set_gradients, steps_of,
+)
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from fastgan import _extension, optim
+
+pytestmark = [
+    *host_marks,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/test_optim.py runs the kernel itself"),
+]
 
 FLAGS = (
     "-x c++ -std=c++20 -shared -DFASTGAN_CUDA_HOST -O1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Werror "
@@ -164,23 +172,4 @@ def test_backward_notices_that_a_saved_parameter_has_changed(launches):
 
 
 def test_operator_names_the_argument_at_fault(library):
-    def call(**changes):
-        tensors = {name: [torch.ones(2, 3)] for name in ("parameters", "gradients", "exp_avgs", "exp_avg_sqs")}
-        arguments = tensors | {"steps": [torch.zeros(())], "blocks_arrived": torch.zeros(1, dtype=torch.int32)} | changes
-        numbers = dict(lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled_weight_decay=False)
-        torch.ops.fastgan.adam_(**numbers, **arguments)
-
-    call()
-    for name, value, message in (
-        ("gradients", [], "gradients must be as many as parameters, 1, got 0"),
-        ("parameters", [torch.ones(2, 3).double()], "parameters must be float32 on cpu, got Double on cpu"),
-        ("parameters", [torch.ones(2, 6)[:, ::2]], r"parameters must be dense in memory, got shape \[2, 3\] with strides \[6, 2\]"),
-        ("exp_avgs", [torch.ones(3, 2).t()], "exp_avgs must have the shape and strides of its parameter"),
-        ("exp_avg_sqs", [torch.ones(2, 3).half()], "exp_avg_sqs must be float32"),
-        ("steps", [torch.ones(2)], r"steps must have one element, got shape \[2\]"),
-        ("blocks_arrived", torch.zeros(1), "blocks_arrived must be one int32 on cpu"),
-        ("found_inf", torch.zeros(2), "found_inf must have one element"),
-        ("lr_on_device", torch.zeros((), dtype=torch.float64), "lr_on_device must be float32 on cpu, got Double"),
-    ):
-        with pytest.raises(RuntimeError, match=f"adam_: {message}"):
-            call(**{name: value})
+    check_that_operator_names_the_argument_at_fault("cpu")

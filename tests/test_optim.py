@@ -43,6 +43,32 @@ def set_gradients(tensors, values):
         parameter.grad = gradient
 
 
+def check_that_operator_names_the_argument_at_fault(device):
+    place = torch.empty(0, device=device).device
+
+    def call(**changes):
+        tensors = {name: [torch.ones(2, 3)] for name in ("parameters", "gradients", "exp_avgs", "exp_avg_sqs")}
+        arguments = tensors | {"steps": [torch.zeros(())], "blocks_arrived": torch.zeros(1, dtype=torch.int32)} | changes
+        numbers = dict(lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled_weight_decay=False)
+        torch.ops.fastgan.adam_(**numbers, **arguments)
+
+    with torch.device(device):
+        call()
+        for name, value, message in (
+            ("gradients", [], "gradients must be as many as parameters, 1, got 0"),
+            ("parameters", [torch.ones(2, 3).double()], f"parameters must be float32 on {place}, got Double on {place}"),
+            ("parameters", [torch.ones(2, 6)[:, ::2]], r"parameters must be dense in memory, got shape \[2, 3\] with"),
+            ("exp_avgs", [torch.ones(3, 2).t()], "exp_avgs must have the shape and strides of its parameter"),
+            ("exp_avg_sqs", [torch.ones(2, 3).half()], "exp_avg_sqs must be float32"),
+            ("steps", [torch.ones(2)], r"steps must have one element, got shape \[2\]"),
+            ("blocks_arrived", torch.zeros(1), f"blocks_arrived must be one int32 on {place}"),
+            ("found_inf", torch.zeros(2), "found_inf must have one element"),
+            ("lr_on_device", torch.zeros((), dtype=torch.float64), f"lr_on_device must be float32 on {place}, got Double"),
+        ):
+            with pytest.raises(RuntimeError, match=f"adam_: {message}"):
+                call(**{name: value})
+
+
 def steps_of(optimizer, tensors, count, first=0):
     """Steps with the gradients of these numbers."""
     for number in range(first, first + count):
@@ -392,3 +418,8 @@ def test_gradients_in_other_strides_on_cuda_are_pytorchs():
         tensors[0].grad = tensors[0].grad.contiguous()
         optimizer.step()
     assert_close(ours, theirs, 1e-5)
+
+
+@needs_kernel
+def test_operator_on_cuda_names_the_argument_at_fault():
+    check_that_operator_names_the_argument_at_fault("cuda")

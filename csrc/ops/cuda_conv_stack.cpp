@@ -9,8 +9,8 @@
 // Backward needs, of every layer, the raw output where batch norm follows, and the activated output, which is the operand
 // of the next weight gradient; without batch norm the activation's derivative is taken from it. Raw outputs are saved.
 // Activated ones are saved where they are small; others are computed again, in memory that the layer's gradient then
-// takes: from the raw output by one pass, or, of a first layer without batch norm, by its convolution, for some images
-// after the other. The last layer's activated output is the operator's. Images are bfloat16 or float16, everything else
+// takes: from the raw output by one pass, or, of a first layer without batch norm, by its convolution, for half of the
+// images after the other. The last layer's activated output is the operator's. Images are bfloat16 or float16, everything else
 // float32.
 //
 // All launches are on the current stream, allocate through PyTorch and never synchronise: a CUDA graph can capture
@@ -355,26 +355,25 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
     return dy;
   };
 
-  // Whether the lowest two layers' gradients are computed together, part by part; see first_two_layers.
-  const bool in_parts = last > 0 && plan.layers[0].recomputed && !stack[0].has_batch_norm && wanted.lowest <= 1;
+  // Whether the lowest two layers' gradients are computed together; see first_two_layers.
+  const bool together = last > 0 && plan.layers[0].recomputed && !stack[0].has_batch_norm && wanted.lowest <= 1;
   std::vector<std::pair<int64_t, Conv4x4Direction>> packs;
   for (int64_t i = 0; i <= last; ++i)
     if (wants_input(i)) packs.emplace_back(i, plan.layers[i].backward);
-  if (in_parts) packs.emplace_back(0, plan.layers[0].forward);
+  if (together) packs.emplace_back(0, plan.layers[0].forward);
   const auto packs_in_order = launches.pack(plan, split, packs);
   std::vector<const void*> packed(stack.size());
-  for (size_t k = 0; k < packs.size() - in_parts; ++k) packed[packs[k].first] = packs_in_order[k];
+  for (size_t k = 0; k < packs.size() - together; ++k) packed[packs[k].first] = packs_in_order[k];
 
-  // Where the first layer's output is not saved: it is computed again for some images after the other, and used at
-  // once: for the second layer's weight gradient, as whose input gradient's memory it ends, and for its own.
+  // Where the first layer's output is not saved: it is computed again, for half of the images after the other, and
+  // used at once: for the second layer's weight gradient, as whose input gradient's memory it ends, and for its own.
   const auto first_two_layers = [&](const Tensor& dy) {
     const LayerPlan &first_layer = plan.layers[0], &second_layer = plan.layers[1];
     const Tensor images = input.contiguous(kChannelsLast);
-    const int sums = wants_input(1) ? sums_needed(0) : 0;  // over all images, so that these are one part then
+    const int sums = wants_input(1) ? sums_needed(0) : 0;  // over all images, which are taken at once then
     const int64_t batch = input.size(0), element = input.element_size();
     const int64_t output_bytes = first_layer.values() / batch * first_layer.channels() * element;
-    const int64_t parts = sums > 0 ? 1 : (batch * output_bytes + kPartBytes - 1) / kPartBytes;
-    const int64_t most = (batch + parts - 1) / parts;
+    const int64_t most = sums > 0 || batch * output_bytes <= kWholeBytes ? batch : (batch + 1) / 2;
     const Tensor memory = empty_images(input, first_layer.of(most));
     if (wants_input(0)) results[0] = at::empty(input.sizes(), input.options().memory_format(kChannelsLast));
     for (int64_t begin = 0; begin < batch; begin += most) {
@@ -409,7 +408,7 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
 
   Tensor dy = last_layer_backward(grad_output.contiguous(kChannelsLast));
   for (int64_t i = last; i >= wanted.lowest; --i) {
-    if (i == 1 && in_parts) {
+    if (i == 1 && together) {
       first_two_layers(dy);
       break;
     }

@@ -12,10 +12,10 @@ namespace fastgan {
 // What backward computes again instead of finding it saved: activated outputs of more bytes than this. Below it launches cost more
 // than memory is worth.
 #if defined(FASTGAN_CUDA_HOST)
-constexpr int64_t kSavedBytes = 2 << 10, kPartBytes = 4 << 10;  // so that tests meet both
+constexpr int64_t kSavedBytes = 2 << 10, kWholeBytes = 4 << 10;  // so that tests meet both
 #else
 constexpr int64_t kSavedBytes = 8 << 20;
-constexpr int64_t kPartBytes = 32 << 20;  // of a first layer's output, which is computed again part by part
+constexpr int64_t kWholeBytes = 32 << 20;  // a first layer's output beyond it is computed again half by half
 #endif
 
 struct LayerPlan {
