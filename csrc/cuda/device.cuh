@@ -83,10 +83,6 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_b
   return error != cudaSuccess ? error : last;
 }
 
-inline cudaError_t clear_async(void* memory, size_t bytes, cudaStream_t stream) {
-  return cudaMemsetAsync(memory, 0, bytes, stream);
-}
-
 __device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t float_to_bits(float value) { return __float_as_uint(value); }
 
@@ -128,6 +124,13 @@ __device__ __forceinline__ float reciprocal(float value) {
 __device__ __forceinline__ float exp2_approximate(float value) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
+// log2(value), from 1/2 to 2 within 2^-22, elsewhere to two units in the last place.
+__device__ __forceinline__ float log2_approximate(float value) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
   return result;
 }
 
@@ -208,7 +211,6 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
 using host::atomic_increment;
 using host::bits_to_float;
 using host::block_barrier;
-using host::clear_async;
 using host::copy_async_commit;
 using host::device_fence;
 using host::float_to_bits;
@@ -234,6 +236,7 @@ inline bool runs_hopper_code() { return false; }
 
 inline float reciprocal(float value) { return 1.0f / value; }
 inline float exp2_approximate(float value) { return std::exp2(value); }
+inline float log2_approximate(float value) { return std::log2(value); }
 inline void store_streaming(void* p, uint4 words) { *static_cast<uint4*>(p) = words; }
 inline float to_float(Half value) { return host::half_to_float(value.bits); }
 inline void from_float(float value, BFloat16& result) { result.bits = host::float_to_bfloat16(value); }
