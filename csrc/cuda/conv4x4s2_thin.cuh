@@ -94,6 +94,31 @@ __device__ __forceinline__ void fetch_image_rows(const ThinTiles& t, int tile, u
   }
 }
 
+// The image rows under a tile, copied ahead. The rows' words lie as in memory here, for an odd number of channels too.
+__device__ __forceinline__ void copy_image_rows(const ThinTiles& t, int tile, uint16_t* stage) {
+  int n;
+  const int first_row = 2 * thin_row_of_tile(t, tile, n) - 1;
+  const uint16_t* image = static_cast<const uint16_t*>(t.image) + int64_t{n} * t.large_height * t.row_elements;
+#pragma unroll
+  for (int i = 0; i < kThinFetches; ++i) {
+    const int index = static_cast<int>(threadIdx.x) + i * kThinThreads;
+    if (index >= t.words) continue;
+    const int row = t.pairs.divide(index), place = 2 * (index - row * static_cast<int>(t.pairs.divisor));
+    const int element = place - kThinMargin, h = first_row + row;
+    const bool row_exists = static_cast<unsigned>(h) < static_cast<unsigned>(t.large_height);
+    const bool first = row_exists && static_cast<unsigned>(element) < static_cast<unsigned>(t.row_elements);
+    const int64_t offset = int64_t{h} * t.row_elements + element;
+    uint16_t* pair = stage + row * t.row_stride + place;
+    if (t.paired) {
+      copy_async_word(pair, first ? image + offset : image, first);
+    } else {
+      const bool second = row_exists && static_cast<unsigned>(element + 1) < static_cast<unsigned>(t.row_elements);
+      pair[0] = first ? image[offset] : uint16_t{0};
+      pair[1] = second ? image[offset + 1] : uint16_t{0};
+    }
+  }
+}
+
 // With an odd number of channels rows are staged one element further on, so that windows start at even offsets.
 template <int kChannels>
 __device__ __forceinline__ void store_image_rows(const ThinTiles& t, const uint32_t (&fetched)[kThinFetches],
@@ -671,7 +696,7 @@ struct ThinWeightGradientParams {
   float* partial;  // [splits, small_channels, 16, channels]
 };
 
-constexpr int kThinStages = 4;                        // of the small grid's tiles
+constexpr int kThinStages = 4;                        // of tiles
 constexpr int kThinRowBytes = kThinColumns * 2 + 16;  // of a pixel: without conflicts for ldmatrix.trans
 constexpr int kThinStageBytes = kThinPixels * kThinRowBytes;
 
@@ -693,12 +718,12 @@ __global__ void __launch_bounds__(kThinThreads, 1) thin_weight_gradient_kernel(T
   int windows[4], elements[kTiles];  // of the lane's pixels and columns in a fragment of windows
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    windows[r] = staged_window<kChannels>(tiles, warp * 16 + member * 2 + r % 2 + r / 2 * 8);
+    windows[r] = staged_window<kChannels>(tiles, warp * 16 + member * 2 + r % 2 + r / 2 * 8) - kChannels % 2;
   }
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) elements[j] = staged_element<kChannels>(tiles, j * 8 + group);
 
-  const auto load_small = [&](int tile, int stage) {
+  const auto load_ahead = [&](int tile, int stage) {
     if (tile < tiles.tiles) {
       int count;
       const int64_t first_pixel = thin_pixels(tiles, tile, count);
@@ -709,23 +734,20 @@ __global__ void __launch_bounds__(kThinThreads, 1) thin_weight_gradient_kernel(T
                        (m < count ? (first_pixel + m) * p.small_channels + block_channel + chunk * 8 : 0);
         copy_async(small_stages + stage * kThinStageBytes + m * kThinRowBytes + chunk * 16, row, m < count);
       }
+      copy_image_rows(tiles, tile, image_stages + stage * image_stage_elements);
     }
     copy_async_commit();
   };
 
   float sums[4][kTiles][4] = {};
-  uint32_t fetched[kThinFetches];
   const int first_tile = static_cast<int>(blockIdx.x), tile_step = static_cast<int>(gridDim.x);
-  fetch_image_rows(tiles, first_tile, fetched);
-  for (int i = 0; i < kThinStages - 1; ++i) load_small(first_tile + i * tile_step, i);
-  int current = 0, image_current = 0;
+  for (int i = 0; i < kThinStages - 1; ++i) load_ahead(first_tile + i * tile_step, i);
+  int current = 0;
   for (int tile = first_tile; tile < tiles.tiles; tile += tile_step) {
-    uint16_t* image_stage = image_stages + image_current * image_stage_elements;
-    store_image_rows<kChannels>(tiles, fetched, image_stage);
-    if (tile + tile_step < tiles.tiles) fetch_image_rows(tiles, tile + tile_step, fetched);
+    const uint16_t* image_stage = image_stages + current * image_stage_elements;
     copy_async_wait<kThinStages - 2>();
     block_barrier();  // this tile is complete, and everyone has left the stages that are overwritten from here on
-    load_small(tile + (kThinStages - 1) * tile_step, current == 0 ? kThinStages - 1 : current - 1);
+    load_ahead(tile + (kThinStages - 1) * tile_step, current == 0 ? kThinStages - 1 : current - 1);
 
     uint32_t b[kTiles][2];
 #pragma unroll
@@ -746,7 +768,6 @@ __global__ void __launch_bounds__(kThinThreads, 1) thin_weight_gradient_kernel(T
       for (int j = 0; j < kTiles; ++j) mma_m16n8k16(sums[i][j], a, b[j], T{});
     }
     current = current == kThinStages - 1 ? 0 : current + 1;
-    image_current ^= 1;
   }
   copy_async_wait<0>();
   block_barrier();
@@ -785,18 +806,18 @@ __global__ void __launch_bounds__(kThinThreads, 1) thin_weight_gradient_kernel(T
 
 // --- launches --------------------------------------------------------------------------------------------------------
 
-inline size_t thin_image_bytes(const ThinTiles& t) {
-  return static_cast<size_t>(2 * (2 * t.rows + 2) * t.row_stride) * sizeof(uint16_t);
+inline size_t thin_image_bytes(const ThinTiles& t, int stages) {
+  return static_cast<size_t>(stages * (2 * t.rows + 2) * t.row_stride) * sizeof(uint16_t);
 }
 
 inline size_t thin_down_shared_bytes(const ThinTiles& t) {
-  return kThinWarps * 2 * kThinResultBytes + 4 * kThinColumns * sizeof(float) + thin_image_bytes(t);
+  return kThinWarps * 2 * kThinResultBytes + 4 * kThinColumns * sizeof(float) + thin_image_bytes(t, 2);
 }
 
 // The same memory serves the stages and then the sums of the warps.
 inline size_t thin_weight_gradient_shared_bytes(const ThinTiles& t, int channels) {
   const size_t sums = static_cast<size_t>(kThinWarps / 2 * kThinColumns * 16 * channels) * sizeof(float);
-  return std::max(kThinStages * kThinStageBytes + thin_image_bytes(t), sums);
+  return std::max(kThinStages * kThinStageBytes + thin_image_bytes(t, kThinStages), sums);
 }
 
 inline int64_t thin_up_column_tiles(int64_t small_width) { return divide_up(small_width, 16); }
