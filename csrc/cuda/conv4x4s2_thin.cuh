@@ -5,10 +5,11 @@
 //   down             image rows lie in shared memory with their zero border. The window of output pixel q in a kernel
 //                    row is 4 * channels neighbouring elements there, at an even offset: fragments of A are read
 //                    straight from the rows, 16 * channels deep, with no im2col. The weights stay in registers.
-//   up               P[small pixel, 16 taps * channels] is a matrix product whose A comes from global memory, 16 bytes
-//                    a lane: the order of the summed channels is free as long as both operands agree, so that a lane's
-//                    16 bytes are fragments of two steps. P of a band of rows goes to shared memory, float32, into a
-//                    ring that keeps the row before the band; every output pixel then adds its 2x2 contributions.
+//   up               products [small pixel, 16 taps * channels] whose A is copied ahead from global memory, 16 bytes a
+//                    lane, which reads its own again: the order of the summed channels is free as long as both operands
+//                    agree, so that a lane's 16 bytes are fragments of two steps. Every warp walks down 16 columns of an
+//                    image: the sums of the two rows that an output row needs meet in its registers. Those of
+//                    neighbouring columns meet in shared memory, float32, two output rows at a time.
 //   weight gradient  every warp takes 16 pixels as one step of depth and sums the whole 64 x 16 * channels result.
 //
 // Down and the weight gradient cut the small grid into tiles of whole rows, at most 128 pixels, and walk over them with
@@ -93,6 +94,31 @@ __device__ __forceinline__ void fetch_image_rows(const ThinTiles& t, int tile, u
   }
 }
 
+// The image rows under a tile, copied ahead. The rows' words lie as in memory here, for an odd number of channels too.
+__device__ __forceinline__ void copy_image_rows(const ThinTiles& t, int tile, uint16_t* stage) {
+  int n;
+  const int first_row = 2 * thin_row_of_tile(t, tile, n) - 1;
+  const uint16_t* image = static_cast<const uint16_t*>(t.image) + int64_t{n} * t.large_height * t.row_elements;
+#pragma unroll
+  for (int i = 0; i < kThinFetches; ++i) {
+    const int index = static_cast<int>(threadIdx.x) + i * kThinThreads;
+    if (index >= t.words) continue;
+    const int row = t.pairs.divide(index), place = 2 * (index - row * static_cast<int>(t.pairs.divisor));
+    const int element = place - kThinMargin, h = first_row + row;
+    const bool row_exists = static_cast<unsigned>(h) < static_cast<unsigned>(t.large_height);
+    const bool first = row_exists && static_cast<unsigned>(element) < static_cast<unsigned>(t.row_elements);
+    const int64_t offset = int64_t{h} * t.row_elements + element;
+    uint16_t* pair = stage + row * t.row_stride + place;
+    if (t.paired) {
+      copy_async_word(pair, first ? image + offset : image, first);
+    } else {
+      const bool second = row_exists && static_cast<unsigned>(element + 1) < static_cast<unsigned>(t.row_elements);
+      pair[0] = first ? image[offset] : uint16_t{0};
+      pair[1] = second ? image[offset + 1] : uint16_t{0};
+    }
+  }
+}
+
 // With an odd number of channels rows are staged one element further on, so that windows start at even offsets.
 template <int kChannels>
 __device__ __forceinline__ void store_image_rows(const ThinTiles& t, const uint32_t (&fetched)[kThinFetches],
@@ -155,6 +181,8 @@ struct ThinDownParams {
 
 // A warp has 32 pixels and 32 channels of a block's 128 x 64.
 constexpr int kThinResultBytes = 32 * 32 * 2;  // of a warp
+template <bool kBackward>
+constexpr int kThinResults = kBackward ? 3 : 2;  // buffers of a warp: backward, y of the next two tiles is on its way
 constexpr int kThinWarpRows = 4;               // of warps, in a block
 
 // The epilogue is one of bias_activation (which does for store), statistics and activation_backward: known to the
@@ -171,11 +199,11 @@ __global__ void __launch_bounds__(kThinThreads, kChannels % 2 == 0 ? 1 : 2) thin
   const int warp_row = warp % kThinWarpRows, warp_column = warp / kThinWarpRows * 32;
   const int block_channel = static_cast<int>(blockIdx.y) * kThinColumns, first_channel = block_channel + warp_column;
 
-  // Shared memory: two result buffers a warp (the second for the next tile's y), per-channel arrays, two stages of
-  // image rows.
+  // Shared memory: result buffers of a warp (with the next tiles' y), per-channel arrays, two stages of image rows.
   char* memory = static_cast<char*>(shared_memory());
-  char* results = memory + warp * 2 * kThinResultBytes;
-  float* coefficients = reinterpret_cast<float*>(memory + kThinWarps * 2 * kThinResultBytes);
+  constexpr int kResults = kThinResults<kBackward>;
+  char* results = memory + warp * kResults * kThinResultBytes;
+  float* coefficients = reinterpret_cast<float*>(memory + kThinWarps * kResults * kThinResultBytes);
   uint16_t* stages = reinterpret_cast<uint16_t*>(coefficients + 4 * kThinColumns);
   const int stage_elements = (2 * tiles.rows + 2) * tiles.row_stride;
   if (thread < kThinColumns) {
@@ -238,24 +266,29 @@ __global__ void __launch_bounds__(kThinThreads, kChannels % 2 == 0 ? 1 : 2) thin
   float first_sums[4][2] = {}, second_sums[4][2] = {};  // of this lane's channels, over its pixels
   int block_count = 0;
   uint32_t fetched[kThinFetches];
-  int current = 0;
+  int current = 0, result = 0;
   const int first_tile = static_cast<int>(blockIdx.x), tile_step = static_cast<int>(gridDim.x);
   fetch_image_rows(tiles, first_tile, fetched);
   if constexpr (kBackward) {
     load_previous(first_tile, results);
     copy_async_commit();
+    if (first_tile + tile_step < tiles.tiles) load_previous(first_tile + tile_step, results + kThinResultBytes);
+    copy_async_commit();
   }
   for (int tile = first_tile; tile < tiles.tiles; tile += tile_step, current ^= 1) {
     const uint16_t* stage = stages + current * stage_elements;
-    char* buffer = results + current * kThinResultBytes;
+    char* buffer = results + result * kThinResultBytes;
     store_image_rows<kChannels>(tiles, fetched, stages + current * stage_elements);
     const int next = tile + tile_step;
     if (next < tiles.tiles) fetch_image_rows(tiles, next, fetched);
     block_barrier();  // the rows are complete, and everyone has left what is overwritten from here on
     if constexpr (kBackward) {
-      if (next < tiles.tiles) load_previous(next, results + (current ^ 1) * kThinResultBytes);
+      // Into the buffer that the tile before has left: every lane overwrites what it has itself read last.
+      char* free = results + (result == 0 ? kResults - 1 : result - 1) * kThinResultBytes;
+      if (next + tile_step < tiles.tiles) load_previous(next + tile_step, free);
       copy_async_commit();
     }
+    result = result == kResults - 1 ? 0 : result + 1;
 
     float sums[2][4][4];
 #pragma unroll
@@ -287,7 +320,7 @@ __global__ void __launch_bounds__(kThinThreads, kChannels % 2 == 0 ? 1 : 2) thin
 #pragma unroll
     for (int r = 0; r < 4; ++r) valid[r] = warp_row * 32 + group + r * 8 < count;
     if constexpr (kBackward) {
-      copy_async_wait<1>();
+      copy_async_wait<2>();
       warp_barrier();
       with_activation(epilogue.activation.kind, [&](auto activation) {
 #pragma unroll
@@ -432,162 +465,232 @@ struct ThinUpParams {
   const float* bias;   // [channels]; null: 0
   ActivationSpec activation;
   int small_height, small_width, small_channels, large_height, row_elements;
-  int rows;  // of the small grid, in a band
+  int column_tiles;  // of 16 pixels, in a row of the small grid: one warp each
+  int streams;       // of a block: strips that it walks down at a time
   // Output rows 2 g + 1 and 2 g + 2 need small rows g and g + 1: that is gap g, from -1 to small_height - 1. A strip is
-  // some gaps of one image; a block takes strips, and a strip in bands of rows.
+  // some gaps of one image.
   int strip_gaps, strips;
+  int rounds;  // of strips, for every stream
   FastDivisor strips_per_image;
-  FastDivisor chunks;  // of 32 elements, in an output row
+  bool paired;  // output can be written in words
 };
 
-// Words of a pixel in the ring of products: with 8 modulo 16 of them the fragments' stores do not conflict.
+constexpr int kThinUpStageBytes = kThinThreads * 64;  // 16 pixels of 64 channels for every warp
 template <int kChannels>
-constexpr int kThinProductStride = 16 * kChannels + 8;
+constexpr int kThinUpStages = kChannels < 4 ? 4 : 3;
+
+// Floats of a pixel in the sums of a gap: with 8 or 24 modulo 32 of them the fragments' stores do not conflict.
+template <int kChannels>
+constexpr int kThinSumStride = 8 * kChannels + (kChannels % 2 == 0 ? 8 : 0);
 
 struct alignas(16) ThinWords {
   uint32_t words[4];
 };
 
-// A band: rows of image n from `first` on, in the strip with gaps [first_gap, end_gap), which needs rows to last_row.
-struct ThinBand {
-  int strip, n, first_gap, end_gap, first, last_row;
+struct alignas(8) ThinWord {
+  int output;
+  uint32_t places;  // of two sums, 16 bits each
+};
 
-  __device__ ThinBand(const ThinUpParams& p, int strip_) { start(p, strip_); }
+// Gaps [first_gap, end_gap) of image n. None: a strip beyond the last.
+struct ThinStrip {
+  int n = 0, first_gap = 0, end_gap = -1;
 
-  __device__ void start(const ThinUpParams& p, int strip_) {
-    strip = strip_;
+  __device__ ThinStrip(const ThinUpParams& p, int strip) {
+    if (strip >= p.strips) return;
     n = p.strips_per_image.divide(strip);
     first_gap = (strip - n * static_cast<int>(p.strips_per_image.divisor)) * p.strip_gaps - 1;
     end_gap = first_gap + p.strip_gaps < p.small_height ? first_gap + p.strip_gaps : p.small_height;
-    last_row = end_gap < p.small_height ? end_gap : p.small_height - 1;
-    first = first_gap < 0 ? 0 : first_gap;
-  }
-
-  __device__ void advance(const ThinUpParams& p) {
-    first += p.rows;
-    if (first > last_row) start(p, strip + static_cast<int>(gridDim.x));
-  }
-
-  __device__ int rows(const ThinUpParams& p) const {
-    return last_row + 1 - first < p.rows ? last_row + 1 - first : p.rows;
   }
 };
 
 template <typename T, int kChannels>
 __global__ void __launch_bounds__(kThinThreads, kChannels < 4 ? 2 : 1) thin_up_kernel(ThinUpParams p) {
   wait_for_previous_kernel();
-  constexpr int kTiles = 2 * kChannels;  // of eight columns
-  constexpr int kStride = kThinProductStride<kChannels>;
+  constexpr int kStages = kThinUpStages<kChannels>, kStride = kThinSumStride<kChannels>;
+  constexpr int kWords = kChannels + 1;  // of a gap's two output rows, most that a thread writes
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
   const int group = lane / 4, member = lane % 4;
-  float* products = static_cast<float*>(shared_memory());
-  // While one band's products are written, others may still read the band before and the row before that.
-  const int ring = (2 * p.rows + 1) * p.small_width;
-  const int pixel = warp * 16 + group;  // and the one 8 further on
+  const int stream = warp / p.column_tiles, column_tile = warp - stream * p.column_tiles;
+  const bool has_stream = stream < p.streams;
+  const int pixel = column_tile * 16 + group;  // and the one 8 further on
 
+  // Shared memory: stages of the input, of which every lane reads only what it has copied, and two buffers of sums,
+  // each a stream's pixels with one more on either side.
+  char* stages = static_cast<char*>(shared_memory()) + warp * 2048 + lane * 16;
+  float* sums_memory = reinterpret_cast<float*>(static_cast<char*>(shared_memory()) + kStages * kThinUpStageBytes);
+  const int stream_floats = (p.column_tiles * 16 + 2) * kStride, buffer_floats = p.streams * stream_floats;
+
+  const auto strip_of_round = [&](int round) {
+    const int streams = static_cast<int>(gridDim.x) * p.streams;
+    const int strip = round * streams + stream * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+    return ThinStrip(p, has_stream ? strip : p.strips);
+  };
+
+  // What comes kStages - 1 pieces (64 channels of a row) before the one that is worked on.
+  int ahead_round = 0, ahead_step = 0, ahead_channel = 0;
+  const auto load_ahead = [&](int stage) {
+    if (ahead_round < p.rounds) {
+      const ThinStrip ahead = strip_of_round(ahead_round);
+      const int row = ahead.first_gap + ahead_step;
+      const bool exists = row >= 0 && row <= ahead.end_gap && row < p.small_height;
+      const int64_t first = (int64_t{ahead.n} * p.small_height + row) * p.small_width + pixel;
+      const T* input = static_cast<const T*>(p.input) + first * p.small_channels + ahead_channel + member * 8;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const bool valid = exists && pixel + r * 8 < p.small_width;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          copy_async(stages + stage * kThinUpStageBytes + (r * 2 + half) * 512,
+                     valid ? input + r * 8 * p.small_channels + half * 32 : static_cast<const T*>(p.input), valid);
+        }
+      }
+      ahead_channel += kThinColumns;
+      if (ahead_channel == p.small_channels) {
+        ahead_channel = 0;
+        if (++ahead_step > p.strip_gaps) {
+          ahead_step = 0;
+          ++ahead_round;
+        }
+      }
+    }
+    copy_async_commit();
+  };
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) load_ahead(i);
+
+  // Columns of the products: first what a row adds to the gap above it, then what it starts the gap below with, each
+  // ordered [row phase][column tap][column phase][channel]: neighbouring output elements then read neighbouring sums.
   // 32 channels of a pixel or a column are 16 bytes of four lanes each; words 0 and 1, then 2 and 3 go into one step.
-  ThinWords weights[kTiles][2], input[2][2];
+  ThinWords weights[2 * kChannels][2];
   const auto load_weights = [&](int channel) {
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      // Products are ordered [tap][phase][channel]: neighbouring output elements then read neighbouring ones.
-      const int column = j * 8 + group, tap = column / (4 * kChannels);
-      const T* row =
-          static_cast<const T*>(p.weight) + int64_t{(column - tap * 4 * kChannels) * 4 + tap} * p.small_channels;
+    for (int j = 0; j < 2 * kChannels; ++j) {
+      const int column = j % kChannels * 8 + group, row_phase = column / (4 * kChannels);
+      const int tap = (j < kChannels ? 2 : 0) + column / (2 * kChannels) % 2;
+      const int phase_channel = row_phase * 2 * kChannels + column % (2 * kChannels);
+      const T* row = static_cast<const T*>(p.weight) + int64_t{phase_channel * 4 + tap} * p.small_channels;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         weights[j][half] = *reinterpret_cast<const ThinWords*>(row + channel + half * 32 + member * 8);
       }
     }
   };
-  const auto load_input = [&](const ThinBand& band, int channel) {
-    const int count = band.rows(p) * p.small_width;
-    const int64_t first_pixel = (int64_t{band.n} * p.small_height + band.first) * p.small_width;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int m = pixel + r * 8;
-      const T* row = static_cast<const T*>(p.input) + (first_pixel + m) * p.small_channels + channel + member * 8;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        input[r][half] = m < count ? *reinterpret_cast<const ThinWords*>(row + half * 32) : ThinWords{};
-      }
-    }
-  };
-
   load_weights(0);
-  int position = 0;  // of the band's first pixel in the ring
-  ThinBand band(p, static_cast<int>(blockIdx.x));
-  load_input(band, 0);
-  while (band.strip < p.strips) {
-    ThinBand next = band;
-    next.advance(p);
-    float sums[kTiles][4] = {};
-    for (int channel = 0; channel < p.small_channels; channel += kThinColumns) {
-      if (p.small_channels > kThinColumns) load_weights(channel);
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        const int half = step / 2, word = step % 2 * 2;
-        const uint32_t a[4] = {input[0][half].words[word], input[1][half].words[word], input[0][half].words[word + 1],
-                               input[1][half].words[word + 1]};
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          const uint32_t b[2] = {weights[j][half].words[word], weights[j][half].words[word + 1]};
-          mma_m16n8k16(sums[j], a, b, T{});
-        }
-      }
-      if (channel + kThinColumns < p.small_channels) {
-        load_input(band, channel + kThinColumns);
-      } else if (next.strip < p.strips) {
-        load_input(next, 0);
-      }
-    }
-    const int rows = band.rows(p);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int m = pixel + r * 8;
-      if (m >= rows * p.small_width) continue;
-      const int place = position + m < ring ? position + m : position + m - ring;
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        *reinterpret_cast<ThinPair*>(products + place * kStride + j * 8 + member * 2) = {sums[j][r * 2],
-                                                                                        sums[j][r * 2 + 1]};
-      }
-    }
-    block_barrier();
 
-    // The gaps that these rows complete; with its last rows, all that the strip has.
-    const int first_gap = band.first - 1 > band.first_gap ? band.first - 1 : band.first_gap;
-    const int end_gap = next.strip != band.strip ? band.end_gap : band.first + rows - 1;
-    const int first_row = 2 * first_gap + 1 > 0 ? 2 * first_gap + 1 : 0;
-    const int end_row = 2 * end_gap + 1 < p.large_height ? 2 * end_gap + 1 : p.large_height;
-    T* image = static_cast<T*>(p.output) + int64_t{band.n} * p.large_height * p.row_elements;
-    const int chunks = static_cast<int>(p.chunks.divisor);
-    for (int chunk = warp; chunk < (end_row - first_row) * chunks; chunk += kThinWarps) {
-      const int row_index = p.chunks.divide(chunk), row = first_row + row_index;
-      const int element = (chunk - row_index * chunks) * kWarpSize + lane;
-      if (element >= p.row_elements) continue;
-      const int column = element / kChannels, c = element - column * kChannels;
-      const int top = row / 2 - 1 + row % 2, left = column / 2 - 1 + column % 2;
-      float sum = p.bias != nullptr ? p.bias[c] : 0.0f;
-      const float* product = products + (row % 2 * 2 + column % 2) * kChannels + c;
+  // The bias is in the sums of the first column tap, also of the pixel before the first.
+  const auto bias_of_column = [&](int column) {
+    const bool starts = column < 8 * kChannels && column / (2 * kChannels) % 2 == 0;
+    return starts && p.bias != nullptr ? p.bias[column % kChannels] : 0.0f;
+  };
+  float* starts = sums_memory + 2 * buffer_floats;  // [8 * kChannels]
+  for (int index = thread; index < (2 * p.streams + 1) * kStride; index += kThinThreads) {
+    const int area = index / kStride, column = index - area * kStride;
+    float* pixels = sums_memory + area * stream_floats + column;
+    pixels[0] = bias_of_column(column);
+    if (area < 2 * p.streams) pixels[(p.column_tiles * 16 + 1) * kStride] = 0.0f;
+  }
+
+  // The words of a gap's output rows: where they go, from the first row's beginning, and where their elements' first
+  // sums are in a stream's.
+  ThinWord* all_words = reinterpret_cast<ThinWord*>(starts + kStride);
+  const ThinWord* words = all_words + column_tile * kWarpSize + lane;
+  const int row_words = (p.row_elements + 1) / 2;
+  for (int index = thread; index < kWords * kWarpSize * p.column_tiles; index += kThinThreads) {
+    const int row = index >= row_words ? 1 : 0, word = index - row * row_words;
+    uint32_t places = 0;
+    for (int h = 0; h < 2; ++h) {
+      const int element = word * 2 + h, column = element / kChannels, slot = column / 2 + column % 2;
+      const int place = slot * kStride + (1 - row) * 4 * kChannels + element % (2 * kChannels);
+      if (element < p.row_elements) places |= static_cast<uint32_t>(place) << (16 * h);
+    }
+    all_words[index] = {word < row_words ? row * p.row_elements + word * 2 : -1, places};
+  }
+  block_barrier();
+
+  float sums[2 * kChannels][4] = {};
+  int stage = 0, buffer = 0;
+  for (int round = 0; round < p.rounds; ++round) {
+#pragma unroll 1
+    for (int step = 0; step <= p.strip_gaps; ++step) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        int place = position + (top + i - band.first) * p.small_width;
-        if (place < 0) place += ring;
-        if (place >= ring) place -= ring;
-        const bool row_exists = static_cast<unsigned>(top + i) < static_cast<unsigned>(p.small_height);
+      for (int j = 0; j < kChannels; ++j) {
+        for (int e = 0; e < 4; ++e) sums[j][e] = sums[kChannels + j][e];
+        const ThinPair start = *reinterpret_cast<const ThinPair*>(starts + j * 8 + member * 2);
+        sums[kChannels + j][0] = sums[kChannels + j][2] = start.first;
+        sums[kChannels + j][1] = sums[kChannels + j][3] = start.second;
+      }
+#pragma unroll 1  // for registers
+      for (int channel = 0; channel < p.small_channels; channel += kThinColumns) {
+        if (p.small_channels > kThinColumns) load_weights(channel);
+        copy_async_wait<kStages - 2>();
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const bool exists = row_exists && static_cast<unsigned>(left + j) < static_cast<unsigned>(p.small_width);
-          if (exists) sum += product[(place + left + j) * kStride + (i * 2 + j) * 4 * kChannels];
+        for (int half = 0; half < 2; ++half) {
+          ThinWords input[2];
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            input[r] = *reinterpret_cast<const ThinWords*>(stages + stage * kThinUpStageBytes + (r * 2 + half) * 512);
+          }
+#pragma unroll
+          for (int word = 0; word < 4; word += 2) {
+            const uint32_t a[4] = {input[0].words[word], input[1].words[word], input[0].words[word + 1],
+                                   input[1].words[word + 1]};
+#pragma unroll
+            for (int j = 0; j < 2 * kChannels; ++j) {
+              const uint32_t b[2] = {weights[j][half].words[word], weights[j][half].words[word + 1]};
+              mma_m16n8k16(sums[j], a, b, T{});
+            }
+          }
+        }
+        load_ahead(stage == 0 ? kStages - 1 : stage - 1);
+        stage = stage == kStages - 1 ? 0 : stage + 1;
+      }
+      if (step == 0) continue;  // no gap of the strip is above its first row
+
+      float* gap_sums = sums_memory + buffer * buffer_floats;
+      if (has_stream) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float* place = gap_sums + stream * stream_floats + (pixel + r * 8 + 1) * kStride + member * 2;
+#pragma unroll
+          for (int j = 0; j < kChannels; ++j) {
+            *reinterpret_cast<ThinPair*>(place + j * 8) = {sums[j][r * 2], sums[j][r * 2 + 1]};
+          }
         }
       }
-      from_float(activate(p.activation.kind, p.activation.negative_slope, sum),
-                 image[int64_t{row} * p.row_elements + element]);
+      block_barrier();  // the sums are complete, and everyone has left the other buffer
+      buffer ^= 1;
+
+      const ThinStrip strip = strip_of_round(round);
+      const int gap = strip.first_gap + step - 1;
+      if (gap >= strip.end_gap) continue;  // nor in a stream that there is not
+      gap_sums += stream * stream_floats;
+      T* image = static_cast<T*>(p.output) + (int64_t{strip.n} * p.large_height + 2 * gap + 1) * p.row_elements;
+      // Of the two rows' elements, those of rows that exist.
+      const int first_element = gap < 0 ? p.row_elements : 0;
+      const int end_element = (p.large_height - (2 * gap + 1)) * p.row_elements;
+      for_activation(p.activation.kind, [&](auto activation) {
+        constexpr Activation kActivation = decltype(activation)::value;
+#pragma unroll
+        for (int k = 0; k < kWords; ++k) {
+          const ThinWord word = words[k * kWarpSize * p.column_tiles];
+          if (word.output < first_element || word.output >= end_element) continue;
+          float v[2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const float* sum = gap_sums + (h == 0 ? word.places & 0xffff : word.places >> 16);
+            v[h] = activate(kActivation, p.activation.negative_slope, sum[0] + sum[kStride + 2 * kChannels]);
+          }
+          T* output = image + word.output;
+          if (p.paired) {
+            *reinterpret_cast<uint32_t*>(output) = pack_pair(v[0], v[1], T{});
+          } else {
+            from_float(v[0], output[0]);
+            if ((word.output + 1) % p.row_elements != 0) from_float(v[1], output[1]);
+          }
+        }
+      });
     }
-    position += p.rows * p.small_width;
-    if (position >= ring) position -= ring;
-    band = next;
   }
 }
 
@@ -600,7 +703,7 @@ struct ThinWeightGradientParams {
   float* partial;  // [splits, small_channels, 16, channels]
 };
 
-constexpr int kThinStages = 4;                        // of the small grid's tiles
+constexpr int kThinStages = 4;                        // of tiles
 constexpr int kThinRowBytes = kThinColumns * 2 + 16;  // of a pixel: without conflicts for ldmatrix.trans
 constexpr int kThinStageBytes = kThinPixels * kThinRowBytes;
 
@@ -622,12 +725,12 @@ __global__ void __launch_bounds__(kThinThreads, 1) thin_weight_gradient_kernel(T
   int windows[4], elements[kTiles];  // of the lane's pixels and columns in a fragment of windows
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    windows[r] = staged_window<kChannels>(tiles, warp * 16 + member * 2 + r % 2 + r / 2 * 8);
+    windows[r] = staged_window<kChannels>(tiles, warp * 16 + member * 2 + r % 2 + r / 2 * 8) - kChannels % 2;
   }
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) elements[j] = staged_element<kChannels>(tiles, j * 8 + group);
 
-  const auto load_small = [&](int tile, int stage) {
+  const auto load_ahead = [&](int tile, int stage) {
     if (tile < tiles.tiles) {
       int count;
       const int64_t first_pixel = thin_pixels(tiles, tile, count);
@@ -638,23 +741,20 @@ __global__ void __launch_bounds__(kThinThreads, 1) thin_weight_gradient_kernel(T
                        (m < count ? (first_pixel + m) * p.small_channels + block_channel + chunk * 8 : 0);
         copy_async(small_stages + stage * kThinStageBytes + m * kThinRowBytes + chunk * 16, row, m < count);
       }
+      copy_image_rows(tiles, tile, image_stages + stage * image_stage_elements);
     }
     copy_async_commit();
   };
 
   float sums[4][kTiles][4] = {};
-  uint32_t fetched[kThinFetches];
   const int first_tile = static_cast<int>(blockIdx.x), tile_step = static_cast<int>(gridDim.x);
-  fetch_image_rows(tiles, first_tile, fetched);
-  for (int i = 0; i < kThinStages - 1; ++i) load_small(first_tile + i * tile_step, i);
-  int current = 0, image_current = 0;
+  for (int i = 0; i < kThinStages - 1; ++i) load_ahead(first_tile + i * tile_step, i);
+  int current = 0;
   for (int tile = first_tile; tile < tiles.tiles; tile += tile_step) {
-    uint16_t* image_stage = image_stages + image_current * image_stage_elements;
-    store_image_rows<kChannels>(tiles, fetched, image_stage);
-    if (tile + tile_step < tiles.tiles) fetch_image_rows(tiles, tile + tile_step, fetched);
+    const uint16_t* image_stage = image_stages + current * image_stage_elements;
     copy_async_wait<kThinStages - 2>();
     block_barrier();  // this tile is complete, and everyone has left the stages that are overwritten from here on
-    load_small(tile + (kThinStages - 1) * tile_step, current == 0 ? kThinStages - 1 : current - 1);
+    load_ahead(tile + (kThinStages - 1) * tile_step, current == 0 ? kThinStages - 1 : current - 1);
 
     uint32_t b[kTiles][2];
 #pragma unroll
@@ -675,7 +775,6 @@ __global__ void __launch_bounds__(kThinThreads, 1) thin_weight_gradient_kernel(T
       for (int j = 0; j < kTiles; ++j) mma_m16n8k16(sums[i][j], a, b[j], T{});
     }
     current = current == kThinStages - 1 ? 0 : current + 1;
-    image_current ^= 1;
   }
   copy_async_wait<0>();
   block_barrier();
@@ -714,22 +813,30 @@ __global__ void __launch_bounds__(kThinThreads, 1) thin_weight_gradient_kernel(T
 
 // --- launches --------------------------------------------------------------------------------------------------------
 
-inline size_t thin_image_bytes(const ThinTiles& t) {
-  return static_cast<size_t>(2 * (2 * t.rows + 2) * t.row_stride) * sizeof(uint16_t);
+inline size_t thin_image_bytes(const ThinTiles& t, int stages) {
+  return static_cast<size_t>(stages * (2 * t.rows + 2) * t.row_stride) * sizeof(uint16_t);
 }
 
-inline size_t thin_down_shared_bytes(const ThinTiles& t) {
-  return kThinWarps * 2 * kThinResultBytes + 4 * kThinColumns * sizeof(float) + thin_image_bytes(t);
+template <bool kBackward>
+size_t thin_down_shared_bytes(const ThinTiles& t) {
+  return kThinWarps * kThinResults<kBackward> * kThinResultBytes + 4 * kThinColumns * sizeof(float) + thin_image_bytes(t, 2);
 }
 
 // The same memory serves the stages and then the sums of the warps.
 inline size_t thin_weight_gradient_shared_bytes(const ThinTiles& t, int channels) {
   const size_t sums = static_cast<size_t>(kThinWarps / 2 * kThinColumns * 16 * channels) * sizeof(float);
-  return std::max(kThinStages * kThinStageBytes + thin_image_bytes(t), sums);
+  return std::max(kThinStages * kThinStageBytes + thin_image_bytes(t, kThinStages), sums);
 }
 
-inline size_t thin_up_shared_bytes(int rows, int64_t small_width, int64_t channels) {
-  return static_cast<size_t>((2 * rows + 1) * small_width * (16 * channels + 8)) * sizeof(float);
+inline int64_t thin_up_column_tiles(int64_t small_width) { return divide_up(small_width, 16); }
+
+template <int kChannels>
+size_t thin_up_shared_bytes(int64_t small_width) {
+  const int64_t column_tiles = thin_up_column_tiles(small_width);
+  const int64_t pixels = kThinWarps / column_tiles * (column_tiles * 16 + 2);
+  return kThinUpStages<kChannels> * kThinUpStageBytes +
+         static_cast<size_t>((2 * pixels + 1) * kThinSumStride<kChannels>) * sizeof(float) +
+         static_cast<size_t>((kChannels + 1) * kWarpSize * column_tiles) * sizeof(ThinWord);
 }
 
 // Rows of the small grid in a tile or band: as many as fit, evenly shared out over the image. 0: not even one.
@@ -778,8 +885,7 @@ inline bool is_thin_up(const Conv4x4Args& args) {
   const Conv4x4Geometry& g = args.geometry;
   return args.direction == Conv4x4Direction::up &&
          (args.epilogue.kind == Kind::store || args.epilogue.kind == Kind::bias_activation) &&
-         thin_geometry(g, args.type) && is_aligned16(args.input) &&
-         thin_up_shared_bytes(thin_rows(g), g.small_width, g.large_channels) <= kThinMaxSharedBytes;
+         thin_geometry(g, args.type) && is_aligned16(args.input);
 }
 
 inline bool is_thin_weight_gradient(const Conv4x4WeightGradientArgs& args) {
@@ -824,13 +930,15 @@ inline cudaError_t thin_down_launch(const Conv4x4Args& args, cudaStream_t stream
   return dispatch_thin(args.type, g.large_channels, [&](auto zero, auto channels) {
     using T = decltype(zero);
     constexpr int kChannels = channels.value;
-    const auto run = [&](void (*kernel)(ThinDownParams)) {
-      return launch(kernel, grid, kThinThreads, thin_down_shared_bytes(p.tiles), stream, p);
+    const auto run = [&](void (*kernel)(ThinDownParams), size_t shared_bytes) {
+      return launch(kernel, grid, kThinThreads, shared_bytes, stream, p);
     };
+    const size_t shared_bytes = thin_down_shared_bytes<false>(p.tiles);
     switch (args.epilogue.kind) {
-      case Kind::statistics: return run(thin_down_kernel<T, kChannels, Kind::statistics>);
-      case Kind::activation_backward: return run(thin_down_kernel<T, kChannels, Kind::activation_backward>);
-      default: return run(thin_down_kernel<T, kChannels, Kind::bias_activation>);
+      case Kind::statistics: return run(thin_down_kernel<T, kChannels, Kind::statistics>, shared_bytes);
+      case Kind::activation_backward:
+        return run(thin_down_kernel<T, kChannels, Kind::activation_backward>, thin_down_shared_bytes<true>(p.tiles));
+      default: return run(thin_down_kernel<T, kChannels, Kind::bias_activation>, shared_bytes);
     }
   });
 }
@@ -845,18 +953,21 @@ inline cudaError_t thin_up_launch(const Conv4x4Args& args, cudaStream_t stream) 
   p.small_channels = static_cast<int>(g.small_channels);
   p.large_height = static_cast<int>(g.large_height);
   p.row_elements = static_cast<int>(g.large_width * g.large_channels);
-  p.rows = thin_rows(g);
-  p.chunks = FastDivisor(divide_up(p.row_elements, kWarpSize));
-  // Strips as short as pays: each costs a row that its neighbour computes too, and the last round of blocks is as long
+  p.column_tiles = static_cast<int>(thin_up_column_tiles(g.small_width));
+  p.streams = kThinWarps / p.column_tiles;
+  p.paired = p.row_elements % 2 == 0 && reinterpret_cast<uintptr_t>(args.output) % 4 == 0;
+  // Strips as short as pays: each costs a row that its neighbour computes too, and the last round of strips is as long
   // as the others.
   const int64_t blocks = int64_t{args.multiprocessors} * 2, gaps = g.small_height + 1;
   int64_t best = 0;
-  for (int64_t strips = 1; strips <= std::max<int64_t>(1, gaps / (2 * p.rows)); ++strips) {
+  for (int64_t strips = 1; strips <= gaps; ++strips) {
     const int64_t strip_gaps = divide_up(gaps, strips);
-    const int64_t bands = divide_up(g.batch * strips, blocks) * divide_up(strip_gaps + 1, p.rows);
-    if (best != 0 && bands >= best) continue;
-    best = bands;
+    const int64_t rounds = divide_up(g.batch * divide_up(gaps, strip_gaps), blocks * p.streams);
+    const int64_t rows = rounds * (strip_gaps + 1);
+    if (best != 0 && rows >= best) continue;
+    best = rows;
     p.strip_gaps = static_cast<int>(strip_gaps);
+    p.rounds = static_cast<int>(rounds);
   }
   const int64_t strips_per_image = divide_up(gaps, p.strip_gaps);
   p.strips_per_image = FastDivisor(strips_per_image);
@@ -864,7 +975,7 @@ inline cudaError_t thin_up_launch(const Conv4x4Args& args, cudaStream_t stream) 
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(p.strips, blocks)));
   return dispatch_thin(args.type, g.large_channels, [&](auto zero, auto channels) {
     return launch(thin_up_kernel<decltype(zero), channels.value>, grid, kThinThreads,
-                  thin_up_shared_bytes(p.rows, g.small_width, g.large_channels), stream, p);
+                  thin_up_shared_bytes<channels.value>(g.small_width), stream, p);
   });
 }
 

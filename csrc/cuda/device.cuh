@@ -167,6 +167,15 @@ __device__ __forceinline__ void copy_async_half(void* shared, const void* global
                : "memory");
 }
 
+// The same with 4 bytes.
+__device__ __forceinline__ void copy_async_word(void* shared, const void* global, bool valid) {
+  const int bytes = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+               :
+               : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPendingGroups>
@@ -224,6 +233,9 @@ using host::warp_barrier;
 inline void copy_async(void* shared, const void* global, bool valid) { host::copy_async(shared, global, 16, valid); }
 inline void copy_async_half(void* shared, const void* global, bool valid) {
   host::copy_async(shared, global, 8, valid);
+}
+inline void copy_async_word(void* shared, const void* global, bool valid) {
+  host::copy_async(shared, global, 4, valid);
 }
 
 template <int kPendingGroups>
