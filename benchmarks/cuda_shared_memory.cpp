@@ -54,7 +54,7 @@ void print_thin(const char* type) {
       args.geometry = {1, height, width, kThinColumns, 2 * height, 2 * width, kChannels, 2};
       const ThinTiles tiles = thin_tiles(args.geometry, nullptr);
       if (is_thin_down(args)) {
-        down = std::max(down, thin_down_shared_bytes<true>(tiles));
+        down = std::max(down, thin_down_shared_bytes(tiles));
         weight_gradient = std::max(weight_gradient, thin_weight_gradient_shared_bytes(tiles, kChannels));
       }
       args.direction = Conv4x4Direction::up;

@@ -181,8 +181,6 @@ struct ThinDownParams {
 
 // A warp has 32 pixels and 32 channels of a block's 128 x 64.
 constexpr int kThinResultBytes = 32 * 32 * 2;  // of a warp
-template <bool kBackward>
-constexpr int kThinResults = kBackward ? 3 : 2;  // buffers of a warp: backward, y of the next two tiles is on its way
 constexpr int kThinWarpRows = 4;               // of warps, in a block
 
 // The epilogue is one of bias_activation (which does for store), statistics and activation_backward: known to the
@@ -199,11 +197,11 @@ __global__ void __launch_bounds__(kThinThreads, kChannels % 2 == 0 ? 1 : 2) thin
   const int warp_row = warp % kThinWarpRows, warp_column = warp / kThinWarpRows * 32;
   const int block_channel = static_cast<int>(blockIdx.y) * kThinColumns, first_channel = block_channel + warp_column;
 
-  // Shared memory: result buffers of a warp (with the next tiles' y), per-channel arrays, two stages of image rows.
+  // Shared memory: two result buffers a warp (the second for the next tile's y), per-channel arrays, two stages of
+  // image rows.
   char* memory = static_cast<char*>(shared_memory());
-  constexpr int kResults = kThinResults<kBackward>;
-  char* results = memory + warp * kResults * kThinResultBytes;
-  float* coefficients = reinterpret_cast<float*>(memory + kThinWarps * kResults * kThinResultBytes);
+  char* results = memory + warp * 2 * kThinResultBytes;
+  float* coefficients = reinterpret_cast<float*>(memory + kThinWarps * 2 * kThinResultBytes);
   uint16_t* stages = reinterpret_cast<uint16_t*>(coefficients + 4 * kThinColumns);
   const int stage_elements = (2 * tiles.rows + 2) * tiles.row_stride;
   if (thread < kThinColumns) {
@@ -266,29 +264,24 @@ __global__ void __launch_bounds__(kThinThreads, kChannels % 2 == 0 ? 1 : 2) thin
   float first_sums[4][2] = {}, second_sums[4][2] = {};  // of this lane's channels, over its pixels
   int block_count = 0;
   uint32_t fetched[kThinFetches];
-  int current = 0, result = 0;
+  int current = 0;
   const int first_tile = static_cast<int>(blockIdx.x), tile_step = static_cast<int>(gridDim.x);
   fetch_image_rows(tiles, first_tile, fetched);
   if constexpr (kBackward) {
     load_previous(first_tile, results);
     copy_async_commit();
-    if (first_tile + tile_step < tiles.tiles) load_previous(first_tile + tile_step, results + kThinResultBytes);
-    copy_async_commit();
   }
   for (int tile = first_tile; tile < tiles.tiles; tile += tile_step, current ^= 1) {
     const uint16_t* stage = stages + current * stage_elements;
-    char* buffer = results + result * kThinResultBytes;
+    char* buffer = results + current * kThinResultBytes;
     store_image_rows<kChannels>(tiles, fetched, stages + current * stage_elements);
     const int next = tile + tile_step;
     if (next < tiles.tiles) fetch_image_rows(tiles, next, fetched);
     block_barrier();  // the rows are complete, and everyone has left what is overwritten from here on
     if constexpr (kBackward) {
-      // Into the buffer that the tile before has left: every lane overwrites what it has itself read last.
-      char* free = results + (result == 0 ? kResults - 1 : result - 1) * kThinResultBytes;
-      if (next + tile_step < tiles.tiles) load_previous(next + tile_step, free);
+      if (next < tiles.tiles) load_previous(next, results + (current ^ 1) * kThinResultBytes);
       copy_async_commit();
     }
-    result = result == kResults - 1 ? 0 : result + 1;
 
     float sums[2][4][4];
 #pragma unroll
@@ -320,7 +313,7 @@ __global__ void __launch_bounds__(kThinThreads, kChannels % 2 == 0 ? 1 : 2) thin
 #pragma unroll
     for (int r = 0; r < 4; ++r) valid[r] = warp_row * 32 + group + r * 8 < count;
     if constexpr (kBackward) {
-      copy_async_wait<2>();
+      copy_async_wait<1>();
       warp_barrier();
       with_activation(epilogue.activation.kind, [&](auto activation) {
 #pragma unroll
@@ -817,9 +810,8 @@ inline size_t thin_image_bytes(const ThinTiles& t, int stages) {
   return static_cast<size_t>(stages * (2 * t.rows + 2) * t.row_stride) * sizeof(uint16_t);
 }
 
-template <bool kBackward>
-size_t thin_down_shared_bytes(const ThinTiles& t) {
-  return kThinWarps * kThinResults<kBackward> * kThinResultBytes + 4 * kThinColumns * sizeof(float) + thin_image_bytes(t, 2);
+inline size_t thin_down_shared_bytes(const ThinTiles& t) {
+  return kThinWarps * 2 * kThinResultBytes + 4 * kThinColumns * sizeof(float) + thin_image_bytes(t, 2);
 }
 
 // The same memory serves the stages and then the sums of the warps.
@@ -930,15 +922,13 @@ inline cudaError_t thin_down_launch(const Conv4x4Args& args, cudaStream_t stream
   return dispatch_thin(args.type, g.large_channels, [&](auto zero, auto channels) {
     using T = decltype(zero);
     constexpr int kChannels = channels.value;
-    const auto run = [&](void (*kernel)(ThinDownParams), size_t shared_bytes) {
-      return launch(kernel, grid, kThinThreads, shared_bytes, stream, p);
+    const auto run = [&](void (*kernel)(ThinDownParams)) {
+      return launch(kernel, grid, kThinThreads, thin_down_shared_bytes(p.tiles), stream, p);
     };
-    const size_t shared_bytes = thin_down_shared_bytes<false>(p.tiles);
     switch (args.epilogue.kind) {
-      case Kind::statistics: return run(thin_down_kernel<T, kChannels, Kind::statistics>, shared_bytes);
-      case Kind::activation_backward:
-        return run(thin_down_kernel<T, kChannels, Kind::activation_backward>, thin_down_shared_bytes<true>(p.tiles));
-      default: return run(thin_down_kernel<T, kChannels, Kind::bias_activation>, shared_bytes);
+      case Kind::statistics: return run(thin_down_kernel<T, kChannels, Kind::statistics>);
+      case Kind::activation_backward: return run(thin_down_kernel<T, kChannels, Kind::activation_backward>);
+      default: return run(thin_down_kernel<T, kChannels, Kind::bias_activation>);
     }
   });
 }
