@@ -1,7 +1,6 @@
 // Softmax entropy kernels. Blocks are persistent: each walks rows that lie a grid apart and keeps its share of the
-// marginal on the chip; the blocks' shares are then added in a fixed order (float64), so that the result is the same
-// in every run: by the block itself where it is alone (small batches need one launch), else by a second kernel, as
-// always with more than 1024 classes.
+// marginal on the chip; the block that finishes last adds the blocks' shares in a fixed order (float64), so that the
+// result is the same in every run and small batches need one launch.
 //
 // By the number of classes a row belongs to
 //   one thread  (up to 20): a warp copies tiles of rows into shared memory, some tiles ahead of the one it works on; of
@@ -176,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks<T>(kVectors)) forwar
     for (int w = 0; w < warp_count(); ++w) sum += shares[w * columns + column];
     out[column] = sum;
   }
-  finish_alone(params, out);
+  finish(params, gridDim.x == 1 ? out : params.shares);
 }
 
 template <typename T, int kVectors>
@@ -315,6 +314,7 @@ __global__ void __launch_bounds__(kRowThreads) forward_block_kernel(ForwardParam
     out[p.classes] = entropy;
     out[p.classes + 1] = cross_entropy;
   }
+  finish(params, params.shares);
 }
 
 template <typename T>
@@ -343,13 +343,6 @@ __global__ void __launch_bounds__(kRowThreads) backward_block_kernel(BackwardPar
       from_float(exponential(d) * inverse * (mean - t) - (labeled && k == label ? of_label : 0.0f), grad[k]);
     }
   }
-}
-
-// ---- the results of several blocks
-
-__global__ void __launch_bounds__(kThreads) finish_kernel(ForwardParams params) {
-  wait_for_previous_kernel();
-  finish(params, params.shares, params.blocks);
 }
 
 // ---- launch
@@ -423,17 +416,21 @@ cudaError_t dispatch(DataType type, const F& f) {
 
 size_t softmax_entropy_workspace_bytes(const SoftmaxEntropyArgs& args) {
   const unsigned blocks = std::max(Plan(args, true).blocks, Plan(args, false).blocks);
-  return static_cast<size_t>(blocks * (args.classes + kExtra)) * sizeof(float);
+  return 16 + static_cast<size_t>(blocks * (args.classes + kExtra)) * sizeof(float);
 }
 
 cudaError_t softmax_entropy_forward_launch(const SoftmaxEntropyArgs& args, cudaStream_t stream) {
   const int64_t classes = args.classes;
   const bool vectors = reads_vectors(args) && is_aligned16(args.log_normalizer);
   const Plan plan(args, vectors);
-  const ForwardParams params{args, FastDivisor(classes), vectors, static_cast<float*>(args.workspace),
-                             static_cast<int>(plan.blocks)};
+  const ForwardParams params{args, FastDivisor(classes), vectors, static_cast<float*>(args.workspace) + 4,
+                             static_cast<unsigned*>(args.workspace)};
+  if (plan.blocks > 1) {
+    const cudaError_t error = clear_async(params.counter, sizeof(unsigned), stream);
+    if (error != cudaSuccess) return error;
+  }
   const size_t common_bytes = kFinishBytes + share_bytes(classes), columns = classes + kExtra;
-  const cudaError_t error = dispatch(args.type, [&](auto zero) {
+  return dispatch(args.type, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kSize = Vector<T>::kSize;
     const auto run = [&](void (*kernel)(ForwardParams), size_t bytes) {
@@ -452,9 +449,6 @@ cudaError_t softmax_entropy_forward_launch(const SoftmaxEntropyArgs& args, cudaS
     }
     return run(forward_block_kernel<T>, kFinishBytes);
   });
-  const bool finished = plan.blocks == 1 && classes <= kMaxWarpClasses;
-  if (error != cudaSuccess || finished) return error;
-  return launch(finish_kernel, 1, kThreads, kFinishBytes, stream, params);
 }
 
 cudaError_t softmax_entropy_backward_launch(const SoftmaxEntropyArgs& args, cudaStream_t stream) {

@@ -4,8 +4,8 @@
 //   H[q]   = -sum_k q_k log q_k    with q = mean_n p_n
 //   CE     = mean of log s - d_ny  over the rows that carry a label y
 //
-// One launch forward (where several blocks take part, two) and one backward; each reads the logits once up to 1024
-// classes. All pointers are device pointers; nothing is allocated, nothing synchronises.
+// One launch forward and one backward (and, where several blocks take part, one memset of a counter); each reads the
+// logits once up to 1024 classes. All pointers are device pointers; nothing is allocated, nothing synchronises.
 #pragma once
 
 #include <cstddef>

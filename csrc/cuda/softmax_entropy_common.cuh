@@ -16,14 +16,14 @@ constexpr int kMaxThreadClasses = 20;
 constexpr int kDenseClasses = 10;  // for which there are kernels of dense rows
 constexpr int kMaxWarpClasses = 1024;
 constexpr int kFinishBytes = 256;  // of shared memory, for finish()
-static_assert(kMaxWarps * sizeof(double) <= kFinishBytes);
+static_assert((kMaxWarps + 1) * sizeof(double) <= kFinishBytes);
 
 struct ForwardParams {
   SoftmaxEntropyArgs args;
   FastDivisor classes;
   bool vectors;       // rows (tiles of rows) are read 16 bytes at a time
   float* shares;      // [blocks, classes + kExtra]
-  int blocks;
+  unsigned* counter;  // blocks that have written their share
 };
 
 struct BackwardParams {
@@ -82,11 +82,23 @@ __device__ __forceinline__ float* block_share(const ForwardParams& p) {
   return p.shares + int64_t{blockIdx.x} * (p.args.classes + kExtra);
 }
 
-// Adds the shares of `blocks` blocks in a fixed order and writes the results. One block does so, with all its threads.
-__device__ inline void finish(const ForwardParams& p, const float* shares, int blocks) {
-  double* shared = static_cast<double*>(shared_memory());  // [kMaxWarps]
+// Adds the shares of all blocks in a fixed order and writes the results. Only the block that comes last does so. Every
+// thread of every block calls this, after its block's share is written; `shares` is that of block 0.
+__device__ inline void finish(const ForwardParams& p, const float* shares) {
+  double* shared = static_cast<double*>(shared_memory());  // [kMaxWarps + 1]
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const int blocks = static_cast<int>(gridDim.x);
   const int64_t classes = p.args.classes, columns = classes + kExtra;
+  if (blocks > 1) {
+    device_fence();
+    block_barrier();
+    if (thread == 0) shared[kMaxWarps] = atomic_increment(p.counter) == gridDim.x - 1 ? 1.0 : 0.0;
+    block_barrier();
+    if (shared[kMaxWarps] == 0.0) return;
+    device_fence();
+  } else {
+    block_barrier();
+  }
   const double rows = static_cast<double>(p.args.rows);
   int lanes = 1;  // of a warp, that share out the blocks of one column
   while (lanes < kWarpSize && lanes < blocks && 2 * lanes * columns <= threads) lanes *= 2;
@@ -126,14 +138,6 @@ __device__ inline void finish(const ForwardParams& p, const float* shares, int b
   if (thread > 0) return;
   for (int warp = 1; warp < warp_count(); ++warp) entropy += shared[warp];
   *p.args.marginal = static_cast<float>(entropy);
-}
-
-// The end of forward kernels of a thread or a warp a row, after the block's share is written: a block that is alone has the results, the shares
-// of several are left to finish_kernel.
-__device__ __forceinline__ void finish_alone(const ForwardParams& p, const float* share) {
-  if (gridDim.x > 1) return;
-  block_barrier();
-  finish(p, share, 1);
 }
 
 // The gradient of a logit is p (sum_j p_j t_j - t) / N + g_ce (p - [k = label]) / count,

@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_thread_kernel(ForwardPara
     sum = warp_sum(sum);
     if (tiles.lane == 0) out[column] = sum;
   }
-  finish_alone(params, out);
+  finish(params, gridDim.x == 1 ? out : params.shares);
 }
 
 template <typename T, int kMaxClasses>
@@ -474,18 +474,11 @@ __global__ void __launch_bounds__(kDenseThreads, kDenseBlocks) forward_dense_ker
     for (int w = 0; w < warp_count(); ++w) sum += warp_sums[w * (Walk::kWarpBytes / 4) + column];
     out[column] = sum;
   }
-  finish_alone(params, out);
+  finish(params, gridDim.x == 1 ? out : params.shares);
 }
 
-// Blocks that registers are to suffice for. Before Hopper the compiler needs one more than two blocks leave.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kDenseBackwardBlocks = 1;
-#else
-constexpr int kDenseBackwardBlocks = kDenseBlocks;
-#endif
-
 template <typename T, int kClasses>
-__global__ void __launch_bounds__(kDenseThreads, kDenseBackwardBlocks) backward_dense_kernel(BackwardParams params) {
+__global__ void __launch_bounds__(kDenseThreads, kDenseBlocks) backward_dense_kernel(BackwardParams params) {
   using Walk = DenseTiles<T, kClasses>;
   constexpr int kRows = Walk::kRows;
   wait_for_previous_kernel();
