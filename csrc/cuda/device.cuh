@@ -131,13 +131,6 @@ __device__ __forceinline__ float exp2_approximate(float value) {
   return result;
 }
 
-// log2(value), from 1/2 to 2 within 2^-22, elsewhere to two units in the last place.
-__device__ __forceinline__ float log2_approximate(float value) {
-  float result;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-  return result;
-}
-
 template <typename Value>
 __device__ __forceinline__ Value shuffle_xor(Value value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
@@ -253,7 +246,6 @@ inline bool runs_hopper_code() { return false; }
 
 inline float reciprocal(float value) { return 1.0f / value; }
 inline float exp2_approximate(float value) { return std::exp2(value); }
-inline float log2_approximate(float value) { return std::log2(value); }
 inline void store_streaming(void* p, uint4 words) { *static_cast<uint4*>(p) = words; }
 inline float to_float(Half value) { return host::half_to_float(value.bits); }
 inline void from_float(float value, BFloat16& result) { result.bits = host::float_to_bfloat16(value); }

@@ -3,24 +3,418 @@
 // result is the same in every run and small batches need one launch.
 //
 // By the number of classes a row belongs to
-//   one thread  (up to 20): a warp copies tiles of rows into shared memory, some tiles ahead of the one it works on; of
-//               10 dense classes a thread has as many rows as make whole vectors, which saves most address arithmetic;
+//   one thread  (up to 20): a warp copies tiles of 32 rows into shared memory, some tiles ahead of the one it works on;
 //   one warp    (up to 1024): the next row is copied into shared memory while this one is worked on in registers;
 //   one block   (more): two passes over the row, the second from the L2 cache.
 // The copies are 16 bytes a lane where rows are aligned to that (tiles: dense), else element by element.
 // Backward computes exponentials twice rather than keep them, and walks the rows from the last to the first: those that
 // forward has left in the L2 cache.
 //
-// The version before the kernels of dense rows passed its tests on an H200; these are not measured.
+// The version before this one passed its tests on an H200; this one is not measured.
 #include "softmax_entropy.h"
 
 #include <algorithm>
 
-#include "softmax_entropy_common.cuh"
-#include "softmax_entropy_thread.cuh"
+#include "device.cuh"
 
 namespace fastgan::cuda {
 namespace {
+
+constexpr int kThreads = 512;     // at most, in kernels of a thread or a warp a row
+constexpr int kRowThreads = 256;  // in kernels of a block a row
+constexpr int kMaxWarps = kThreads / kWarpSize;
+constexpr int kExtra = 2;          // columns of a block's share after the classes: sum of H, sum of the cross-entropy
+constexpr int kMaxThreadClasses = 20;
+constexpr int kMaxWarpClasses = 1024;
+constexpr int kFinishBytes = 256;  // of shared memory, for finish()
+static_assert((kMaxWarps + 1) * sizeof(double) <= kFinishBytes);
+
+struct ForwardParams {
+  SoftmaxEntropyArgs args;
+  FastDivisor classes;
+  bool vectors;       // rows (tiles of rows) are read 16 bytes at a time
+  float* shares;      // [blocks, classes + kExtra]
+  unsigned* counter;  // blocks that have written their share
+};
+
+struct BackwardParams {
+  SoftmaxEntropyArgs args;
+  FastDivisor classes;
+  bool vectors;  // rows (tiles of rows) of logits and of gradients are read and written 16 bytes at a time
+};
+
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+__device__ __forceinline__ int warp_count() { return static_cast<int>(blockDim.x) / kWarpSize; }
+
+template <typename Value>
+__device__ __forceinline__ Value warp_sum(Value value) {
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value = fmaxf(value, shuffle_xor(value, mask));
+  return value;
+}
+
+// e^d for d <= 0, which is exact enough after the row's maximum is subtracted: where d is large, e^d is small.
+__device__ __forceinline__ float exponential(float d) { return exp2_approximate(d * 1.44269504f); }
+
+// d as a factor of e^d, finite: 0 log 0 = 0, for logits of -infinity.
+__device__ __forceinline__ float finite(float d) { return fmaxf(d, -1e30f); }
+
+__device__ __forceinline__ bool carries_label(const SoftmaxEntropyArgs& p, int64_t row, int64_t& label) {
+  if (p.labels == nullptr) return false;
+  label = p.labels[row];
+  return label != p.ignore_index;
+}
+
+__device__ __forceinline__ bool out_of_range(const SoftmaxEntropyArgs& p, int64_t label) {
+  return label < 0 || label >= p.classes;
+}
+
+__device__ __forceinline__ float not_a_number() { return bits_to_float(0x7FC00000u); }
+
+// Shared memory: finish()'s, the share of a block that is alone, and what each kernel needs.
+__host__ __device__ inline int64_t share_bytes(int64_t classes) { return (classes + kExtra + 3) / 4 * 16; }
+__device__ __forceinline__ unsigned char* kernel_memory(int64_t classes) {
+  return static_cast<unsigned char*>(shared_memory()) + kFinishBytes + share_bytes(classes);
+}
+
+// Where a block of the thread and warp kernels puts its share: a block that is alone keeps it in shared memory.
+__device__ __forceinline__ float* block_share(const ForwardParams& p) {
+  if (gridDim.x == 1) return reinterpret_cast<float*>(static_cast<unsigned char*>(shared_memory()) + kFinishBytes);
+  return p.shares + int64_t{blockIdx.x} * (p.args.classes + kExtra);
+}
+
+// Adds the shares of all blocks in a fixed order and writes the results. Only the block that comes last does so. Every
+// thread of every block calls this, after its block's share is written; `shares` is that of block 0.
+__device__ void finish(const ForwardParams& p, const float* shares) {
+  double* shared = static_cast<double*>(shared_memory());  // [kMaxWarps + 1]
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const int blocks = static_cast<int>(gridDim.x);
+  const int64_t classes = p.args.classes, columns = classes + kExtra;
+  if (blocks > 1) {
+    device_fence();
+    block_barrier();
+    if (thread == 0) shared[kMaxWarps] = atomic_increment(p.counter) == gridDim.x - 1 ? 1.0 : 0.0;
+    block_barrier();
+    if (shared[kMaxWarps] == 0.0) return;
+    device_fence();
+  } else {
+    block_barrier();
+  }
+  const double rows = static_cast<double>(p.args.rows);
+  int lanes = 1;  // of a warp, that share out the blocks of one column
+  while (lanes < kWarpSize && lanes < blocks && 2 * lanes * columns <= threads) lanes *= 2;
+  double entropy = 0.0;
+  for (int64_t first = 0; first < columns; first += threads / lanes) {
+    const int64_t column = first + thread / lanes;
+    double sum = 0.0;
+    if (column < columns) {
+      constexpr int kAtOnce = 16;  // loads in flight
+      for (int begin = thread % lanes; begin < blocks; begin += kAtOnce * lanes) {
+        float loaded[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int block = begin + i * lanes;
+          loaded[i] = block < blocks ? shares[block * columns + column] : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) sum += double{loaded[i]};
+      }
+    }
+    for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (thread % lanes != 0 || column >= columns) continue;
+    if (column < classes) {
+      const double q = sum / rows;
+      p.args.mean_probabilities[column] = static_cast<float>(q);
+      if (q != 0.0) entropy -= q * double{logf(static_cast<float>(q))};
+    } else if (column == classes) {
+      *p.args.conditional = static_cast<float>(sum / rows);
+    } else {
+      const int64_t count = p.args.labels != nullptr ? *p.args.label_count : 0;
+      *p.args.cross_entropy = count > 0 ? static_cast<float>(sum / static_cast<double>(count)) : 0.0f;
+    }
+  }
+  entropy = warp_sum(entropy);
+  if (lane_index() == 0) shared[warp_index()] = entropy;
+  block_barrier();
+  if (thread > 0) return;
+  for (int warp = 1; warp < warp_count(); ++warp) entropy += shared[warp];
+  *p.args.marginal = static_cast<float>(entropy);
+}
+
+// The gradient of a logit is p (sum_j p_j t_j - t) / N + g_ce (p - [k = label]) / count,
+// with t_k = g_conditional d_k + g_marginal log q_k: log p_k = d_k - log s, whose log s falls out.
+struct Gradients {
+  float conditional, marginal, cross_entropy;
+
+  __device__ explicit Gradients(const SoftmaxEntropyArgs& p) {
+    const float rows = static_cast<float>(p.rows);
+    conditional = p.grad_conditional != nullptr ? *p.grad_conditional / rows : 0.0f;
+    marginal = p.grad_marginal != nullptr ? *p.grad_marginal / rows : 0.0f;
+    const int64_t count = p.labels != nullptr ? *p.label_count : 0;
+    cross_entropy =
+        p.grad_cross_entropy != nullptr && count > 0 ? *p.grad_cross_entropy / static_cast<float>(count) : 0.0f;
+  }
+
+  __device__ float of_mean(float q) const { return q == 0.0f ? 0.0f : marginal * logf(q); }
+  __device__ float t(float d, float of_mean_k) const { return conditional * finite(d) + of_mean_k; }
+  __device__ float of_label(bool labeled) const { return labeled ? cross_entropy : 0.0f; }
+};
+
+// A row's label as an index that no class equals if the row carries none or one out of range.
+__device__ __forceinline__ int class_or_none(const SoftmaxEntropyArgs& p, bool labeled, int64_t label) {
+  return labeled && !out_of_range(p, label) ? static_cast<int>(label) : -1;
+}
+
+// ---- one thread a row
+
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount) Neighbours {
+  T values[kCount];
+};
+
+// A row in shared memory, kWidth elements at a time (a divisor of the classes); -infinity beyond its end.
+template <int kWidth, typename T, int kMaxClasses>
+__device__ __forceinline__ void read_row(const T* row, int classes, float (&x)[kMaxClasses]) {
+#pragma unroll
+  for (int first = 0; first < kMaxClasses; first += kWidth) {
+    Neighbours<T, kWidth> loaded{};
+    if (first < classes) loaded = *reinterpret_cast<const Neighbours<T, kWidth>*>(row + first);
+#pragma unroll
+    for (int i = 0; i < kWidth && first + i < kMaxClasses; ++i) {
+      x[first + i] = first < classes ? to_float(loaded.values[i]) : -INFINITY;
+    }
+  }
+}
+
+template <int kWidth, typename T, int kMaxClasses>
+__device__ __forceinline__ void write_row(const float (&x)[kMaxClasses], int classes, T* row) {
+#pragma unroll
+  for (int first = 0; first < kMaxClasses; first += kWidth) {
+    if (first >= classes) continue;
+    Neighbours<T, kWidth> stored{};
+#pragma unroll
+    for (int i = 0; i < kWidth && first + i < kMaxClasses; ++i) from_float(x[first + i], stored.values[i]);
+    *reinterpret_cast<Neighbours<T, kWidth>*>(row + first) = stored;
+  }
+}
+
+// The tiles of one warp: 32 rows each, in shared memory side by side without gaps, kStages of them. With as wide an
+// access as the number of classes allows, lanes that walk their rows meet no bank conflict but with 8 and 16 classes.
+// kAll: the number of classes is kMaxClasses.
+template <typename T, int kMaxClasses, bool kAll>
+struct Tiles {
+  static constexpr int kStages = kMaxClasses * static_cast<int>(sizeof(T)) <= 40 ? 4 : 2;
+  static constexpr int kSize = Vector<T>::kSize;
+
+  const SoftmaxEntropyArgs& p;
+  const FastDivisor divisor;
+  const bool vectors;
+  const int classes, lane;
+  T* const memory;  // [kStages, kWarpSize, classes]
+
+  __device__ Tiles(const SoftmaxEntropyArgs& args, const FastDivisor& divisor_in, bool vectors_in)
+      : p(args),
+        divisor(divisor_in),
+        vectors(vectors_in),
+        classes(kAll ? kMaxClasses : static_cast<int>(args.classes)),
+        lane(lane_index()),
+        memory(reinterpret_cast<T*>(kernel_memory(classes)) + warp_index() * kStages * kWarpSize * classes) {}
+
+  __device__ int64_t count() const { return (p.rows + kWarpSize - 1) / kWarpSize; }
+  __device__ T* tile_memory(int stage) const { return memory + stage * kWarpSize * classes; }
+  __device__ int rows_of(int64_t tile) const {
+    const int64_t rows = p.rows - tile * kWarpSize;
+    return rows < kWarpSize ? static_cast<int>(rows) : kWarpSize;
+  }
+
+  // Starts a copy into a stage that no lane reads any more. One group of copies, empty for a tile that is not there.
+  __device__ void start(int64_t tile, int stage) const {
+    if (tile >= 0 && tile < count()) {
+      const int rows = rows_of(tile), elements = rows * classes;
+      const T* logits = static_cast<const T*>(p.logits) + tile * kWarpSize * p.row_stride;
+      T* staged = tile_memory(stage);
+      if (vectors && rows == kWarpSize) {
+#pragma unroll 4
+        for (int i = lane * kSize; i < kWarpSize * classes; i += kWarpSize * kSize) {
+          copy_async(staged + i, logits + i, true);
+        }
+      } else {
+#pragma unroll 2
+        for (int i = lane; i < elements; i += kWarpSize) {
+          const int row = divisor.divide(i);
+          staged[i] = logits[row * p.row_stride + i - row * classes];
+        }
+      }
+    }
+    copy_async_commit();
+  }
+
+  // Waits for the oldest of kStages - 1 tiles that were started.
+  __device__ void wait() const {
+    copy_async_wait<kStages - 2>();
+    warp_barrier();
+  }
+
+  __device__ void read(int stage, float (&x)[kMaxClasses]) const {
+    const T* row = tile_memory(stage) + lane * classes;
+    if (classes % 4 == 0) {
+      read_row<4>(row, classes, x);
+    } else if (classes % 2 == 0) {
+      read_row<2>(row, classes, x);
+    } else {
+      read_row<1>(row, classes, x);
+    }
+  }
+
+  __device__ void write(int stage, const float (&x)[kMaxClasses]) const {
+    T* row = tile_memory(stage) + lane * classes;
+    if (classes % 4 == 0) {
+      write_row<4>(x, classes, row);
+    } else if (classes % 2 == 0) {
+      write_row<2>(x, classes, row);
+    } else {
+      write_row<1>(x, classes, row);
+    }
+  }
+
+  // Copies a tile that all lanes have written to the gradient.
+  __device__ void store(int64_t tile, int stage) const {
+    const int rows = rows_of(tile), elements = rows * classes;
+    T* grad = static_cast<T*>(p.grad_logits) + tile * kWarpSize * classes;
+    const T* staged = tile_memory(stage);
+    if (vectors && rows == kWarpSize) {
+#pragma unroll 4
+      for (int i = lane * kSize; i < kWarpSize * classes; i += kWarpSize * kSize) {
+        store_streaming(grad + i, load_bytes(staged + i, kSize, true).words);
+      }
+    } else {
+#pragma unroll 2
+      for (int i = lane; i < elements; i += kWarpSize) grad[i] = staged[i];
+    }
+  }
+};
+
+template <typename T, int kMaxClasses, bool kAll>
+__global__ void __launch_bounds__(kThreads, 1) forward_thread_kernel(ForwardParams params) {
+  using Walk = Tiles<T, kMaxClasses, kAll>;
+  wait_for_previous_kernel();
+  const SoftmaxEntropyArgs& p = params.args;
+  const Walk tiles(p, params.classes, params.vectors);
+  const int classes = tiles.classes, thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int64_t step = int64_t{gridDim.x} * warp_count(), count = tiles.count();
+  int64_t tile = int64_t{warp_index()} * gridDim.x + blockIdx.x;
+#pragma unroll 1
+  for (int stage = 0; stage < Walk::kStages - 1; ++stage) tiles.start(tile + stage * step, stage);
+  float share[kMaxClasses] = {};
+  float entropy = 0.0f, cross_entropy = 0.0f;
+  for (int stage = 0; tile < count; tile += step, stage = (stage + 1) % Walk::kStages) {
+    const int64_t row = tile * kWarpSize + tiles.lane;
+    const bool active = row < p.rows;
+    int64_t label = -1;
+    const bool labeled = active && carries_label(p, row, label);
+    tiles.wait();
+    tiles.start(tile + (Walk::kStages - 1) * step, (stage + Walk::kStages - 1) % Walk::kStages);
+    if (!active) continue;
+    float e[kMaxClasses];
+    tiles.read(stage, e);
+    float max = e[0], s = 0.0f, u = 0.0f;
+#pragma unroll
+    for (int k = 1; k < kMaxClasses; ++k) max = fmaxf(max, e[k]);
+#pragma unroll
+    for (int k = 0; k < kMaxClasses; ++k) {
+      const float d = e[k] - max;
+      e[k] = exponential(d);
+      s += e[k];
+      u += finite(d) * e[k];
+    }
+    const float inverse = reciprocal(s), log_s = logf(s);
+#pragma unroll
+    for (int k = 0; k < kMaxClasses; ++k) share[k] += e[k] * inverse;
+    entropy += log_s - u * inverse;
+    p.log_normalizer[row] = log_s;
+    if (labeled) {
+      const T* staged = tiles.tile_memory(stage) + tiles.lane * classes;
+      cross_entropy += out_of_range(p, label) ? not_a_number() : log_s - (to_float(staged[label]) - max);
+    }
+  }
+  // The threads' sums side by side, then a warp a column.
+  copy_async_wait<0>();
+  block_barrier();
+  float* sums = reinterpret_cast<float*>(kernel_memory(classes));  // [classes + kExtra, threads]
+#pragma unroll
+  for (int k = 0; k < kMaxClasses; ++k) {
+    if (k < classes) sums[k * threads + thread] = share[k];
+  }
+  sums[classes * threads + thread] = entropy;
+  sums[(classes + 1) * threads + thread] = cross_entropy;
+  block_barrier();
+  float* out = block_share(params);
+  for (int column = warp_index(); column < classes + kExtra; column += warp_count()) {
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int i = tiles.lane; i < threads; i += kWarpSize) sum += sums[column * threads + i];
+    sum = warp_sum(sum);
+    if (tiles.lane == 0) out[column] = sum;
+  }
+  finish(params, gridDim.x == 1 ? out : params.shares);
+}
+
+template <typename T, int kMaxClasses, bool kAll>
+__global__ void __launch_bounds__(kThreads, 1) backward_thread_kernel(BackwardParams params) {
+  using Walk = Tiles<T, kMaxClasses, kAll>;
+  wait_for_previous_kernel();
+  const SoftmaxEntropyArgs& p = params.args;
+  const Walk tiles(p, params.classes, params.vectors);
+  const int classes = tiles.classes;
+  const int64_t step = int64_t{gridDim.x} * warp_count();
+  int64_t tile = tiles.count() - 1 - (int64_t{warp_index()} * gridDim.x + blockIdx.x);
+#pragma unroll 1
+  for (int stage = 0; stage < Walk::kStages - 1; ++stage) tiles.start(tile - stage * step, stage);
+  const Gradients g(p);
+  float of_mean[kMaxClasses];
+#pragma unroll
+  for (int k = 0; k < kMaxClasses; ++k) of_mean[k] = k < classes ? p.mean_probabilities[k] : 0.0f;
+#pragma unroll
+  for (int k = 0; k < kMaxClasses; ++k) of_mean[k] = g.of_mean(of_mean[k]);
+  for (int stage = 0; tile >= 0; tile -= step, stage = (stage + 1) % Walk::kStages) {
+    const int64_t row = tile * kWarpSize + tiles.lane;
+    const bool active = row < p.rows;
+    int64_t label = -1;
+    const bool labeled = active && carries_label(p, row, label);
+    tiles.wait();
+    tiles.start(tile - (Walk::kStages - 1) * step, (stage + Walk::kStages - 1) % Walk::kStages);
+    if (active) {
+      float x[kMaxClasses], e[kMaxClasses];
+      tiles.read(stage, x);
+      float max = x[0], s = 0.0f, mean_t = 0.0f;
+#pragma unroll
+      for (int k = 1; k < kMaxClasses; ++k) max = fmaxf(max, x[k]);
+#pragma unroll
+      for (int k = 0; k < kMaxClasses; ++k) {
+        const float d = x[k] - max;
+        e[k] = exponential(d);
+        x[k] = g.t(d, of_mean[k]);
+        s += e[k];
+        mean_t += e[k] * x[k];
+      }
+      const float inverse = reciprocal(s), of_label = g.of_label(labeled), mean = mean_t * inverse + of_label;
+      const int own = class_or_none(p, labeled, label);
+#pragma unroll
+      for (int k = 0; k < kMaxClasses; ++k) x[k] = e[k] * inverse * (mean - x[k]) - (k == own ? of_label : 0.0f);
+      tiles.write(stage, x);
+    }
+    warp_barrier();
+    tiles.store(tile, stage);
+  }
+  copy_async_wait<0>();
+}
 
 // ---- one warp a row
 
@@ -347,34 +741,18 @@ __global__ void __launch_bounds__(kRowThreads) backward_block_kernel(BackwardPar
 
 // ---- launch
 
-// Whether rows (one thread a row: tiles of rows) begin at multiples of 16 bytes and end there.
-bool reads_vectors(const SoftmaxEntropyArgs& args) {
-  if (!is_aligned16(args.logits)) return false;
-  if (args.classes <= kMaxThreadClasses) return args.row_stride == args.classes;
-  const int64_t size = size_of(args.type);
-  return args.row_stride * size % 16 == 0 && args.classes * size % 16 == 0;
-}
-
 // What both directions launch alike.
 struct Plan {
-  bool dense, thread_a_row, warp_a_row;
+  bool thread_a_row, warp_a_row;
   int threads;
   unsigned blocks;
 
-  Plan(const SoftmaxEntropyArgs& args, bool vectors)
-      : dense(vectors && args.classes == kDenseClasses),
-        thread_a_row(!dense && args.classes <= kMaxThreadClasses),
-        warp_a_row(args.classes > kMaxThreadClasses && args.classes <= kMaxWarpClasses),
+  explicit Plan(const SoftmaxEntropyArgs& args)
+      : thread_a_row(args.classes <= kMaxThreadClasses),
+        warp_a_row(!thread_a_row && args.classes <= kMaxWarpClasses),
         threads(kRowThreads) {
     int64_t wanted = args.rows, resident = int64_t{args.multiprocessors} * 4;
-    if (dense) {
-      const int64_t tiles = divide_up(args.rows, args.type == DataType::float32
-                                                     ? DenseTiles<float, kDenseClasses>::kTileRows
-                                                     : DenseTiles<Half, kDenseClasses>::kTileRows);
-      threads = static_cast<int>(std::min<int64_t>(tiles, kDenseThreads / kWarpSize)) * kWarpSize;
-      wanted = divide_up(tiles, threads / kWarpSize);
-      resident = int64_t{args.multiprocessors} * kDenseBlocks;
-    } else if (thread_a_row || warp_a_row) {
+    if (thread_a_row || warp_a_row) {
       const int64_t warps = thread_a_row ? divide_up(args.rows, kWarpSize) : args.rows;
       threads = static_cast<int>(std::min<int64_t>(warps, kMaxWarps)) * kWarpSize;
       wanted = divide_up(warps, threads / kWarpSize);
@@ -384,17 +762,19 @@ struct Plan {
   }
 };
 
+// Whether rows (one thread a row: tiles of rows) begin at multiples of 16 bytes and end there.
+bool reads_vectors(const SoftmaxEntropyArgs& args) {
+  if (!is_aligned16(args.logits)) return false;
+  if (args.classes <= kMaxThreadClasses) return args.row_stride == args.classes;
+  const int64_t size = size_of(args.type);
+  return args.row_stride * size % 16 == 0 && args.classes * size % 16 == 0;
+}
+
 // Of the tiles or rows in flight, kept in shared memory.
 template <typename T>
 size_t thread_bytes(const Plan& plan, int64_t classes) {
-  const int stages = classes <= 10 ? Tiles<T, 10>::kStages : Tiles<T, kMaxThreadClasses>::kStages;
+  const int stages = (classes <= 10 ? Tiles<T, 10, false>::kStages : Tiles<T, kMaxThreadClasses, false>::kStages);
   return static_cast<size_t>(plan.threads * classes) * stages * sizeof(T);
-}
-
-template <typename T>
-size_t dense_bytes(const Plan& plan) {
-  return kFinishBytes + share_bytes(kDenseClasses) +
-         static_cast<size_t>(plan.threads / kWarpSize) * DenseTiles<T, kDenseClasses>::kWarpBytes;
 }
 
 template <typename T>
@@ -415,15 +795,13 @@ cudaError_t dispatch(DataType type, const F& f) {
 }  // namespace
 
 size_t softmax_entropy_workspace_bytes(const SoftmaxEntropyArgs& args) {
-  const unsigned blocks = std::max(Plan(args, true).blocks, Plan(args, false).blocks);
-  return 16 + static_cast<size_t>(blocks * (args.classes + kExtra)) * sizeof(float);
+  return 16 + static_cast<size_t>(Plan(args).blocks * (args.classes + kExtra)) * sizeof(float);
 }
 
 cudaError_t softmax_entropy_forward_launch(const SoftmaxEntropyArgs& args, cudaStream_t stream) {
   const int64_t classes = args.classes;
-  const bool vectors = reads_vectors(args) && is_aligned16(args.log_normalizer);
-  const Plan plan(args, vectors);
-  const ForwardParams params{args, FastDivisor(classes), vectors, static_cast<float*>(args.workspace) + 4,
+  const Plan plan(args);
+  const ForwardParams params{args, FastDivisor(classes), reads_vectors(args), static_cast<float*>(args.workspace) + 4,
                              static_cast<unsigned*>(args.workspace)};
   if (plan.blocks > 1) {
     const cudaError_t error = clear_async(params.counter, sizeof(unsigned), stream);
@@ -436,11 +814,11 @@ cudaError_t softmax_entropy_forward_launch(const SoftmaxEntropyArgs& args, cudaS
     const auto run = [&](void (*kernel)(ForwardParams), size_t bytes) {
       return launch(kernel, plan.blocks, plan.threads, bytes, stream, params);
     };
-    if (plan.dense) return run(forward_dense_kernel<T, kDenseClasses>, dense_bytes<T>(plan));
     if (plan.thread_a_row) {
       const size_t bytes =
           common_bytes + std::max(thread_bytes<T>(plan, classes), plan.threads * columns * sizeof(float));
-      return run(classes <= 10 ? forward_thread_kernel<T, 10> : forward_thread_kernel<T, kMaxThreadClasses>, bytes);
+      if (classes == 10) return run(forward_thread_kernel<T, 10, true>, bytes);
+      return run(classes < 10 ? forward_thread_kernel<T, 10, false> : forward_thread_kernel<T, 20, false>, bytes);
     }
     if (plan.warp_a_row) {
       const size_t bytes =
@@ -453,19 +831,18 @@ cudaError_t softmax_entropy_forward_launch(const SoftmaxEntropyArgs& args, cudaS
 
 cudaError_t softmax_entropy_backward_launch(const SoftmaxEntropyArgs& args, cudaStream_t stream) {
   const int64_t classes = args.classes;
-  const bool vectors = reads_vectors(args) && is_aligned16(args.grad_logits);
-  const Plan plan(args, vectors);
-  const BackwardParams params{args, FastDivisor(classes), vectors};
+  const Plan plan(args);
+  const BackwardParams params{args, FastDivisor(classes), reads_vectors(args) && is_aligned16(args.grad_logits)};
   return dispatch(args.type, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kSize = Vector<T>::kSize;
     const auto run = [&](void (*kernel)(BackwardParams), size_t bytes) {
       return launch(kernel, plan.blocks, plan.threads, bytes, stream, params);
     };
-    if (plan.dense) return run(backward_dense_kernel<T, kDenseClasses>, dense_bytes<T>(plan));
     if (plan.thread_a_row) {
       const size_t bytes = kFinishBytes + share_bytes(classes) + thread_bytes<T>(plan, classes);
-      return run(classes <= 10 ? backward_thread_kernel<T, 10> : backward_thread_kernel<T, kMaxThreadClasses>, bytes);
+      if (classes == 10) return run(backward_thread_kernel<T, 10, true>, bytes);
+      return run(classes < 10 ? backward_thread_kernel<T, 10, false> : backward_thread_kernel<T, 20, false>, bytes);
     }
     if (plan.warp_a_row) {
       const size_t bytes = warp_bytes<T>(plan, classes) + (classes <= 256 ? 256 : 1024) * sizeof(float);

@@ -161,12 +161,6 @@ int main(int argc, char** argv) {
   for (int64_t classes : {10, 16, 24, 1000}) {  // dense rows, misaligned arrays
     check({70, classes, classes, random_choice({DataType::float32, DataType::bfloat16}), true, 1.0, true});
   }
-  for (DataType type : {DataType::float32, DataType::bfloat16, DataType::float16}) {  // dense rows, several a thread
-    for (int64_t rows : {1, 2, 3, 5, 63, 64, 65, 127, 129, 390}) check({rows, 10, 10, type, rows % 2 == 1, 1.0});
-    check({6001, 10, 10, type, true, 2.0, false, true});  // several blocks and tiles a warp, the last one not full
-    check({4000, 10, 10, type, true, 2.0});
-    check({700, 10, 10, type, true, 50.0});
-  }
   for (int i = 0; i < 16; ++i) {
     Case c{};
     c.classes = random_choice({2, 3, 10, 11, 20, 21, 33, 100, 257, 1024});
