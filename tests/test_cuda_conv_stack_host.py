@@ -83,6 +83,7 @@ NETWORKS = {
     "bias and identity at the end": (lambda: [from_pixel(3, 8, True), nn.LeakyReLU(0.2), up(8, 2, True)], (2, 3, 1, 1)),
     "parts of unequal size": (lambda: [
         down(3, 8), nn.LeakyReLU(0.2), down(8, 16), nn.BatchNorm2d(16), nn.ReLU(), down(16, 8)], (3, 3, 16, 24)),
+    "two layers": (lambda: [down(3, 8), nn.LeakyReLU(0.2), down(8, 16), nn.BatchNorm2d(16)], (3, 3, 16, 24)),
     "one layer": (lambda: [down(2, 4, True), nn.LeakyReLU(0.2)], (2, 2, 4, 4)),
     "tiles of 128": (lambda: [up(72, 136), nn.BatchNorm2d(136), nn.ReLU(), down(136, 72)], (9, 72, 4, 4)),
 }  # fmt: skip
@@ -164,7 +165,9 @@ def test_bfloat16_errors_are_at_most_twice_pytorchs(operators, name, training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", ["generator", "discriminator", "biases everywhere", "batch norm at the end"])
+@pytest.mark.parametrize("name", [
+    "generator", "discriminator", "biases everywhere", "batch norm at the end", "two layers", "parts of unequal size"
+])
 def test_gradients_that_are_not_wanted_are_left_out(operators, name, training):
     network, x = build(name, training)
     count = len(list(network.parameters()))

@@ -356,7 +356,8 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
   };
 
   // Whether the lowest two layers' gradients are computed together; see first_two_layers.
-  const bool together = last > 0 && plan.layers[0].recomputed && !stack[0].has_batch_norm && wanted.lowest <= 1;
+  const bool together = last > 0 && plan.layers[0].recomputed && !stack[0].has_batch_norm && wanted.lowest <= 1 &&
+                        (wants_weight(1) || wants_input(1));
   std::vector<std::pair<int64_t, Conv4x4Direction>> packs;
   for (int64_t i = 0; i <= last; ++i)
     if (wants_input(i)) packs.emplace_back(i, plan.layers[i].backward);
@@ -365,8 +366,8 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
   std::vector<const void*> packed(stack.size());
   for (size_t k = 0; k < packs.size() - together; ++k) packed[packs[k].first] = packs_in_order[k];
 
-  // Where the first layer's output is not saved: it is computed again, for half of the images after the other, and
-  // used at once: for the second layer's weight gradient, as whose input gradient's memory it ends, and for its own.
+  // Where the first layer's output is not saved: it is computed again, for half of the images after the other, and read at
+  // once by the second layer's weight gradient. The second layer's input gradient then takes its memory.
   const auto first_two_layers = [&](const Tensor& dy) {
     const LayerPlan &first_layer = plan.layers[0], &second_layer = plan.layers[1];
     const Tensor images = input.contiguous(kChannelsLast);
@@ -443,10 +444,9 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
     const Tensor dz = recomputed.defined() ? recomputed : empty_images(input, below);
     epilogue.kind = Conv4x4Epilogue::Kind::activation_backward;
     epilogue.activation = below.activation;
-    epilogue.y = saved.activated(below);
+    epilogue.y = has_batch_norm ? saved.raw(below) : saved.activated(below);
     if (has_batch_norm) {
       const Statistics s(statistics, plan, below);
-      epilogue.y = saved.raw(below);
       epilogue.scale = s.scale, epilogue.shift = s.shift, epilogue.mean = s.mean, epilogue.invstd = s.invstd;
     }
     launches.convolve(p, p.backward, packed[i], dy.const_data_ptr(), dz.mutable_data_ptr(), epilogue,
