@@ -2,17 +2,14 @@
 (csrc/cuda/host) as an operator for tensors on the CPU, against PyTorch's Adam."""
 
 import copy
-import os
-import subprocess
 
 import pytest
 import torch
-from test_cuda_host import ROOT
+from test_cuda_host import load_operators
 from test_cuda_host import pytestmark as host_marks
 from test_optim import (
     SETTINGS, assert_close, check_that_operator_names_the_argument_at_fault, gradients, parameters, set_gradients, steps_of,
 )
-from torch.utils.cpp_extension import include_paths, library_paths
 
 from fastgan import _extension, optim
 
@@ -21,27 +18,14 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/test_optim.py runs the kernel itself"),
 ]
 
-FLAGS = (
-    "-x c++ -std=c++20 -shared -DFASTGAN_CUDA_HOST -O1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Werror "
-    "-Wno-unknown-pragmas -ftrivial-auto-var-init=pattern"
-).split()
+SOURCES = ["csrc/ops/cuda_adam.cpp", "csrc/cuda/adam.cu", "csrc/cuda/host/fibers.cpp"]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     if not _extension.has_kernels("cpu"):
         pytest.skip("needs the compiled extension")
-    target = tmp_path_factory.mktemp("cuda_adam") / "library.so"
-    sources = [ROOT / "csrc" / name for name in ("ops/cuda_adam.cpp", "cuda/adam.cu", "cuda/host/fibers.cpp")]
-    includes = [flag for path in include_paths() for flag in ("-isystem", path)]
-    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    compiler = os.environ.get("CXX", "g++").split()
-    run = subprocess.run(
-        [*compiler, *FLAGS, *includes, *sources, *libraries, "-lc10", "-ltorch", "-ltorch_cpu", "-o", target],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    torch.ops.load_library(target)
+    load_operators(SOURCES, tmp_path_factory.mktemp("cuda_adam"))
 
 
 @pytest.fixture

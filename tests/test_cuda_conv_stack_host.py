@@ -2,18 +2,13 @@
 (csrc/cuda/host) as operators for tensors on the CPU, against PyTorch's layers."""
 
 import copy
-import os
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from test_conv_stack import down, stack_call, up
-from test_cuda_host import ROOT, pytestmark  # noqa: F401
+from test_cuda_host import ROOT, load_operators, pytestmark  # noqa: F401
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.utils.cpp_extension import include_paths, library_paths
 
 from fastgan import _extension
 from fastgan.ops import conv_stack
@@ -24,35 +19,12 @@ SOURCES = [
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc/cuda").glob("conv4x4s2*.cu")),
     "csrc/cuda/host/fibers.cpp", "tests/native/cuda/conv_stack.cpp",
 ]  # fmt: skip
-FLAGS = (
-    "-x c++ -std=c++20 -DFASTGAN_CUDA_HOST -O1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Werror "
-    "-Wno-unknown-pragmas -ftrivial-auto-var-init=pattern"
-).split()
 
 
 @pytest.fixture(scope="module")
 def operators(tmp_path_factory):
     """torch.ops.fastgan_cuda_host, compiled."""
-    folder = tmp_path_factory.mktemp("cuda_conv_stack")
-    compiler = os.environ.get("CXX", "g++").split()
-    includes = [flag for path in include_paths() for flag in ("-isystem", path)]
-
-    def compile(source):
-        target = folder / f"{source.replace('/', '_')}.o"
-        run = subprocess.run(
-            [*compiler, *FLAGS, *includes, "-c", ROOT / source, "-o", target], capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stderr
-        return target
-
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(compile, SOURCES))
-    library = folder / "library.so"
-    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    subprocess.run(
-        [*compiler, "-shared", *objects, *libraries, "-lc10", "-ltorch", "-ltorch_cpu", "-o", library], check=True
-    )
-    torch.ops.load_library(library)
+    load_operators(SOURCES, tmp_path_factory.mktemp("cuda_conv_stack"))
     return torch.ops.fastgan_cuda_host
 
 

@@ -5,9 +5,12 @@ import os
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = (
@@ -22,6 +25,35 @@ pytestmark = [
         reason="the host shim needs g++ on x86-64 Linux",
     ),
 ]
+
+
+OPERATOR_FLAGS = (
+    "-x c++ -std=c++20 -DFASTGAN_CUDA_HOST -O1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Werror "
+    "-Wno-unknown-pragmas -ftrivial-auto-var-init=pattern"
+).split()
+
+
+def load_operators(sources, folder):
+    """Compiles CUDA operators and their kernels (paths from ROOT) for the host, in `folder`, and loads them for tensors on the CPU."""
+    compiler = os.environ.get("CXX", "g++").split()
+    includes = [flag for path in include_paths() for flag in ("-isystem", path)]
+
+    def compile(source):
+        target = folder / f"{source.replace('/', '_')}.o"
+        run = subprocess.run(
+            [*compiler, *OPERATOR_FLAGS, *includes, "-c", ROOT / source, "-o", target], capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        return target
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        objects = list(pool.map(compile, sources))
+    library = folder / "library.so"
+    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    subprocess.run(
+        [*compiler, "-shared", *objects, *libraries, "-lc10", "-ltorch", "-ltorch_cpu", "-o", library], check=True
+    )
+    torch.ops.load_library(library)
 
 
 @pytest.mark.parametrize("stem", ["bn_act", "softmax_entropy", "adam", "conv4x4s2"])

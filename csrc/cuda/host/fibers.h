@@ -35,7 +35,7 @@ void block_barrier();
 using Combine = void (*)(void* const operands[32]);
 void warp_collective(void* operand, Combine combine);
 
-// cp.async of 8 or 16 bytes (zeros if !valid), its commit, and the wait that leaves `pending_groups` groups in flight.
+// cp.async of 4, 8 or 16 bytes (zeros if !valid), its commit, and the wait that leaves `pending_groups` groups in flight.
 void copy_async(void* shared, const void* global, int bytes, bool valid);
 void copy_async_commit();
 void copy_async_wait(int pending_groups);
