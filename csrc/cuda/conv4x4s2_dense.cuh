@@ -172,11 +172,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 512 / Tile::kThreads) dense_up
         for (int h = 0; h < 2; ++h) {
           const int column = first_column + sums.column(j, h);
           if (column >= p.columns) continue;
-          const int channel = channel_of(column);
-          if (epilogue.scale != nullptr) scale[h] = epilogue.scale[channel];
-          if (epilogue.shift != nullptr) shift[h] = epilogue.shift[channel];
-          if (epilogue.mean != nullptr) mean[h] = epilogue.mean[channel];
-          if (epilogue.invstd != nullptr) invstd[h] = epilogue.invstd[channel];
+          load_of_channel(epilogue, channel_of(column), scale[h], shift[h], mean[h], invstd[h]);
         }
       }
 #pragma unroll

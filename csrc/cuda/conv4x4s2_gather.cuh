@@ -110,10 +110,7 @@ __device__ __forceinline__ void gather_epilogue(const GatherParams& p, Accumulat
       const int channel = column + h - p.channel_divisor.divide(column + h) * p.channels;
       if (epilogue.bias != nullptr) bias[h] = epilogue.bias[channel];
       if (epilogue.kind == Kind::activation_backward) {
-        if (epilogue.scale != nullptr) scale[h] = epilogue.scale[channel];
-        if (epilogue.shift != nullptr) shift[h] = epilogue.shift[channel];
-        if (epilogue.mean != nullptr) mean[h] = epilogue.mean[channel];
-        if (epilogue.invstd != nullptr) invstd[h] = epilogue.invstd[channel];
+        load_of_channel(epilogue, channel, scale[h], shift[h], mean[h], invstd[h]);
       }
     }
 #pragma unroll

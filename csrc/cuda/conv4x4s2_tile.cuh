@@ -5,6 +5,7 @@
 // eight rows 80 bytes apart start in eight different groups of four banks, so ldmatrix meets no conflict.
 #pragma once
 
+#include "conv4x4s2.h"
 #include "device.cuh"
 
 namespace fastgan::cuda {
@@ -63,6 +64,15 @@ struct Accumulators {
   __device__ static int row(int i, int e) { return first_row() + i * 16 + lane() / 4 + e / 2 * 8; }
   __device__ static int column(int j, int e) { return first_column() + j * 8 + lane() % 4 * 2 + e % 2; }
 };
+
+// What batch norm of a channel is computed with in activation_backward; arrays that there are not leave what is given.
+__device__ __forceinline__ void load_of_channel(const Conv4x4Epilogue& epilogue, int channel, float& scale, float& shift,
+                                                float& mean, float& invstd) {
+  if (epilogue.scale != nullptr) scale = epilogue.scale[channel];
+  if (epilogue.shift != nullptr) shift = epilogue.shift[channel];
+  if (epilogue.mean != nullptr) mean = epilogue.mean[channel];
+  if (epilogue.invstd != nullptr) invstd = epilogue.invstd[channel];
+}
 
 // One mma's depth of A (rows) and B (columns), which lie `row_bytes` apart, on the tensor cores.
 template <typename Math, typename Tile>
