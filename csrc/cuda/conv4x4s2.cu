@@ -13,6 +13,7 @@
 #include "conv4x4s2_pixel.cuh"
 #include "conv4x4s2_product.cuh"
 #include "conv4x4s2_thin.cuh"
+#include "conv4x4s2_thin_tf32.cuh"
 #include "conv4x4s2_weight.cuh"
 
 namespace fastgan::cuda {
@@ -54,7 +55,18 @@ WindowOperand make_operand(const void* x, int64_t height, int64_t width, int64_t
   return o;
 }
 
-// Calls f(Math{}) for the arithmetic of a storage type.
+// Calls f(T{}) for a storage type.
+template <typename F>
+cudaError_t dispatch_type(DataType type, const F& f) {
+  switch (type) {
+    case DataType::bfloat16: return f(BFloat16{});
+    case DataType::float16: return f(Half{});
+    case DataType::float32: return f(float{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Calls f(Math{}) for the arithmetic of a storage type in the loops that take any layer.
 template <typename F>
 cudaError_t dispatch_math(DataType type, const F& f) {
   switch (type) {
@@ -78,7 +90,7 @@ cudaError_t dispatch_tile(bool large, const F& f) {
 
 struct Split {
   int64_t splits, pixels_per_split;
-  bool large_tile, hopper, thin, dense;
+  bool large_tile, hopper, thin, tf32_thin, dense;
 };
 
 // Enough blocks for two on every multiprocessor (Hopper's loop: for one), but no split shorter than eight stages.
@@ -87,8 +99,9 @@ Split split_of(const Conv4x4WeightGradientArgs& args) {
   const int64_t rows = g.small_channels, columns = kTaps * g.large_channels;
   Split split{};
   split.thin = is_thin_weight_gradient(args);
-  if (split.thin) {
-    split.splits = thin_weight_gradient_blocks(args);
+  split.tf32_thin = takes_tf32_thin(args);
+  if (split.thin || split.tf32_thin) {
+    split.splits = split.thin ? thin_weight_gradient_blocks(args) : tf32_weight_gradient_blocks(args);
     return split;
   }
   split.hopper = hopper_takes_weight_gradient(args);
@@ -115,7 +128,7 @@ Split split_of(const Conv4x4WeightGradientArgs& args) {
 // One partial result in the gradient's own order and type is the gradient.
 bool partial_is_gradient(const Conv4x4WeightGradientArgs& args, const Split& split) {
   if (split.dense) return split.splits == 1;
-  return !split.thin && split.splits == 1 && args.weight_type == DataType::float32 &&
+  return !split.thin && !split.tf32_thin && split.splits == 1 && args.weight_type == DataType::float32 &&
          args.weight_layout == Conv4x4WeightLayout::channels_last;
 }
 
@@ -129,6 +142,16 @@ bool indices_fit(const Conv4x4Geometry& g) {
 
 bool conv4x4s2_takes(DataType type) {
   return dispatch_math(type, [](auto) { return cudaSuccess; }) == cudaSuccess;
+}
+
+bool conv4x4s2_takes(const Conv4x4Args& args) {
+  return conv4x4s2_supported(args.geometry, args.direction) &&
+         (conv4x4s2_takes(args.type) || takes_pixel(args) || takes_tf32_thin(args));
+}
+
+bool conv4x4s2_takes(const Conv4x4WeightGradientArgs& args) {
+  return conv4x4s2_weight_gradient_supported(args.geometry) &&
+         (conv4x4s2_takes(args.type) || takes_pixel(args) || takes_tf32_thin(args));
 }
 
 bool conv4x4s2_weight_gradient_supported(const Conv4x4Geometry& g) {
@@ -162,8 +185,8 @@ cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs* args, int count, cudaSt
       blocks += params.layers[i].blocks;
     }
     const dim3 grid(static_cast<unsigned>(blocks));
-    const cudaError_t error = dispatch_math(args->type, [&](auto math) {
-      using T = typename decltype(math)::Type;
+    const cudaError_t error = dispatch_type(args->type, [&](auto zero) {
+      using T = decltype(zero);
       if (args->weight_type == DataType::float32) {
         return launch(pack_kernel<float, T>, grid, kPackThreads, 0, stream, params);
       }
@@ -196,9 +219,12 @@ cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream) {
   if (is_thin_up(args)) return thin_up_launch(args, stream);
   const bool down = args.direction == Conv4x4Direction::down;
   const Product product = product_of(g, args.direction, args.type);
+  if (takes_tf32_thin(args)) {
+    return down ? tf32_down_launch(args, stream) : tf32_up_launch(args, padded_depth(product, args.type), stream);
+  }
   if (takes_pixel(args)) {
-    return dispatch_math(args.type, [&](auto math) {
-      using T = typename decltype(math)::Type;
+    return dispatch_type(args.type, [&](auto zero) {
+      using T = decltype(zero);
       if (down) return pixel_down_launch<T>(args, stream);
       return pixel_up_launch<T>(args, padded_depth(product, args.type), tile_rows(args, product), stream);
     });
@@ -270,9 +296,7 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
   const Conv4x4Geometry& g = args.geometry;
   if (!conv4x4s2_weight_gradient_supported(g)) return cudaErrorInvalidValue;
   if (takes_pixel(args)) {
-    return dispatch_math(args.type, [&](auto math) {
-      return pixel_weight_gradient_launch<typename decltype(math)::Type>(args, stream);
-    });
+    return dispatch_type(args.type, [&](auto zero) { return pixel_weight_gradient_launch<decltype(zero)>(args, stream); });
   }
   const Split split = split_of(args);
   WeightGradientParams p{};
@@ -307,7 +331,7 @@ cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& ar
                     weight_gradient_shared_bytes<M, Tile>(), stream, p);
     });
   };
-  const cudaError_t error = dispatch_math(args.type, run);
+  const cudaError_t error = split.tf32_thin ? tf32_weight_gradient_launch(args, stream) : dispatch_math(args.type, run);
   if (error != cudaSuccess || in_place) return error;
   const WeightReduceParams reduce =
       weight_reduce_params(g, p.partial, split.splits, args.weight_layout, args.weight_type, args.grad_weight);

@@ -9,8 +9,9 @@
 //   conv4x4s2_launch, up        transposed convolution forward,  convolution's input gradient
 //   conv4x4s2_weight_gradient_launch
 //
-// Activations are bfloat16 or float16, channels_last, dense: [batch, height, width, channels]; sums are float32. (Built
-// for the host, float32 too, which tests compare with float64; on a GPU operators leave it to cuDNN.) Weights are PyTorch's:
+// Activations are bfloat16 or float16, channels_last, dense: [batch, height, width, channels]; sums are float32. float32
+// activations are taken for images of up to four channels (with TF32 allowed) and to and from one pixel of as many; the rest
+// cuDNN does as well. (Built for the host all of it is there, which tests compare with float64.) Weights are PyTorch's:
 // [small_channels, large_channels, 4, 4] for both kinds of layer, in either memory format. Per-channel arrays are
 // float32.
 //
@@ -34,7 +35,7 @@ struct Conv4x4Geometry {
 
 enum class Conv4x4Direction : int { down = 0, up };
 
-// Whether activations may be of that type.
+// Whether activations may be of that type, whatever the layer.
 bool conv4x4s2_takes(DataType type);
 
 // True if the geometry holds together and the kernels take it. Stride 1 goes up from a 1x1 grid only.
@@ -66,6 +67,7 @@ struct Conv4x4Args {
   Conv4x4Direction direction = Conv4x4Direction::down;
   DataType type = DataType::bfloat16;
   int multiprocessors = 132;  // of the device
+  bool tf32 = false;          // float32 may be rounded to TF32 for the tensor cores
   const void* input = nullptr;
   const void* packed_weight = nullptr;  // by conv4x4s2_pack_launch
   void* output = nullptr;
@@ -93,6 +95,8 @@ cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs* args, int count, cudaSt
 // the same number of tiles, for activation_backward. Entries of `count`: tiles / rows_per_count.
 StatisticsTiles conv4x4s2_statistics_shape(const Conv4x4Args& args);
 
+// Whether conv4x4s2_launch takes all of that; packed_weight is not looked at.
+bool conv4x4s2_takes(const Conv4x4Args& args);
 cudaError_t conv4x4s2_launch(const Conv4x4Args& args, cudaStream_t stream);
 
 // grad_weight[k, c, r, s] = sum over batch and small grid of small[n, p, q, k] * large[n, 2p - 1 + r, 2q - 1 + s, c]
@@ -101,6 +105,7 @@ struct Conv4x4WeightGradientArgs {
   Conv4x4Geometry geometry;
   DataType type = DataType::bfloat16;
   int multiprocessors = 132;
+  bool tf32 = false;
   const void* small = nullptr;  // [batch, small_height, small_width, small_channels]
   const void* large = nullptr;  // [batch, large_height, large_width, large_channels]
   DataType weight_type = DataType::float32;
@@ -108,6 +113,7 @@ struct Conv4x4WeightGradientArgs {
   void* grad_weight = nullptr;  // [small_channels, large_channels, 4, 4]
   void* workspace = nullptr;    // conv4x4s2_weight_gradient_workspace_bytes, aligned to 16 bytes
 };
+bool conv4x4s2_takes(const Conv4x4WeightGradientArgs& args);  // but for grad_weight and workspace
 size_t conv4x4s2_weight_gradient_workspace_bytes(const Conv4x4WeightGradientArgs& args);
 cudaError_t conv4x4s2_weight_gradient_launch(const Conv4x4WeightGradientArgs& args, cudaStream_t stream);
 

@@ -696,6 +696,46 @@ struct ThinWeightGradientParams {
   float* partial;  // [splits, small_channels, 16, channels]
 };
 
+// Adds what the warps have summed, a whole 64 x 16 * channels result each in fragments of mma.m16n8, in a fixed order: the
+// second half's to the first half's lanes, then the first half's in turn. row_of(tile, half, row) is the channel of row
+// `row` of eight in half `half` of fragment `tile`. Shared memory: thin_partial_shared_bytes(channels)
+template <int kChannels, typename RowOf>
+__device__ __forceinline__ void store_thin_partial(const float (&sums)[4][2 * kChannels][4], float* partial, const RowOf& row_of) {
+  constexpr int kTiles = 2 * kChannels, kValues = 4 * kTiles * 4, kAdders = kThinWarps / 2;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
+  float* shared = static_cast<float*>(shared_memory());  // [kAdders, kValues, kWarpSize]
+  float* mine = shared + warp % kAdders * kValues * kWarpSize + lane;
+  const auto exchange = [&](const auto& access) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) access(sums[i][j][e], mine[((i * kTiles + j) * 4 + e) * kWarpSize]);
+      }
+    }
+  };
+  if (warp >= kAdders) exchange([](float sum, float& place) { place = sum; });
+  block_barrier();
+  if (warp < kAdders) exchange([](float sum, float& place) { place += sum; });
+  block_barrier();
+  for (int pair = warp; pair < kValues / 2; pair += kThinWarps) {
+    ThinPair total{0.0f, 0.0f};
+#pragma unroll
+    for (int adder = 0; adder < kAdders; ++adder) {
+      const float* values = shared + (adder * kValues + pair * 2) * kWarpSize + lane;
+      total.first += values[0];
+      total.second += values[kWarpSize];
+    }
+    const int row = row_of(pair / (2 * kTiles), pair % 2, lane / 4), column = pair / 2 % kTiles * 8 + lane % 4 * 2;
+    *reinterpret_cast<ThinPair*>(partial + row * 16 * kChannels + column) = total;
+  }
+}
+
+inline size_t thin_partial_shared_bytes(int channels) {
+  return static_cast<size_t>(kThinWarps / 2 * kThinColumns * 16 * channels) * sizeof(float);
+}
+
 constexpr int kThinStages = 4;                        // of tiles
 constexpr int kThinRowBytes = kThinColumns * 2 + 16;  // of a pixel: without conflicts for ldmatrix.trans
 constexpr int kThinStageBytes = kThinPixels * kThinRowBytes;
@@ -703,9 +743,7 @@ constexpr int kThinStageBytes = kThinPixels * kThinRowBytes;
 template <typename T, int kChannels>
 __global__ void __launch_bounds__(kThinThreads, 1) thin_weight_gradient_kernel(ThinWeightGradientParams p) {
   wait_for_previous_kernel();
-  constexpr int kTiles = 2 * kChannels;       // of eight columns
-  constexpr int kValues = 4 * kTiles * 4;     // of a lane
-  constexpr int kAdders = kThinWarps / 2;     // warps whose sums meet in shared memory
+  constexpr int kTiles = 2 * kChannels;  // of eight columns
   constexpr int kCopies = kThinPixels * 8 / kThinThreads;
   const ThinTiles& tiles = p.tiles;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
@@ -772,36 +810,8 @@ __global__ void __launch_bounds__(kThinThreads, 1) thin_weight_gradient_kernel(T
   copy_async_wait<0>();
   block_barrier();
 
-  // The warps' sums in a fixed order: the second half's to the first half's lanes, then the first half's in turn.
-  float* shared = static_cast<float*>(shared_memory());  // [kAdders, kValues, kWarpSize]
-  float* mine = shared + warp % kAdders * kValues * kWarpSize + lane;
-  const auto exchange = [&](const auto& access) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) access(sums[i][j][e], mine[((i * kTiles + j) * 4 + e) * kWarpSize]);
-      }
-    }
-  };
-  if (warp >= kAdders) exchange([](float sum, float& place) { place = sum; });
-  block_barrier();
-  if (warp < kAdders) exchange([](float sum, float& place) { place += sum; });
-  block_barrier();
-  float* partial = p.partial + (int64_t{blockIdx.x} * p.small_channels + block_channel) * 16 * kChannels;
-  for (int pair = warp; pair < kValues / 2; pair += kThinWarps) {
-    ThinPair total{0.0f, 0.0f};
-#pragma unroll
-    for (int adder = 0; adder < kAdders; ++adder) {
-      const float* values = shared + (adder * kValues + pair * 2) * kWarpSize + lane;
-      total.first += values[0];
-      total.second += values[kWarpSize];
-    }
-    const int i = pair / (2 * kTiles), j = pair / 2 % kTiles;
-    const int row = i * 16 + pair % 2 * 8 + group, column = j * 8 + member * 2;
-    *reinterpret_cast<ThinPair*>(partial + row * 16 * kChannels + column) = total;
-  }
+  store_thin_partial<kChannels>(sums, p.partial + (int64_t{blockIdx.x} * p.small_channels + block_channel) * 16 * kChannels,
+                                [](int tile, int half, int row) { return tile * 16 + half * 8 + row; });
 }
 
 // --- launches --------------------------------------------------------------------------------------------------------
@@ -816,8 +826,7 @@ inline size_t thin_down_shared_bytes(const ThinTiles& t) {
 
 // The same memory serves the stages and then the sums of the warps.
 inline size_t thin_weight_gradient_shared_bytes(const ThinTiles& t, int channels) {
-  const size_t sums = static_cast<size_t>(kThinWarps / 2 * kThinColumns * 16 * channels) * sizeof(float);
-  return std::max(kThinStages * kThinStageBytes + thin_image_bytes(t, kThinStages), sums);
+  return std::max(kThinStages * kThinStageBytes + thin_image_bytes(t, kThinStages), thin_partial_shared_bytes(channels));
 }
 
 inline int64_t thin_up_column_tiles(int64_t small_width) { return divide_up(small_width, 16); }
@@ -858,10 +867,16 @@ inline ThinTiles thin_tiles(const Conv4x4Geometry& g, const void* image) {
   return t;
 }
 
-inline bool thin_geometry(const Conv4x4Geometry& g, DataType type) {
-  return type != DataType::float32 && g.stride == 2 && g.large_channels <= 4 && g.small_channels % kThinColumns == 0 &&
-         thin_rows(g) > 0;
+// Of a plain epilogue.
+inline ActivationSpec activation_of(const Conv4x4Epilogue& epilogue) {
+  return epilogue.kind == Conv4x4Epilogue::Kind::bias_activation ? epilogue.activation : ActivationSpec{};
 }
+
+inline bool is_thin(const Conv4x4Geometry& g) {
+  return g.stride == 2 && g.large_channels <= 4 && g.small_channels % kThinColumns == 0 && thin_rows(g) > 0;
+}
+
+inline bool thin_geometry(const Conv4x4Geometry& g, DataType type) { return type != DataType::float32 && is_thin(g); }
 
 inline bool is_thin_tiled(const Conv4x4Geometry& g, DataType type) {
   return thin_geometry(g, type) && thin_tiles(g, nullptr).words <= kThinFetches * kThinThreads;
@@ -872,12 +887,13 @@ inline bool is_thin_down(const Conv4x4Args& args) {
   return args.direction == Conv4x4Direction::down && is_thin_tiled(args.geometry, args.type);
 }
 
+inline bool has_plain_epilogue(const Conv4x4Args& args) {
+  return args.epilogue.kind == Conv4x4Epilogue::Kind::store || args.epilogue.kind == Conv4x4Epilogue::Kind::bias_activation;
+}
+
 inline bool is_thin_up(const Conv4x4Args& args) {
-  using Kind = Conv4x4Epilogue::Kind;
-  const Conv4x4Geometry& g = args.geometry;
-  return args.direction == Conv4x4Direction::up &&
-         (args.epilogue.kind == Kind::store || args.epilogue.kind == Kind::bias_activation) &&
-         thin_geometry(g, args.type) && is_aligned16(args.input);
+  return args.direction == Conv4x4Direction::up && has_plain_epilogue(args) && thin_geometry(args.geometry, args.type) &&
+         is_aligned16(args.input);
 }
 
 inline bool is_thin_weight_gradient(const Conv4x4WeightGradientArgs& args) {
@@ -893,18 +909,23 @@ inline int64_t thin_weight_gradient_blocks(const Conv4x4WeightGradientArgs& args
   return std::min<int64_t>(thin_tiles(args.geometry, nullptr).tiles, args.multiprocessors);
 }
 
-// Calls f(T{}, number of channels) with the number as a constant.
+// Calls f with the number of an image's channels as a constant.
+template <typename F>
+cudaError_t dispatch_thin_channels(int64_t channels, const F& f) {
+  switch (channels) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    default: return f(std::integral_constant<int, 4>{});
+  }
+}
+
+// Calls f(T{}, number of channels) with both as constants.
 template <typename F>
 cudaError_t dispatch_thin(DataType type, int64_t channels, const F& f) {
-  const auto with_type = [&](auto zero) {
-    switch (channels) {
-      case 1: return f(zero, std::integral_constant<int, 1>{});
-      case 2: return f(zero, std::integral_constant<int, 2>{});
-      case 3: return f(zero, std::integral_constant<int, 3>{});
-      default: return f(zero, std::integral_constant<int, 4>{});
-    }
-  };
-  return type == DataType::bfloat16 ? with_type(BFloat16{}) : with_type(Half{});
+  return dispatch_thin_channels(channels, [&](auto count) {
+    return type == DataType::bfloat16 ? f(BFloat16{}, count) : f(Half{}, count);
+  });
 }
 
 inline cudaError_t thin_down_launch(const Conv4x4Args& args, cudaStream_t stream) {
@@ -937,8 +958,7 @@ inline cudaError_t thin_up_launch(const Conv4x4Args& args, cudaStream_t stream) 
   const Conv4x4Geometry& g = args.geometry;
   ThinUpParams p{};
   p.input = args.input, p.weight = args.packed_weight, p.output = args.output;
-  p.bias = args.epilogue.bias;
-  if (args.epilogue.kind == Conv4x4Epilogue::Kind::bias_activation) p.activation = args.epilogue.activation;
+  p.bias = args.epilogue.bias, p.activation = activation_of(args.epilogue);
   p.small_height = static_cast<int>(g.small_height), p.small_width = static_cast<int>(g.small_width);
   p.small_channels = static_cast<int>(g.small_channels);
   p.large_height = static_cast<int>(g.large_height);

@@ -212,6 +212,22 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// float32 rounded to TF32: 10 bits of mantissa, to nearest.
+__device__ __forceinline__ uint32_t to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+// c += a b of numbers in TF32.
+__device__ __forceinline__ void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 #else
 
 using host::atomic_increment;
@@ -224,8 +240,10 @@ using host::float_to_bits;
 using host::launch;
 using host::load_matrix_x4;
 using host::load_matrix_x4_transposed;
+using host::mma_m16n8k8;
 using host::shared_memory;
 using host::shuffle_xor;
+using host::to_tf32;
 using host::warp_barrier;
 
 inline void copy_async(void* shared, const void* global, bool valid) { host::copy_async(shared, global, 16, valid); }

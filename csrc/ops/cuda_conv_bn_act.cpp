@@ -55,15 +55,22 @@ std::vector<int64_t> output_sizes(const Tensor& input, const Tensor& weight, con
                                      layer.dilation, layer.groups);
 }
 
-// The layer as our main loops know it, or nothing where they do not take it, or cuDNN is faster: float32 storage (a whole step in TF32
-// took 8.2 ms on ours and 3.4 ms on cuDNN, H200, 64 px, batch 128).
-std::optional<Conv4x4Geometry> fast_geometry(const Tensor& input, const Tensor& weight, const ConvLayer& layer,
-                                             at::IntArrayRef output) {
+bool allows_tf32() { return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV); }
+
+// Whether the main loops take whatever layer they know. Of float32 they take some; by loops for any layer a whole step took 8.2
+// ms, by cuDNN's 3.4 (TF32, H200, 64 px, batch 128).
+bool takes_every_layer(const Tensor& images) { return cuda::conv4x4s2_takes(cuda_type(images.scalar_type())); }
+
+// The layer as the main loops know it, or nothing where they do not, or, in float32, where they would have to copy tensors into
+// channels_last and back.
+std::optional<Conv4x4Geometry> known_geometry(const Tensor& input, const Tensor& weight, const ConvLayer& layer,
+                                              at::IntArrayRef output) {
   const auto both = [](IntArrayRef pair, int64_t value) { return pair[0] == value && pair[1] == value; };
   const bool shape_known =
       weight.size(2) == 4 && weight.size(3) == 4 && layer.groups == 1 && both(layer.dilation, 1) &&
       ((both(layer.stride, 2) && both(layer.padding, 1)) || (both(layer.stride, 1) && both(layer.padding, 0)));
-  if (!shape_known || at::elementSize(input.scalar_type()) != 2 || input.numel() == 0) return std::nullopt;
+  if (!shape_known || input.scalar_type() == at::kDouble || input.numel() == 0) return std::nullopt;
+  if (!takes_every_layer(input) && at::native::cudnn_conv_suggest_memory_format(input, weight) != kChannelsLast) return std::nullopt;
   const at::IntArrayRef small = layer.transposed ? input.sizes() : output;
   const at::IntArrayRef large = layer.transposed ? output : input.sizes();
   const Conv4x4Geometry geometry{small[0], small[2], small[3], small[1],
@@ -81,14 +88,27 @@ Conv4x4Direction backward_direction(const ConvLayer& layer) {
   return layer.transposed ? Conv4x4Direction::down : Conv4x4Direction::up;
 }
 
-// One main loop: input (channels_last) through the weight in the given direction into output (channels_last).
-// Called with an epilogue whose tile arrays are still to be allocated; `tiles` keeps them alive for the caller.
-void run_main_loop(const Conv4x4Geometry& geometry, Conv4x4Direction direction, const Tensor& input,
-                   const Tensor& weight, const Tensor& output, cuda::Conv4x4Epilogue& epilogue, Tensor& tiles) {
+// One main loop: images through the weight in the given direction. Its result [sizes] in channels_last, or nothing where the
+// loops do not take it. Called with an epilogue whose tile arrays are still to be allocated; `tiles` keeps them alive for the
+// caller.
+Tensor run_main_loop(const std::optional<Conv4x4Geometry>& geometry, Conv4x4Direction direction, const Tensor& images,
+                     const Tensor& weight, IntArrayRef sizes, cuda::Conv4x4Epilogue& epilogue, Tensor& tiles) {
+  if (!geometry) return {};
+  const Tensor input = images.contiguous(kChannelsLast);
+  cuda::Conv4x4Args args;
+  args.geometry = *geometry;
+  args.direction = direction;
+  args.type = cuda_type(input.scalar_type());
+  args.tf32 = allows_tf32();
+  args.multiprocessors = multiprocessors();
+  args.input = input.const_data_ptr();
+  args.epilogue = epilogue;
+  if (!conv4x4s2_takes(args)) return {};
+
   const Tensor dense_weight = weight.contiguous(weight_format(weight));
-  cuda::Conv4x4PackArgs pack{geometry,
+  cuda::Conv4x4PackArgs pack{*geometry,
                              direction,
-                             cuda_type(input.scalar_type()),
+                             args.type,
                              cuda_type(weight.scalar_type()),
                              weight_layout(weight_format(weight)),
                              dense_weight.const_data_ptr(),
@@ -96,14 +116,9 @@ void run_main_loop(const Conv4x4Geometry& geometry, Conv4x4Direction direction, 
   const Tensor packed = scratch(input, conv4x4s2_packed_bytes(pack));
   pack.packed = packed.mutable_data_ptr();
   C10_CUDA_CHECK(conv4x4s2_pack_launch(&pack, 1, current_stream()));
-
-  cuda::Conv4x4Args args;
-  args.geometry = geometry;
-  args.direction = direction;
-  args.type = pack.type;
-  args.multiprocessors = multiprocessors();
-  args.input = input.const_data_ptr();
   args.packed_weight = packed.const_data_ptr();
+
+  const Tensor output = at::empty(sizes, input.options().memory_format(kChannelsLast));
   args.output = output.mutable_data_ptr();
   if (epilogue.kind == cuda::Conv4x4Epilogue::Kind::statistics) {
     epilogue.statistics = conv4x4s2_statistics_shape(args);
@@ -115,47 +130,47 @@ void run_main_loop(const Conv4x4Geometry& geometry, Conv4x4Direction direction, 
   }
   args.epilogue = epilogue;
   C10_CUDA_CHECK(conv4x4s2_launch(args, current_stream()));
+  return output;
 }
 
-// Gradients of input and weight from that of the convolution's output; undefined where the mask says false.
-std::tuple<Tensor, Tensor> main_loop_backward(const Conv4x4Geometry& geometry, const Tensor& grad, const Tensor& input,
-                                              const Tensor& weight, const ConvLayer& layer, bool want_input,
-                                              bool want_weight) {
-  const Tensor dy = grad.contiguous(kChannelsLast);
+// Gradients of input and weight from that of the convolution's output; undefined where nobody wants them.
+std::tuple<Tensor, Tensor> gradients_of_convolution(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                                    const ConvLayer& layer, bool want_input, bool want_weight) {
   Tensor grad_input, grad_weight;
-  if (want_input) {
-    const Tensor result = at::empty(input.sizes(), input.options().memory_format(kChannelsLast));
-    cuda::Conv4x4Epilogue epilogue;
-    Tensor no_tiles;
-    run_main_loop(geometry, backward_direction(layer), dy, weight, result, epilogue, no_tiles);
-    grad_input = result.contiguous(input.suggest_memory_format());
-  }
-  if (want_weight) {
-    const Tensor x = input.contiguous(kChannelsLast);
-    grad_weight = at::empty(weight.sizes(), weight.options().memory_format(weight_format(weight)));
+  const auto geometry = known_geometry(input, weight, layer, grad.sizes());
+  if (geometry && (want_input || want_weight)) {
+    const Tensor dy = grad.contiguous(kChannelsLast);
+    if (want_input) {
+      cuda::Conv4x4Epilogue epilogue;
+      Tensor no_tiles;
+      grad_input = run_main_loop(geometry, backward_direction(layer), dy, weight, input.sizes(), epilogue, no_tiles);
+      if (grad_input.defined()) grad_input = grad_input.contiguous(input.suggest_memory_format());
+    }
+    const Tensor x = want_weight ? input.contiguous(kChannelsLast) : input;
     cuda::Conv4x4WeightGradientArgs args;
-    args.geometry = geometry;
+    args.geometry = *geometry;
     args.type = cuda_type(input.scalar_type());
+    args.tf32 = allows_tf32();
     args.multiprocessors = multiprocessors();
     args.small = layer.transposed ? x.const_data_ptr() : dy.const_data_ptr();
     args.large = layer.transposed ? dy.const_data_ptr() : x.const_data_ptr();
-    args.weight_type = cuda_type(weight.scalar_type());
-    args.weight_layout = weight_layout(weight_format(weight));
-    args.grad_weight = grad_weight.mutable_data_ptr();
-    const Tensor workspace = scratch(input, conv4x4s2_weight_gradient_workspace_bytes(args));
-    args.workspace = workspace.mutable_data_ptr();
-    C10_CUDA_CHECK(conv4x4s2_weight_gradient_launch(args, current_stream()));
+    if (want_weight && conv4x4s2_takes(args)) {
+      grad_weight = at::empty(weight.sizes(), weight.options().memory_format(weight_format(weight)));
+      args.weight_type = cuda_type(weight.scalar_type());
+      args.weight_layout = weight_layout(weight_format(weight));
+      args.grad_weight = grad_weight.mutable_data_ptr();
+      const Tensor workspace = scratch(input, conv4x4s2_weight_gradient_workspace_bytes(args));
+      args.workspace = workspace.mutable_data_ptr();
+      C10_CUDA_CHECK(conv4x4s2_weight_gradient_launch(args, current_stream()));
+    }
+  }
+  want_input &= !grad_input.defined(), want_weight &= !grad_weight.defined();
+  if (want_input || want_weight) {
+    const auto [of_input, of_weight] = convolution_backward(grad, input, weight, layer, {want_input, want_weight});
+    if (want_input) grad_input = of_input;
+    if (want_weight) grad_weight = of_weight;
   }
   return {grad_input, grad_weight};
-}
-
-std::tuple<Tensor, Tensor> gradients_of_convolution(const Tensor& dy, const Tensor& input, const Tensor& weight,
-                                                    const ConvLayer& layer, bool want_input, bool want_weight) {
-  if (!want_input && !want_weight) return {};
-  if (const auto geometry = fast_geometry(input, weight, layer, dy.sizes())) {
-    return main_loop_backward(*geometry, dy, input, weight, layer, want_input, want_weight);
-  }
-  return convolution_backward(dy, input, weight, layer, {want_input, want_weight});
 }
 
 // The tensor in the memory format that F.conv2d gives its output.
@@ -224,27 +239,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cuda(
   }
 
   const auto sizes = output_sizes(input, weight, layer);
-  const auto geometry = fast_geometry(input, weight, layer, sizes);
+  const auto geometry = known_geometry(input, weight, layer, sizes);
+  const bool with_statistics = training && geometry && takes_every_layer(input);
   cuda::BatchNormForwardArgs batch_norm;
-  Tensor y, tiles;
   const Tensor float_bias = as_float(bias);
-  if (geometry) {
-    y = at::empty(sizes, input.options().memory_format(kChannelsLast));
-    cuda::Conv4x4Epilogue epilogue;
-    epilogue.kind = training ? cuda::Conv4x4Epilogue::Kind::statistics : cuda::Conv4x4Epilogue::Kind::store;
-    epilogue.bias = floats(float_bias);
-    run_main_loop(*geometry, forward_direction(layer), input.contiguous(kChannelsLast), weight, y, epilogue, tiles);
-    batch_norm.tiles = epilogue.statistics;
-  } else {
-    y = dense(convolution(input, weight, bias, layer));
-  }
+  cuda::Conv4x4Epilogue epilogue;
+  epilogue.kind = with_statistics ? cuda::Conv4x4Epilogue::Kind::statistics : cuda::Conv4x4Epilogue::Kind::store;
+  epilogue.bias = floats(float_bias);
+  Tensor tiles, y = run_main_loop(geometry, forward_direction(layer), input, weight, sizes, epilogue, tiles);
+  batch_norm.tiles = epilogue.statistics;
+  if (!y.defined()) y = dense(convolution(input, weight, bias, layer));
   const int64_t count = y.size(1);
   const Tensor mean = empty_floats(y, {count}), invstd = empty_floats(y, {count}), folded = empty_floats(y, {2, count});
   if (y.numel() == 0) return {y, saved(y), mean.zero_(), invstd.zero_()};
 
   const cuda::DataType type = cuda_type(y.scalar_type());
   const cuda::BnActShape shape = kernel_shape(y);
-  if (training && !geometry) {
+  if (training && !with_statistics) {
     const int64_t rows = cuda::bn_act_tiles(shape);
     tiles = empty_floats(y, {2 * rows * count + rows});
     batch_norm.tiles = {rows, 1, floats(tiles), floats(tiles) + rows * count, floats(tiles) + 2 * rows * count};
@@ -381,17 +392,15 @@ Tensor conv_act_forward_cuda(const Tensor& input, const Tensor& weight, const Op
     return dense(activate(convolution(input, weight, bias, layer), activation.kind, negative_slope));
   }
   const auto sizes = output_sizes(input, weight, layer);
-  if (const auto geometry = fast_geometry(input, weight, layer, sizes)) {
-    const Tensor output = at::empty(sizes, input.options().memory_format(kChannelsLast)), float_bias = as_float(bias);
-    cuda::Conv4x4Epilogue epilogue;
-    epilogue.kind = cuda::Conv4x4Epilogue::Kind::bias_activation;
-    epilogue.bias = floats(float_bias);
-    epilogue.activation = activation;
-    Tensor no_tiles;
-    run_main_loop(*geometry, forward_direction(layer), input.contiguous(kChannelsLast), weight, output, epilogue,
-                  no_tiles);
-    return in_output_format(output, input, weight);
-  }
+  const Tensor float_bias = as_float(bias);
+  cuda::Conv4x4Epilogue epilogue;
+  epilogue.kind = cuda::Conv4x4Epilogue::Kind::bias_activation;
+  epilogue.bias = floats(float_bias);
+  epilogue.activation = activation;
+  Tensor no_tiles;
+  const Tensor output = run_main_loop(known_geometry(input, weight, layer, sizes), forward_direction(layer), input, weight,
+                                      sizes, epilogue, no_tiles);
+  if (output.defined()) return in_output_format(output, input, weight);
   const Tensor y = dense(convolution(input, weight, bias, layer));
   if (activation.kind == Activation::identity || y.numel() == 0) return y;
   C10_CUDA_CHECK(cuda::scale_shift_act_launch({kernel_shape(y), cuda_type(y.scalar_type()), y.const_data_ptr(), nullptr,
@@ -416,8 +425,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_act_backward_cuda(const Tensor& grad_out
     sum = dy.sum({0, 2, 3});
   } else {
     // Our main loops want channels_last; beside cuDNN the output's own format is kept.
-    const bool fast = fast_geometry(input, weight, layer, output.sizes()).has_value();
-    const Tensor y = fast ? output.contiguous(kChannelsLast) : dense(output);
+    const bool known = known_geometry(input, weight, layer, output.sizes()).has_value();
+    const Tensor y = known ? output.contiguous(kChannelsLast) : dense(output);
     const Tensor grad = grad_output.contiguous(dense_format(y));
     sum = at::zeros({y.size(1)}, y.options().dtype(at::kFloat));
     dy = at::empty_like(y);

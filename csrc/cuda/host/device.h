@@ -1,5 +1,5 @@
 // Host shim, part 3: host bodies of what device.cuh names, fragment layouts as in the PTX ISA manual
-// (sections "Matrix fragments for mma.m16n8k16" and "ldmatrix").
+// (sections "Matrix fragments for mma.m16n8k16", "... for mma.m16n8k8" and "ldmatrix").
 #pragma once
 
 #include "convert.h"
@@ -118,6 +118,33 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
           b_matrix[2 * member + half + 8 * i][group] = kToFloat(static_cast<uint16_t>((*o.b)[i] >> (16 * half)));
         }
       }
+    }
+    multiply_add(operands, a_matrix, b_matrix);
+  });
+}
+
+// To nearest, halves away from zero.
+inline uint32_t to_tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return (bits + 0x1000u) & ~0x1fffu;
+}
+
+inline void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  MmaOperand operand{&c, &a, &b};
+  warp_collective(&operand, [](void* const operands[32]) {
+    float a_matrix[16][8], b_matrix[8][8];
+    const auto to_float = [](uint32_t bits) {
+      if ((bits & 0x1fffu) != 0) fail("mma: an operand is not rounded to TF32");
+      float value;
+      std::memcpy(&value, &bits, sizeof(value));
+      return value;
+    };
+    for (int lane = 0; lane < 32; ++lane) {
+      const MmaOperand& o = *static_cast<MmaOperand*>(operands[lane]);
+      const int group = lane / 4, member = lane % 4;
+      for (int i = 0; i < 4; ++i) a_matrix[group + 8 * (i % 2)][member + 4 * (i / 2)] = to_float((*o.a)[i]);
+      for (int i = 0; i < 2; ++i) b_matrix[member + 4 * i][group] = to_float((*o.b)[i]);
     }
     multiply_add(operands, a_matrix, b_matrix);
   });

@@ -17,20 +17,22 @@ struct Case {
   bool large_tile;  // by pretending that the device has one multiprocessor
   bool misaligned;  // activations one element past a 16-byte boundary
   int device_multiprocessors = 0;  // pretended, in place of what large_tile says
+  bool tf32 = false;               // float32 that may be rounded to TF32
 
   int64_t small_size() const { return g.batch * g.small_height * g.small_width * g.small_channels; }
   int64_t large_size() const { return g.batch * g.large_height * g.large_width * g.large_channels; }
   int64_t weight_size() const { return g.small_channels * g.large_channels * 16; }
   int multiprocessors() const { return device_multiprocessors ? device_multiprocessors : large_tile ? 1 : 1000000; }
   // float32 sums, one rounding of the result.
-  double tolerance() const { return 1e-5 + 2 * rounding_of(type); }
+  // In TF32 both factors of every product are rounded besides, to 2^-12 of them: 8 leaves room for the worst of many sums.
+  double tolerance() const { return 1e-5 + (tf32 ? 8.0 / 4096 : 2 * rounding_of(type)); }
 
   std::string name() const {
     return "conv4x4 batch " + std::to_string(g.batch) + " small " + std::to_string(g.small_height) + "x" +
            std::to_string(g.small_width) + "x" + std::to_string(g.small_channels) + " large " +
            std::to_string(g.large_height) + "x" + std::to_string(g.large_width) + "x" +
            std::to_string(g.large_channels) + " stride " + std::to_string(g.stride) + " " + name_of(type) +
-           (large_tile ? " large tile" : "") +
+           (tf32 ? " tf32" : "") + (large_tile ? " large tile" : "") +
            (misaligned ? " misaligned" : "");
   }
 };
@@ -110,8 +112,19 @@ const std::initializer_list<Conv4x4WeightLayout> kLayouts = {Conv4x4WeightLayout
 
 using Epilogue = Conv4x4Epilogue::Kind;
 
+// That the loops in TF32 have run, not those in float32, which the host build has as well.
+void expect_rounded(const std::string& name, const Values& got, const Values& want) {
+  double worst = 0, largest = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    worst = std::max(worst, std::abs(got[i] - want[i]));
+    largest = std::max(largest, std::abs(want[i]));
+  }
+  if (worst > 5e-6 * largest) return;
+  std::printf("FAILED %s: an error of %.3g of %.3g is not that of TF32\n", name.c_str(), worst, largest);
+  ++failures;
+}
+
 void check_direction(const Case& c, Conv4x4Direction direction, Epilogue epilogue_kind) {
-  if (!conv4x4s2_takes(c.type)) return;  // float32 on a GPU
   const bool down = direction == Conv4x4Direction::down;
   const int64_t input_size = down ? c.large_size() : c.small_size(),
                 output_size = down ? c.small_size() : c.large_size();
@@ -133,6 +146,7 @@ void check_direction(const Case& c, Conv4x4Direction direction, Epilogue epilogu
   const bool with_bias = epilogue_kind != Epilogue::activation_backward && random_integer(0, 2) != 0;
 
   int64_t tiles = 0, rows_per_count = 1;
+  bool taken = true;
   std::vector<Buffer> outputs;
   under_every_schedule(name, [&] {
     Buffer input(c.type, x, c.misaligned), w(weight_type, in_layout(c, layout, weight)),
@@ -148,7 +162,7 @@ void check_direction(const Case& c, Conv4x4Direction direction, Epilogue epilogu
 
     Conv4x4Args args;
     args.geometry = c.g, args.direction = direction, args.type = c.type;
-    args.multiprocessors = c.multiprocessors();
+    args.multiprocessors = c.multiprocessors(), args.tf32 = c.tf32;
     args.input = input.data(), args.packed_weight = packed.data(), args.output = output.data();
     args.epilogue.kind = epilogue_kind;
     args.epilogue.activation = activation;
@@ -163,10 +177,14 @@ void check_direction(const Case& c, Conv4x4Direction direction, Epilogue epilogu
     args.epilogue.y = previous.data();
     args.epilogue.scale = scales.floats(), args.epilogue.shift = shifts.floats();
     args.epilogue.mean = means.floats(), args.epilogue.invstd = invstds.floats();
+    taken = conv4x4s2_takes(args);
+    if (!taken) return outputs;
     expect_success(name, conv4x4s2_launch(args, nullptr));
     outputs = {output, first, second, counts};
     return outputs;
   });
+
+  if (!taken) return;  // float32 on a GPU
 
   Values want = convolve(c, direction, x, Buffer(c.type, weight).values());  // packed in the type of the activations
   double squares = 0;
@@ -183,6 +201,9 @@ void check_direction(const Case& c, Conv4x4Direction direction, Epilogue epilogu
     xhat[i] = (y[i] - mean[k]) * invstd[k];
   }
   expect_close(name, outputs[0].values(), want, c.tolerance(), typical);
+  if (c.tf32 && !c.misaligned && (epilogue_kind == Epilogue::store || epilogue_kind == Epilogue::bias_activation)) {
+    expect_rounded(name, outputs[0].values(), want);
+  }
 
   const double n = static_cast<double>(output_size / channels);
   const Values first = outputs[1].values(), second = outputs[2].values(), counts = outputs[3].values();
@@ -227,25 +248,28 @@ void check_direction(const Case& c, Conv4x4Direction direction, Epilogue epilogu
 
 void check_weight_gradient(const Case& c, std::optional<DataType> wanted_type = {},
                            std::optional<Conv4x4WeightLayout> wanted_layout = {}) {
-  if (!conv4x4s2_takes(c.type)) return;
   const std::string name = c.name() + " weight gradient";
   const Values small = random_values(c.small_size(), c.type), large = random_values(c.large_size(), c.type);
   const DataType weight_type = wanted_type.value_or(random_integer(0, 1) == 0 ? DataType::float32 : c.type);
   const Conv4x4WeightLayout layout = wanted_layout.value_or(random_choice(kLayouts));
+  bool taken = true;
   std::vector<Buffer> outputs;
   under_every_schedule(name, [&] {
     Buffer small_buffer(c.type, small, c.misaligned), large_buffer(c.type, large, c.misaligned);
     Buffer grad(weight_type, c.weight_size());
     Conv4x4WeightGradientArgs args;
-    args.geometry = c.g, args.type = c.type, args.multiprocessors = c.multiprocessors();
+    args.geometry = c.g, args.type = c.type, args.multiprocessors = c.multiprocessors(), args.tf32 = c.tf32;
     args.small = small_buffer.data(), args.large = large_buffer.data();
     args.weight_type = weight_type, args.weight_layout = layout, args.grad_weight = grad.data();
+    taken = conv4x4s2_takes(args);
+    if (!taken) return outputs;
     Buffer workspace(DataType::float32, static_cast<int64_t>(conv4x4s2_weight_gradient_workspace_bytes(args)) / 4);
     args.workspace = workspace.data();
     expect_success(name, conv4x4s2_weight_gradient_launch(args, nullptr));
     outputs = {grad};
     return outputs;
   });
+  if (!taken) return;
   const int64_t k_count = c.g.small_channels, c_count = c.g.large_channels;
   Values want(c.weight_size());
   for_each_tap(c.g, [&](int64_t small_pixel, int64_t large_pixel, int64_t tap) {
@@ -256,6 +280,7 @@ void check_weight_gradient(const Case& c, std::optional<DataType> wanted_type = 
     }
   });
   expect_close(name, outputs[0].values(), in_layout(c, layout, want), c.tolerance());
+  if (c.tf32 && !c.misaligned) expect_rounded(name, outputs[0].values(), in_layout(c, layout, want));
 }
 
 Conv4x4Geometry halving(int64_t batch, int64_t large_height, int64_t large_width, int64_t small_channels,
@@ -290,7 +315,6 @@ Values packed_order(const Conv4x4PackArgs& pack, const Values& weight) {
 
 // More layers than one launch takes, in every order: as expected, and each as it is when packed alone.
 void check_packs(DataType type, DataType weight_type) {
-  if (!conv4x4s2_takes(type)) return;
   const std::string name = std::string("packs of ") + name_of(weight_type) + " for " + name_of(type);
   struct Layer {
     Conv4x4Geometry g;
@@ -489,6 +513,26 @@ int main(int argc, char** argv) {
       check_direction(c, Conv4x4Direction::up, epilogue);
     }
     check_weight_gradient(c);
+    ++cases;
+  }
+
+  // The same in float32 by TF32, with as many small channels as one block takes and more; misaligned ones are computed in
+  // float32, or not taken.
+  const Case tf32_cases[] = {
+      {halving(3, 64, 64, 64, 3), f32, true, false, 0, true},  {halving(5, 28, 28, 64, 1), f32, true, false, 0, true},
+      {halving(3, 27, 31, 128, 3), f32, false, false, 0, true}, {halving(7, 9, 13, 64, 2), f32, true, false, 3, true},
+      {halving(2, 21, 18, 128, 4), f32, true, false, 0, true}, {halving(2, 7, 33, 128, 1), f32, true, false, 0, true},
+      {halving(40, 4, 5, 64, 3), f32, true, false, 0, true},   {halving(2, 5, 129, 64, 3), f32, true, false, 0, true},
+      {halving(1, 2, 2, 64, 3), f32, false, false, 0, true},   {halving(3, 10, 12, 64, 3), f32, true, true, 0, true},
+      {halving(1, 67, 35, 64, 3), f32, false, false, 5, true},
+  };
+  for (const Case& c : tf32_cases) {
+    if (cases == most) break;
+    for (const Epilogue epilogue : {Epilogue::store, Epilogue::bias_activation}) {
+      check_direction(c, Conv4x4Direction::down, epilogue);
+      check_direction(c, Conv4x4Direction::up, epilogue);
+    }
+    for (const Conv4x4WeightLayout layout : kLayouts) check_weight_gradient(c, f32, layout);
     ++cases;
   }
 
