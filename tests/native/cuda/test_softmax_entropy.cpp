@@ -50,7 +50,7 @@ void run(const Case& c) {
     args.rows = n, args.classes = k_count, args.row_stride = c.row_stride, args.type = c.type;
     args.logits = input.data();
     if (c.with_labels) args.labels = labels.data(), args.label_count = counts.data();
-    args.multiprocessors = 2;  // few blocks: small inputs use several rows a warp and the last-block merge
+    args.multiprocessors = 2;  // few blocks: small inputs use several rows a warp, and more than one block
     Buffer workspace(DataType::float32, static_cast<int64_t>(softmax_entropy_workspace_bytes(args) / 4));
     args.workspace = workspace.data();
     args.mean_probabilities = q.floats(), args.log_normalizer = log_normalizer.floats();
