@@ -3,6 +3,8 @@
 // result is the same in every run. A block that is alone does this itself, so that small batches need one launch.
 //
 // By the number of classes a row belongs to
+//   one thread  (10, dense, many rows): a thread takes the 2 or 4 rows of 80 bytes straight into registers, and so many
+//               threads are at work that no load needs to be started ahead;
 //   one thread  (up to 20): a warp copies tiles of 32 rows into shared memory, some tiles ahead of the one it works on;
 //   one warp    (up to 1024): the next row is copied into shared memory while this one is worked on in registers;
 //   one block   (more): two passes over the row, the second from the L2 cache.
@@ -195,7 +197,7 @@ __device__ __forceinline__ int class_or_none(const SoftmaxEntropyArgs& p, bool l
   return labeled && !out_of_range(p, label) ? static_cast<int>(label) : -1;
 }
 
-// ---- one thread a row
+// ---- one thread a row or several
 
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Neighbours {
@@ -273,6 +275,8 @@ __device__ __forceinline__ void replace_by_gradient(const Gradients& g, const fl
 #pragma unroll
   for (int k = 0; k < kMaxClasses; ++k) x[k] = e[k] * inverse * (mean - x[k]) - (k == own ? of_label : 0.0f);
 }
+
+// ---- one thread a row
 
 // A row in memory, kWidth elements at a time (a divisor of the classes); -infinity beyond its end.
 template <int kWidth, typename T, int kMaxClasses>
@@ -458,6 +462,147 @@ __global__ void __launch_bounds__(kThreads, 1) backward_thread_kernel(BackwardPa
     tiles.store(tile, stage);
   }
   copy_async_wait<0>();
+}
+
+// ---- ten classes: the rows that 80 bytes hold a thread, in registers
+
+constexpr int kPieceClasses = 10;
+constexpr int kPieceBytes = 80;
+constexpr int kPieceThreads = 256;
+constexpr int kPieceBlocks = 4;                    // that a multiprocessor holds
+constexpr int kManyPieceRows = 4 * kPieceThreads;  // of a multiprocessor: half of its threads have some in float32
+
+// Rows that lie side by side: kRows of them, kRowWords words each.
+template <typename T>
+struct Piece {
+  static constexpr int kVectors = kPieceBytes / 16, kWords = kPieceBytes / 4;
+  static constexpr int kRows = kPieceBytes / static_cast<int>(kPieceClasses * sizeof(T)), kRowWords = kWords / kRows;
+
+  uint32_t words[kWords];
+
+  __device__ __forceinline__ void load(const void* logits, int64_t piece) {
+    const uint4* from = static_cast<const uint4*>(logits) + piece * kVectors;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const uint4 four = from[i];
+      words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+    }
+  }
+
+  __device__ __forceinline__ void store(void* grad, int64_t piece) const {
+    uint4* to = static_cast<uint4*>(grad) + piece * kVectors;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      store_streaming(to + i, uint4{words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]});
+    }
+  }
+
+  __device__ __forceinline__ void read(int row, float (&x)[kPieceClasses]) const {
+#pragma unroll
+    for (int i = 0; i < kRowWords; ++i) {
+      const uint32_t word = words[row * kRowWords + i];
+      if constexpr (kRowWords == kPieceClasses) {
+        x[i] = bits_to_float(word);
+      } else {
+        float pair[2];
+        unpack_pair(word, pair, T{});
+        x[2 * i] = pair[0], x[2 * i + 1] = pair[1];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write(int row, const float (&x)[kPieceClasses]) {
+#pragma unroll
+    for (int i = 0; i < kRowWords; ++i) {
+      uint32_t& word = words[row * kRowWords + i];
+      if constexpr (kRowWords == kPieceClasses) {
+        word = float_to_bits(x[i]);
+      } else {
+        word = pack_pair(x[2 * i], x[2 * i + 1], T{});
+      }
+    }
+  }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kPieceThreads, kPieceBlocks) forward_piece_kernel(ForwardParams params) {
+  constexpr int kRows = Piece<T>::kRows;
+  wait_for_previous_kernel();
+  const SoftmaxEntropyArgs& p = params.args;
+  const T* logits = static_cast<const T*>(p.logits);
+  const int64_t pieces = p.rows / kRows, step = int64_t{gridDim.x} * kPieceThreads;
+  const int64_t first = int64_t{blockIdx.x} * kPieceThreads + threadIdx.x;
+  ThreadSums<kPieceClasses> sums;
+  for (int64_t i = first; i < pieces; i += step) {
+    Piece<T> piece;
+    piece.load(logits, i);
+    Neighbours<float, kRows> log_s;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float x[kPieceClasses];
+      piece.read(r, x);
+      const int64_t row = i * kRows + r;
+      int64_t label = -1;
+      const bool labeled = carries_label(p, row, label);
+      log_s.values[r] = sums.add(p, x, labeled, label, logits + row * kPieceClasses);
+    }
+    reinterpret_cast<Neighbours<float, kRows>*>(p.log_normalizer)[i] = log_s;
+  }
+  const int64_t last = pieces * kRows + first;  // of the rows that fill no piece
+  if (last < p.rows) {
+    const T* row = logits + last * kPieceClasses;
+    float x[kPieceClasses];
+    read_row<1>(row, kPieceClasses, x);
+    int64_t label = -1;
+    const bool labeled = carries_label(p, last, label);
+    p.log_normalizer[last] = sums.add(p, x, labeled, label, row);
+  }
+  sums.finish_block(params, kPieceClasses);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kPieceThreads, kPieceBlocks) backward_piece_kernel(BackwardParams params) {
+  constexpr int kRows = Piece<T>::kRows;
+  wait_for_previous_kernel();
+  const SoftmaxEntropyArgs& p = params.args;
+  const int64_t pieces = p.rows / kRows, step = int64_t{gridDim.x} * kPieceThreads;
+  const int64_t first = int64_t{blockIdx.x} * kPieceThreads + threadIdx.x;
+  int64_t i = pieces - 1 - first;
+  Piece<T> piece;
+  if (i >= 0) piece.load(p.logits, i);
+  // Ten logarithms a block, not a thread.
+  float* shared = static_cast<float*>(shared_memory());  // [kPieceClasses]
+  const Gradients g(p);
+  if (threadIdx.x < kPieceClasses) shared[threadIdx.x] = g.of_mean(p.mean_probabilities[threadIdx.x]);
+  block_barrier();
+  float of_mean[kPieceClasses];
+#pragma unroll
+  for (int k = 0; k < kPieceClasses; ++k) of_mean[k] = shared[k];
+  while (i >= 0) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float x[kPieceClasses];
+      piece.read(r, x);
+      int64_t label = -1;
+      const bool labeled = carries_label(p, i * kRows + r, label);
+      replace_by_gradient(g, of_mean, labeled, class_or_none(p, labeled, label), x);
+      piece.write(r, x);
+    }
+    piece.store(p.grad_logits, i);
+    i -= step;
+    if (i >= 0) piece.load(p.logits, i);
+  }
+  const int64_t last = pieces * kRows + first;  // of the rows that fill no piece
+  if (last < p.rows) {
+    const T* row = static_cast<const T*>(p.logits) + last * kPieceClasses;
+    T* grad = static_cast<T*>(p.grad_logits) + last * kPieceClasses;
+    float x[kPieceClasses];
+    read_row<1>(row, kPieceClasses, x);
+    int64_t label = -1;
+    const bool labeled = carries_label(p, last, label);
+    replace_by_gradient(g, of_mean, labeled, class_or_none(p, labeled, label), x);
+    write_row<1>(x, kPieceClasses, grad);
+  }
 }
 
 // ---- one warp a row
@@ -794,18 +939,24 @@ bool reads_vectors(const SoftmaxEntropyArgs& args) {
 
 struct Plan {
   bool vectors;
-  bool thread_a_row, warp_a_row, block_a_row;
+  bool pieces, thread_a_row, warp_a_row, block_a_row;
   int threads;
   unsigned blocks;
 
   Plan(const SoftmaxEntropyArgs& args, bool vectors_in)
       : vectors(vectors_in),
-        thread_a_row(args.classes <= kMaxThreadClasses),
-        warp_a_row(!thread_a_row && args.classes <= kMaxWarpClasses),
-        block_a_row(!thread_a_row && !warp_a_row),
+        pieces(vectors && args.classes == kPieceClasses &&
+               args.rows >= int64_t{args.multiprocessors} * kManyPieceRows),
+        thread_a_row(!pieces && args.classes <= kMaxThreadClasses),
+        warp_a_row(!pieces && !thread_a_row && args.classes <= kMaxWarpClasses),
+        block_a_row(!pieces && !thread_a_row && !warp_a_row),
         threads(kRowThreads) {
     int64_t wanted = args.rows, resident = int64_t{args.multiprocessors} * 4;
-    if (!block_a_row) {
+    if (pieces) {
+      threads = kPieceThreads;
+      wanted = divide_up(args.rows * kPieceClasses * size_of(args.type), int64_t{kPieceBytes} * kPieceThreads);
+      resident = int64_t{args.multiprocessors} * kPieceBlocks;
+    } else if (!block_a_row) {
       const int64_t warps = thread_a_row ? divide_up(args.rows, kWarpSize) : args.rows;
       threads = static_cast<int>(std::min<int64_t>(warps, kMaxWarps)) * kWarpSize;
       wanted = divide_up(warps, threads / kWarpSize);
@@ -857,6 +1008,7 @@ cudaError_t softmax_entropy_forward_launch(const SoftmaxEntropyArgs& args, cudaS
     const auto run = [&](void (*kernel)(ForwardParams), size_t bytes) {
       return launch(kernel, plan.blocks, plan.threads, bytes, stream, params);
     };
+    if (plan.pieces) return run(forward_piece_kernel<T>, common_bytes + plan.threads * columns * sizeof(float));
     if (plan.thread_a_row) {
       const size_t bytes =
           common_bytes + std::max(thread_bytes<T>(plan, classes), plan.threads * columns * sizeof(float));
@@ -884,6 +1036,7 @@ cudaError_t softmax_entropy_backward_launch(const SoftmaxEntropyArgs& args, cuda
     const auto run = [&](void (*kernel)(BackwardParams), size_t bytes) {
       return launch(kernel, plan.blocks, plan.threads, bytes, stream, params);
     };
+    if (plan.pieces) return run(backward_piece_kernel<T>, kPieceClasses * sizeof(float));
     if (plan.thread_a_row) {
       const size_t bytes = kFinishBytes + share_bytes(classes) + thread_bytes<T>(plan, classes);
       if (classes == 10) return run(backward_thread_kernel<T, 10, true>, bytes);

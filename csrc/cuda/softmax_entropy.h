@@ -28,7 +28,7 @@ struct SoftmaxEntropyArgs {
   int multiprocessors = 132;             // of the device
   void* workspace = nullptr;             // softmax_entropy_workspace_bytes(args), which depends on all of the above
   float* mean_probabilities = nullptr;   // [classes], q: out of forward, into backward
-  float* log_normalizer = nullptr;       // [rows], log s: out of forward
+  float* log_normalizer = nullptr;       // [rows], log s: out of forward; aligned to 16 bytes
   // Out of forward, in nats. cross_entropy is 0 without labels, NaN where a label is out of range.
   float* conditional = nullptr;
   float* marginal = nullptr;
