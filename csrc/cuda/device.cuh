@@ -83,10 +83,6 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_b
   return error != cudaSuccess ? error : last;
 }
 
-inline cudaError_t clear_async(void* memory, size_t bytes, cudaStream_t stream) {
-  return cudaMemsetAsync(memory, 0, bytes, stream);
-}
-
 __device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t float_to_bits(float value) { return __float_as_uint(value); }
 
@@ -233,7 +229,6 @@ __device__ __forceinline__ void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[4
 using host::atomic_increment;
 using host::bits_to_float;
 using host::block_barrier;
-using host::clear_async;
 using host::copy_async_commit;
 using host::device_fence;
 using host::float_to_bits;

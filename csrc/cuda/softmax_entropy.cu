@@ -1,17 +1,20 @@
 // Softmax entropy kernels. Blocks are persistent: each walks rows that lie a grid apart and keeps its share of the
-// marginal on the chip; the block that finishes last adds the blocks' shares in a fixed order (float64), so that the
-// result is the same in every run and small batches need one launch.
+// marginal on the chip; a second kernel of one block adds the blocks' shares in a fixed order (float64), so that the
+// result is the same in every run. A block that is alone does this itself, so that small batches need one launch.
 //
 // By the number of classes a row belongs to
+//   one thread  (10, dense, many rows): a thread takes the 2 or 4 rows of 80 bytes straight into registers, and so many
+//               threads are at work that no load needs to be started ahead;
 //   one thread  (up to 20): a warp copies tiles of 32 rows into shared memory, some tiles ahead of the one it works on;
 //   one warp    (up to 1024): the next row is copied into shared memory while this one is worked on in registers;
 //   one block   (more): two passes over the row, the second from the L2 cache.
 // The copies are 16 bytes a lane where rows are aligned to that (tiles: dense), else element by element.
-// Backward computes exponentials twice rather than keep them, and walks the rows from the last to the first: those that
-// forward has left in the L2 cache.
+// Backward computes a warp's or a block's exponentials twice rather than keep them, and walks the rows (but those of a
+// block each) from the last to the first: those that forward has left in the L2 cache.
 //
 // H200, float32, forward / backward, us: [100, 10] 3.4 / 2.4, [1M, 10] 18.5 / 26 (at a copy's speed 10 / 19), [1M, 1000]
-// 1156 / 2135. Tried for 10 classes: two rows a thread, 17 / 25 (from registers 13 / 23), but slower for 100 rows.
+// 1156 / 2135: with 10 classes all through tiles, and before the second kernel of forward. For 10 classes tiles of two
+// rows a thread gave 17 / 25, two rows a thread in registers 13 / 23, but more than one row a thread is slower for 100.
 #include "softmax_entropy.h"
 
 #include <algorithm>
@@ -27,15 +30,15 @@ constexpr int kMaxWarps = kThreads / kWarpSize;
 constexpr int kExtra = 2;          // columns of a block's share after the classes: sum of H, sum of the cross-entropy
 constexpr int kMaxThreadClasses = 20;
 constexpr int kMaxWarpClasses = 1024;
-constexpr int kFinishBytes = 256;  // of shared memory, for finish()
-static_assert((kMaxWarps + 1) * sizeof(double) <= kFinishBytes);
+constexpr int kFinishThreads = 1024;
+constexpr int kFinishBytes = kFinishThreads / kWarpSize * sizeof(double);  // of shared memory, for write_results()
 
 struct ForwardParams {
   SoftmaxEntropyArgs args;
   FastDivisor classes;
-  bool vectors;       // rows (tiles of rows) are read 16 bytes at a time
-  float* shares;      // [blocks, classes + kExtra]
-  unsigned* counter;  // blocks that have written their share
+  bool vectors;   // rows (tiles of rows) are read 16 bytes at a time
+  unsigned blocks;
+  float* shares;  // [blocks, classes + kExtra]
 };
 
 struct BackwardParams {
@@ -79,7 +82,7 @@ __device__ __forceinline__ bool out_of_range(const SoftmaxEntropyArgs& p, int64_
 
 __device__ __forceinline__ float not_a_number() { return bits_to_float(0x7FC00000u); }
 
-// Shared memory: finish()'s, the share of a block that is alone, and what each kernel needs.
+// Shared memory: write_results()'s, the share of a block that is alone, and what each kernel needs.
 __host__ __device__ inline int64_t share_bytes(int64_t classes) { return (classes + kExtra + 3) / 4 * 16; }
 __device__ __forceinline__ unsigned char* kernel_memory(int64_t classes) {
   return static_cast<unsigned char*>(shared_memory()) + kFinishBytes + share_bytes(classes);
@@ -91,54 +94,48 @@ __device__ __forceinline__ float* block_share(const ForwardParams& p) {
   return p.shares + int64_t{blockIdx.x} * (p.args.classes + kExtra);
 }
 
-// Adds the shares of all blocks in a fixed order and writes the results. Only the block that comes last does so. Every
-// thread of every block calls this, after its block's share is written; `shares` is that of block 0.
-__device__ void finish(const ForwardParams& p, const float* shares) {
-  double* shared = static_cast<double*>(shared_memory());  // [kMaxWarps + 1]
-  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  const int blocks = static_cast<int>(gridDim.x);
-  const int64_t classes = p.args.classes, columns = classes + kExtra;
-  if (blocks > 1) {
-    device_fence();
-    block_barrier();
-    if (thread == 0) shared[kMaxWarps] = atomic_increment(p.counter) == gridDim.x - 1 ? 1.0 : 0.0;
-    block_barrier();
-    if (shared[kMaxWarps] == 0.0) return;
-    device_fence();
-  } else {
-    block_barrier();
+// The sum of values[i * stride] for i = first, first + step, ... below `count`.
+template <typename Value>
+__device__ __forceinline__ double strided_sum(const Value* values, int64_t stride, int first, int count, int step) {
+  constexpr int kAtOnce = 16;  // loads in flight
+  double sum = 0.0;
+  for (int begin = first; begin < count; begin += kAtOnce * step) {
+    Value loaded[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = begin + i * step;
+      loaded[i] = at < count ? values[at * stride] : Value{0};
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) sum += double{loaded[i]};
   }
-  const double rows = static_cast<double>(p.args.rows);
-  int lanes = 1;  // of a warp, that share out the blocks of one column
-  while (lanes < kWarpSize && lanes < blocks && 2 * lanes * columns <= threads) lanes *= 2;
+  return sum;
+}
+
+// Writes the results, given `count` (at least 1) rows of sums whose sum over these rows is that over all blocks.
+template <typename Value>
+__device__ __forceinline__ void write_results(const SoftmaxEntropyArgs& p, const Value* sums, int count) {
+  double* shared = static_cast<double*>(shared_memory());  // [warp_count()]
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const int64_t classes = p.classes, columns = classes + kExtra;
+  const double rows = static_cast<double>(p.rows);
+  int lanes = 1;  // of a warp, that share out one column
+  while (lanes < kWarpSize && lanes < count && 2 * lanes * columns <= threads) lanes *= 2;
   double entropy = 0.0;
   for (int64_t first = 0; first < columns; first += threads / lanes) {
     const int64_t column = first + thread / lanes;
-    double sum = 0.0;
-    if (column < columns) {
-      constexpr int kAtOnce = 16;  // loads in flight
-      for (int begin = thread % lanes; begin < blocks; begin += kAtOnce * lanes) {
-        float loaded[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          const int block = begin + i * lanes;
-          loaded[i] = block < blocks ? shares[block * columns + column] : 0.0f;
-        }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) sum += double{loaded[i]};
-      }
-    }
+    double sum = column < columns ? strided_sum(sums + column, columns, thread % lanes, count, lanes) : 0.0;
     for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
     if (thread % lanes != 0 || column >= columns) continue;
     if (column < classes) {
       const double q = sum / rows;
-      p.args.mean_probabilities[column] = static_cast<float>(q);
+      p.mean_probabilities[column] = static_cast<float>(q);
       if (q != 0.0) entropy -= q * double{logf(static_cast<float>(q))};
     } else if (column == classes) {
-      *p.args.conditional = static_cast<float>(sum / rows);
+      *p.conditional = static_cast<float>(sum / rows);
     } else {
-      const int64_t count = p.args.labels != nullptr ? *p.args.label_count : 0;
-      *p.args.cross_entropy = count > 0 ? static_cast<float>(sum / static_cast<double>(count)) : 0.0f;
+      const int64_t labeled = p.labels != nullptr ? *p.label_count : 0;
+      *p.cross_entropy = labeled > 0 ? static_cast<float>(sum / static_cast<double>(labeled)) : 0.0f;
     }
   }
   entropy = warp_sum(entropy);
@@ -146,7 +143,34 @@ __device__ void finish(const ForwardParams& p, const float* shares) {
   block_barrier();
   if (thread > 0) return;
   for (int warp = 1; warp < warp_count(); ++warp) entropy += shared[warp];
-  *p.args.marginal = static_cast<float>(entropy);
+  *p.marginal = static_cast<float>(entropy);
+}
+
+// The last thing that every thread of every block of the thread and warp kernels does, after the block's share is
+// written: a block that is alone needs no other kernel.
+__device__ void finish_alone(const ForwardParams& params, const float* share) {
+  if (gridDim.x > 1) return;
+  block_barrier();
+  write_results(params.args, share, 1);
+}
+
+// One block adds up the shares of the blocks before it. Neighbouring threads read neighbouring columns; as many groups
+// of them as there are threads for share out the blocks.
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(ForwardParams params) {
+  wait_for_previous_kernel();
+  const int64_t columns = params.args.classes + kExtra;
+  const int thread = static_cast<int>(threadIdx.x), blocks = static_cast<int>(params.blocks);
+  if (2 * columns > kFinishThreads) {
+    write_results(params.args, params.shares, blocks);
+    return;
+  }
+  double* sums = reinterpret_cast<double*>(static_cast<unsigned char*>(shared_memory()) + kFinishBytes);
+  const int width = static_cast<int>(columns), groups = kFinishThreads / width;  // sums: [groups, columns]
+  if (thread < groups * width) {
+    sums[thread] = strided_sum(params.shares + thread % width, columns, thread / width, blocks, groups);
+  }
+  block_barrier();
+  write_results(params.args, sums, groups);
 }
 
 // The gradient of a logit is p (sum_j p_j t_j - t) / N + g_ce (p - [k = label]) / count,
@@ -173,14 +197,88 @@ __device__ __forceinline__ int class_or_none(const SoftmaxEntropyArgs& p, bool l
   return labeled && !out_of_range(p, label) ? static_cast<int>(label) : -1;
 }
 
-// ---- one thread a row
+// ---- one thread a row or several
 
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Neighbours {
   T values[kCount];
 };
 
-// A row in shared memory, kWidth elements at a time (a divisor of the classes); -infinity beyond its end.
+// What forward adds up over a thread's rows.
+template <int kMaxClasses>
+struct ThreadSums {
+  float probabilities[kMaxClasses] = {};
+  float entropy = 0.0f, cross_entropy = 0.0f;
+
+  // Adds the row x, which is lost, and returns its log s. `logits`: the row in memory, where the label's is looked up.
+  template <typename T>
+  __device__ __forceinline__ float add(const SoftmaxEntropyArgs& p, float (&x)[kMaxClasses], bool labeled,
+                                       int64_t label, const T* logits) {
+    float max = x[0], s = 0.0f, u = 0.0f;
+#pragma unroll
+    for (int k = 1; k < kMaxClasses; ++k) max = fmaxf(max, x[k]);
+#pragma unroll
+    for (int k = 0; k < kMaxClasses; ++k) {
+      const float d = x[k] - max;
+      x[k] = exponential(d);
+      s += x[k];
+      u += finite(d) * x[k];
+    }
+    const float inverse = reciprocal(s), log_s = logf(s);
+#pragma unroll
+    for (int k = 0; k < kMaxClasses; ++k) probabilities[k] += x[k] * inverse;
+    entropy += log_s - u * inverse;
+    if (labeled) cross_entropy += out_of_range(p, label) ? not_a_number() : log_s - (to_float(logits[label]) - max);
+    return log_s;
+  }
+
+  // Ends the kernel: the threads' sums side by side in shared memory, then a warp a column.
+  __device__ __forceinline__ void finish_block(const ForwardParams& params, int classes) const {
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    float* sums = reinterpret_cast<float*>(kernel_memory(classes));  // [classes + kExtra, threads]
+#pragma unroll
+    for (int k = 0; k < kMaxClasses; ++k) {
+      if (k < classes) sums[k * threads + thread] = probabilities[k];
+    }
+    sums[classes * threads + thread] = entropy;
+    sums[(classes + 1) * threads + thread] = cross_entropy;
+    block_barrier();
+    float* out = block_share(params);
+    for (int column = warp_index(); column < classes + kExtra; column += warp_count()) {
+      float sum = 0.0f;
+#pragma unroll 4
+      for (int i = lane_index(); i < threads; i += kWarpSize) sum += sums[column * threads + i];
+      sum = warp_sum(sum);
+      if (lane_index() == 0) out[column] = sum;
+    }
+    finish_alone(params, out);
+  }
+};
+
+// Backward: puts the gradient of a row's logits in their place.
+template <int kMaxClasses>
+__device__ __forceinline__ void replace_by_gradient(const Gradients& g, const float (&of_mean)[kMaxClasses],
+                                                    bool labeled, int own, float (&x)[kMaxClasses]) {
+  float e[kMaxClasses];
+  float max = x[0], s = 0.0f, mean_t = 0.0f;
+#pragma unroll
+  for (int k = 1; k < kMaxClasses; ++k) max = fmaxf(max, x[k]);
+#pragma unroll
+  for (int k = 0; k < kMaxClasses; ++k) {
+    const float d = x[k] - max;
+    e[k] = exponential(d);
+    x[k] = g.t(d, of_mean[k]);
+    s += e[k];
+    mean_t += e[k] * x[k];
+  }
+  const float inverse = reciprocal(s), of_label = g.of_label(labeled), mean = mean_t * inverse + of_label;
+#pragma unroll
+  for (int k = 0; k < kMaxClasses; ++k) x[k] = e[k] * inverse * (mean - x[k]) - (k == own ? of_label : 0.0f);
+}
+
+// ---- one thread a row
+
+// A row in memory, kWidth elements at a time (a divisor of the classes); -infinity beyond its end.
 template <int kWidth, typename T, int kMaxClasses>
 __device__ __forceinline__ void read_row(const T* row, int classes, float (&x)[kMaxClasses]) {
 #pragma unroll
@@ -308,13 +406,11 @@ __global__ void __launch_bounds__(kThreads, 1) forward_thread_kernel(ForwardPara
   wait_for_previous_kernel();
   const SoftmaxEntropyArgs& p = params.args;
   const Walk tiles(p, params.classes, params.vectors);
-  const int classes = tiles.classes, thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int64_t step = int64_t{gridDim.x} * warp_count(), count = tiles.count();
   int64_t tile = int64_t{warp_index()} * gridDim.x + blockIdx.x;
 #pragma unroll 1
   for (int stage = 0; stage < Walk::kStages - 1; ++stage) tiles.start(tile + stage * step, stage);
-  float share[kMaxClasses] = {};
-  float entropy = 0.0f, cross_entropy = 0.0f;
+  ThreadSums<kMaxClasses> sums;
   for (int stage = 0; tile < count; tile += step, stage = (stage + 1) % Walk::kStages) {
     const int64_t row = tile * kWarpSize + tiles.lane;
     const bool active = row < p.rows;
@@ -323,48 +419,13 @@ __global__ void __launch_bounds__(kThreads, 1) forward_thread_kernel(ForwardPara
     tiles.wait();
     tiles.start(tile + (Walk::kStages - 1) * step, (stage + Walk::kStages - 1) % Walk::kStages);
     if (!active) continue;
-    float e[kMaxClasses];
-    tiles.read(stage, e);
-    float max = e[0], s = 0.0f, u = 0.0f;
-#pragma unroll
-    for (int k = 1; k < kMaxClasses; ++k) max = fmaxf(max, e[k]);
-#pragma unroll
-    for (int k = 0; k < kMaxClasses; ++k) {
-      const float d = e[k] - max;
-      e[k] = exponential(d);
-      s += e[k];
-      u += finite(d) * e[k];
-    }
-    const float inverse = reciprocal(s), log_s = logf(s);
-#pragma unroll
-    for (int k = 0; k < kMaxClasses; ++k) share[k] += e[k] * inverse;
-    entropy += log_s - u * inverse;
-    p.log_normalizer[row] = log_s;
-    if (labeled) {
-      const T* staged = tiles.tile_memory(stage) + tiles.lane * classes;
-      cross_entropy += out_of_range(p, label) ? not_a_number() : log_s - (to_float(staged[label]) - max);
-    }
+    float x[kMaxClasses];
+    tiles.read(stage, x);
+    p.log_normalizer[row] = sums.add(p, x, labeled, label, tiles.tile_memory(stage) + tiles.lane * tiles.classes);
   }
-  // The threads' sums side by side, then a warp a column.
   copy_async_wait<0>();
   block_barrier();
-  float* sums = reinterpret_cast<float*>(kernel_memory(classes));  // [classes + kExtra, threads]
-#pragma unroll
-  for (int k = 0; k < kMaxClasses; ++k) {
-    if (k < classes) sums[k * threads + thread] = share[k];
-  }
-  sums[classes * threads + thread] = entropy;
-  sums[(classes + 1) * threads + thread] = cross_entropy;
-  block_barrier();
-  float* out = block_share(params);
-  for (int column = warp_index(); column < classes + kExtra; column += warp_count()) {
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int i = tiles.lane; i < threads; i += kWarpSize) sum += sums[column * threads + i];
-    sum = warp_sum(sum);
-    if (tiles.lane == 0) out[column] = sum;
-  }
-  finish(params, gridDim.x == 1 ? out : params.shares);
+  sums.finish_block(params, tiles.classes);
 }
 
 template <typename T, int kMaxClasses, bool kAll>
@@ -392,29 +453,156 @@ __global__ void __launch_bounds__(kThreads, 1) backward_thread_kernel(BackwardPa
     tiles.wait();
     tiles.start(tile - (Walk::kStages - 1) * step, (stage + Walk::kStages - 1) % Walk::kStages);
     if (active) {
-      float x[kMaxClasses], e[kMaxClasses];
+      float x[kMaxClasses];
       tiles.read(stage, x);
-      float max = x[0], s = 0.0f, mean_t = 0.0f;
-#pragma unroll
-      for (int k = 1; k < kMaxClasses; ++k) max = fmaxf(max, x[k]);
-#pragma unroll
-      for (int k = 0; k < kMaxClasses; ++k) {
-        const float d = x[k] - max;
-        e[k] = exponential(d);
-        x[k] = g.t(d, of_mean[k]);
-        s += e[k];
-        mean_t += e[k] * x[k];
-      }
-      const float inverse = reciprocal(s), of_label = g.of_label(labeled), mean = mean_t * inverse + of_label;
-      const int own = class_or_none(p, labeled, label);
-#pragma unroll
-      for (int k = 0; k < kMaxClasses; ++k) x[k] = e[k] * inverse * (mean - x[k]) - (k == own ? of_label : 0.0f);
+      replace_by_gradient(g, of_mean, labeled, class_or_none(p, labeled, label), x);
       tiles.write(stage, x);
     }
     warp_barrier();
     tiles.store(tile, stage);
   }
   copy_async_wait<0>();
+}
+
+// ---- ten classes: the rows that 80 bytes hold a thread, in registers
+
+constexpr int kPieceClasses = 10;
+constexpr int kPieceBytes = 80;
+constexpr int kPieceThreads = 256;
+constexpr int kPieceBlocks = 4;                    // that a multiprocessor holds
+constexpr int kManyPieceRows = 4 * kPieceThreads;  // of a multiprocessor: half of its threads have some in float32
+
+// Rows that lie side by side: kRows of them, kRowWords words each.
+template <typename T>
+struct Piece {
+  static constexpr int kVectors = kPieceBytes / 16, kWords = kPieceBytes / 4;
+  static constexpr int kRows = kPieceBytes / static_cast<int>(kPieceClasses * sizeof(T)), kRowWords = kWords / kRows;
+
+  uint32_t words[kWords];
+
+  __device__ __forceinline__ void load(const void* logits, int64_t piece) {
+    const uint4* from = static_cast<const uint4*>(logits) + piece * kVectors;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const uint4 four = from[i];
+      words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+    }
+  }
+
+  __device__ __forceinline__ void store(void* grad, int64_t piece) const {
+    uint4* to = static_cast<uint4*>(grad) + piece * kVectors;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      store_streaming(to + i, uint4{words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]});
+    }
+  }
+
+  __device__ __forceinline__ void read(int row, float (&x)[kPieceClasses]) const {
+#pragma unroll
+    for (int i = 0; i < kRowWords; ++i) {
+      const uint32_t word = words[row * kRowWords + i];
+      if constexpr (kRowWords == kPieceClasses) {
+        x[i] = bits_to_float(word);
+      } else {
+        float pair[2];
+        unpack_pair(word, pair, T{});
+        x[2 * i] = pair[0], x[2 * i + 1] = pair[1];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write(int row, const float (&x)[kPieceClasses]) {
+#pragma unroll
+    for (int i = 0; i < kRowWords; ++i) {
+      uint32_t& word = words[row * kRowWords + i];
+      if constexpr (kRowWords == kPieceClasses) {
+        word = float_to_bits(x[i]);
+      } else {
+        word = pack_pair(x[2 * i], x[2 * i + 1], T{});
+      }
+    }
+  }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kPieceThreads, kPieceBlocks) forward_piece_kernel(ForwardParams params) {
+  constexpr int kRows = Piece<T>::kRows;
+  wait_for_previous_kernel();
+  const SoftmaxEntropyArgs& p = params.args;
+  const T* logits = static_cast<const T*>(p.logits);
+  const int64_t pieces = p.rows / kRows, step = int64_t{gridDim.x} * kPieceThreads;
+  const int64_t first = int64_t{blockIdx.x} * kPieceThreads + threadIdx.x;
+  ThreadSums<kPieceClasses> sums;
+  for (int64_t i = first; i < pieces; i += step) {
+    Piece<T> piece;
+    piece.load(logits, i);
+    Neighbours<float, kRows> log_s;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float x[kPieceClasses];
+      piece.read(r, x);
+      const int64_t row = i * kRows + r;
+      int64_t label = -1;
+      const bool labeled = carries_label(p, row, label);
+      log_s.values[r] = sums.add(p, x, labeled, label, logits + row * kPieceClasses);
+    }
+    reinterpret_cast<Neighbours<float, kRows>*>(p.log_normalizer)[i] = log_s;
+  }
+  const int64_t last = pieces * kRows + first;  // of the rows that fill no piece
+  if (last < p.rows) {
+    const T* row = logits + last * kPieceClasses;
+    float x[kPieceClasses];
+    read_row<1>(row, kPieceClasses, x);
+    int64_t label = -1;
+    const bool labeled = carries_label(p, last, label);
+    p.log_normalizer[last] = sums.add(p, x, labeled, label, row);
+  }
+  sums.finish_block(params, kPieceClasses);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kPieceThreads, kPieceBlocks) backward_piece_kernel(BackwardParams params) {
+  constexpr int kRows = Piece<T>::kRows;
+  wait_for_previous_kernel();
+  const SoftmaxEntropyArgs& p = params.args;
+  const int64_t pieces = p.rows / kRows, step = int64_t{gridDim.x} * kPieceThreads;
+  const int64_t first = int64_t{blockIdx.x} * kPieceThreads + threadIdx.x;
+  int64_t i = pieces - 1 - first;
+  Piece<T> piece;
+  if (i >= 0) piece.load(p.logits, i);
+  // Ten logarithms a block, not a thread.
+  float* shared = static_cast<float*>(shared_memory());  // [kPieceClasses]
+  const Gradients g(p);
+  if (threadIdx.x < kPieceClasses) shared[threadIdx.x] = g.of_mean(p.mean_probabilities[threadIdx.x]);
+  block_barrier();
+  float of_mean[kPieceClasses];
+#pragma unroll
+  for (int k = 0; k < kPieceClasses; ++k) of_mean[k] = shared[k];
+  while (i >= 0) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float x[kPieceClasses];
+      piece.read(r, x);
+      int64_t label = -1;
+      const bool labeled = carries_label(p, i * kRows + r, label);
+      replace_by_gradient(g, of_mean, labeled, class_or_none(p, labeled, label), x);
+      piece.write(r, x);
+    }
+    piece.store(p.grad_logits, i);
+    i -= step;
+    if (i >= 0) piece.load(p.logits, i);
+  }
+  const int64_t last = pieces * kRows + first;  // of the rows that fill no piece
+  if (last < p.rows) {
+    const T* row = static_cast<const T*>(p.logits) + last * kPieceClasses;
+    T* grad = static_cast<T*>(p.grad_logits) + last * kPieceClasses;
+    float x[kPieceClasses];
+    read_row<1>(row, kPieceClasses, x);
+    int64_t label = -1;
+    const bool labeled = carries_label(p, last, label);
+    replace_by_gradient(g, of_mean, labeled, class_or_none(p, labeled, label), x);
+    write_row<1>(x, kPieceClasses, grad);
+  }
 }
 
 // ---- one warp a row
@@ -570,7 +758,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks<T>(kVectors)) forwar
     for (int w = 0; w < warp_count(); ++w) sum += shares[w * columns + column];
     out[column] = sum;
   }
-  finish(params, gridDim.x == 1 ? out : params.shares);
+  finish_alone(params, out);
 }
 
 template <typename T, int kVectors>
@@ -709,7 +897,6 @@ __global__ void __launch_bounds__(kRowThreads) forward_block_kernel(ForwardParam
     out[p.classes] = entropy;
     out[p.classes + 1] = cross_entropy;
   }
-  finish(params, params.shares);
 }
 
 template <typename T>
@@ -742,18 +929,34 @@ __global__ void __launch_bounds__(kRowThreads) backward_block_kernel(BackwardPar
 
 // ---- launch
 
-// What both directions launch alike.
+// Whether rows (one thread a row: tiles of rows) begin at multiples of 16 bytes and end there.
+bool reads_vectors(const SoftmaxEntropyArgs& args) {
+  if (!is_aligned16(args.logits)) return false;
+  if (args.classes <= kMaxThreadClasses) return args.row_stride == args.classes;
+  const int64_t size = size_of(args.type);
+  return args.row_stride * size % 16 == 0 && args.classes * size % 16 == 0;
+}
+
 struct Plan {
-  bool thread_a_row, warp_a_row;
+  bool vectors;
+  bool pieces, thread_a_row, warp_a_row, block_a_row;
   int threads;
   unsigned blocks;
 
-  explicit Plan(const SoftmaxEntropyArgs& args)
-      : thread_a_row(args.classes <= kMaxThreadClasses),
-        warp_a_row(!thread_a_row && args.classes <= kMaxWarpClasses),
+  Plan(const SoftmaxEntropyArgs& args, bool vectors_in)
+      : vectors(vectors_in),
+        pieces(vectors && args.classes == kPieceClasses &&
+               args.rows >= int64_t{args.multiprocessors} * kManyPieceRows),
+        thread_a_row(!pieces && args.classes <= kMaxThreadClasses),
+        warp_a_row(!pieces && !thread_a_row && args.classes <= kMaxWarpClasses),
+        block_a_row(!pieces && !thread_a_row && !warp_a_row),
         threads(kRowThreads) {
     int64_t wanted = args.rows, resident = int64_t{args.multiprocessors} * 4;
-    if (thread_a_row || warp_a_row) {
+    if (pieces) {
+      threads = kPieceThreads;
+      wanted = divide_up(args.rows * kPieceClasses * size_of(args.type), int64_t{kPieceBytes} * kPieceThreads);
+      resident = int64_t{args.multiprocessors} * kPieceBlocks;
+    } else if (!block_a_row) {
       const int64_t warps = thread_a_row ? divide_up(args.rows, kWarpSize) : args.rows;
       threads = static_cast<int>(std::min<int64_t>(warps, kMaxWarps)) * kWarpSize;
       wanted = divide_up(warps, threads / kWarpSize);
@@ -763,13 +966,7 @@ struct Plan {
   }
 };
 
-// Whether rows (one thread a row: tiles of rows) begin at multiples of 16 bytes and end there.
-bool reads_vectors(const SoftmaxEntropyArgs& args) {
-  if (!is_aligned16(args.logits)) return false;
-  if (args.classes <= kMaxThreadClasses) return args.row_stride == args.classes;
-  const int64_t size = size_of(args.type);
-  return args.row_stride * size % 16 == 0 && args.classes * size % 16 == 0;
-}
+Plan forward_plan(const SoftmaxEntropyArgs& args) { return Plan(args, reads_vectors(args)); }
 
 // Of the tiles or rows in flight, kept in shared memory.
 template <typename T>
@@ -796,25 +993,22 @@ cudaError_t dispatch(DataType type, const F& f) {
 }  // namespace
 
 size_t softmax_entropy_workspace_bytes(const SoftmaxEntropyArgs& args) {
-  return 16 + static_cast<size_t>(Plan(args).blocks * (args.classes + kExtra)) * sizeof(float);
+  return static_cast<size_t>(forward_plan(args).blocks * (args.classes + kExtra)) * sizeof(float);
 }
 
 cudaError_t softmax_entropy_forward_launch(const SoftmaxEntropyArgs& args, cudaStream_t stream) {
   const int64_t classes = args.classes;
-  const Plan plan(args);
-  const ForwardParams params{args, FastDivisor(classes), reads_vectors(args), static_cast<float*>(args.workspace) + 4,
-                             static_cast<unsigned*>(args.workspace)};
-  if (plan.blocks > 1) {
-    const cudaError_t error = clear_async(params.counter, sizeof(unsigned), stream);
-    if (error != cudaSuccess) return error;
-  }
+  const Plan plan = forward_plan(args);
+  const ForwardParams params{args, FastDivisor(classes), plan.vectors, plan.blocks,
+                             static_cast<float*>(args.workspace)};
   const size_t common_bytes = kFinishBytes + share_bytes(classes), columns = classes + kExtra;
-  return dispatch(args.type, [&](auto zero) {
+  const cudaError_t error = dispatch(args.type, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kSize = Vector<T>::kSize;
     const auto run = [&](void (*kernel)(ForwardParams), size_t bytes) {
       return launch(kernel, plan.blocks, plan.threads, bytes, stream, params);
     };
+    if (plan.pieces) return run(forward_piece_kernel<T>, common_bytes + plan.threads * columns * sizeof(float));
     if (plan.thread_a_row) {
       const size_t bytes =
           common_bytes + std::max(thread_bytes<T>(plan, classes), plan.threads * columns * sizeof(float));
@@ -828,18 +1022,21 @@ cudaError_t softmax_entropy_forward_launch(const SoftmaxEntropyArgs& args, cudaS
     }
     return run(forward_block_kernel<T>, kFinishBytes);
   });
+  if (error != cudaSuccess || (plan.blocks == 1 && !plan.block_a_row)) return error;
+  return launch(finish_kernel, 1, kFinishThreads, kFinishBytes + kFinishThreads * sizeof(double), stream, params);
 }
 
 cudaError_t softmax_entropy_backward_launch(const SoftmaxEntropyArgs& args, cudaStream_t stream) {
   const int64_t classes = args.classes;
-  const Plan plan(args);
-  const BackwardParams params{args, FastDivisor(classes), reads_vectors(args) && is_aligned16(args.grad_logits)};
+  const Plan plan(args, reads_vectors(args) && is_aligned16(args.grad_logits));
+  const BackwardParams params{args, FastDivisor(classes), plan.vectors};
   return dispatch(args.type, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kSize = Vector<T>::kSize;
     const auto run = [&](void (*kernel)(BackwardParams), size_t bytes) {
       return launch(kernel, plan.blocks, plan.threads, bytes, stream, params);
     };
+    if (plan.pieces) return run(backward_piece_kernel<T>, kPieceClasses * sizeof(float));
     if (plan.thread_a_row) {
       const size_t bytes = kFinishBytes + share_bytes(classes) + thread_bytes<T>(plan, classes);
       if (classes == 10) return run(backward_thread_kernel<T, 10, true>, bytes);

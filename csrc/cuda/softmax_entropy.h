@@ -4,8 +4,9 @@
 //   H[q]   = -sum_k q_k log q_k    with q = mean_n p_n
 //   CE     = mean of log s - d_ny  over the rows that carry a label y
 //
-// One launch forward and one backward (and, where several blocks take part, one memset of a counter); each reads the
-// logits once up to 1024 classes. All pointers are device pointers; nothing is allocated, nothing synchronises.
+// One launch backward and one forward, two where several blocks take part, of which the second adds up their shares;
+// each direction reads the logits once up to 1024 classes. All pointers are device pointers; nothing is allocated,
+// nothing synchronises.
 #pragma once
 
 #include <cstddef>
@@ -25,9 +26,9 @@ struct SoftmaxEntropyArgs {
   int64_t ignore_index = -100;           // the label of a row that carries none
   const int64_t* label_count = nullptr;  // [1], rows whose label is not ignore_index; needed with labels
   int multiprocessors = 132;             // of the device
-  void* workspace = nullptr;             // softmax_entropy_workspace_bytes(args), aligned to 16 bytes
+  void* workspace = nullptr;             // softmax_entropy_workspace_bytes(args), which depends on all of the above
   float* mean_probabilities = nullptr;   // [classes], q: out of forward, into backward
-  float* log_normalizer = nullptr;       // [rows], log s: out of forward
+  float* log_normalizer = nullptr;       // [rows], log s: out of forward; aligned to 16 bytes
   // Out of forward, in nats. cross_entropy is 0 without labels, NaN where a label is out of range.
   float* conditional = nullptr;
   float* marginal = nullptr;

@@ -19,11 +19,6 @@ cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_b
   return cudaSuccess;
 }
 
-inline cudaError_t clear_async(void* memory, size_t bytes, cudaStream_t) {
-  std::memset(memory, 0, bytes);
-  return cudaSuccess;
-}
-
 inline unsigned atomic_increment(unsigned* counter) { return (*counter)++; }
 inline void device_fence() {}
 

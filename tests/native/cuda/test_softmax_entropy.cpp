@@ -1,5 +1,6 @@
 // softmax_entropy kernels against a float64 reference: one, few and many rows, 1 to 4096 classes, strided rows,
-// labels with ignored rows, extreme logits and logits of -infinity, rows that are and are not aligned to 16 bytes.
+// labels with ignored rows, extreme logits and logits of -infinity, rows that are and are not aligned to 16 bytes, many
+// dense rows of ten classes.
 #include "../../../csrc/cuda/softmax_entropy.h"
 
 #include "testing.h"
@@ -8,6 +9,9 @@ using namespace fastgan::cuda;
 using namespace fastgan::cuda::testing;
 
 namespace {
+
+constexpr int kMultiprocessors = 2;            // few: small inputs use several rows a warp, and several blocks
+constexpr int64_t kMany = 1024 * kMultiprocessors;  // from so many dense rows on, 10 classes have kernels of their own
 
 struct Case {
   int64_t rows, classes, row_stride;
@@ -50,7 +54,7 @@ void run(const Case& c) {
     args.rows = n, args.classes = k_count, args.row_stride = c.row_stride, args.type = c.type;
     args.logits = input.data();
     if (c.with_labels) args.labels = labels.data(), args.label_count = counts.data();
-    args.multiprocessors = 2;  // few blocks: small inputs use several rows a warp and the last-block merge
+    args.multiprocessors = kMultiprocessors;
     Buffer workspace(DataType::float32, static_cast<int64_t>(softmax_entropy_workspace_bytes(args) / 4));
     args.workspace = workspace.data();
     args.mean_probabilities = q.floats(), args.log_normalizer = log_normalizer.floats();
@@ -104,15 +108,18 @@ void run(const Case& c) {
   expect_close(c.name() + " grad", outputs[3].values(), grad, 4 * exact + rounding_of(c.type));
 }
 
-// A label outside [0, classes) must not go unnoticed.
+// A label outside [0, classes) must not go unnoticed: that of the last row, or of a row of a full piece.
 void out_of_range_label_gives_nan() {
-  for (int64_t classes : {5, 10, 16, 40, 256, 1000, 1100}) {
-    Buffer input(DataType::float32, random_values(2 * classes, DataType::float32));
-    Buffer q(DataType::float32, classes), log_normalizer(DataType::float32, 2), scalars(DataType::float32, 3);
-    const DeviceVector<int64_t> labels{1, classes == 40 ? (int64_t{1} << 32) + 1 : classes}, label_count{2};
+  const auto check = [](int64_t rows, int64_t classes, int64_t row, int64_t label) {
+    Buffer input(DataType::float32, random_values(rows * classes, DataType::float32));
+    Buffer q(DataType::float32, classes), log_normalizer(DataType::float32, rows), scalars(DataType::float32, 3);
+    const DeviceVector<int64_t> label_count{2};
+    DeviceVector<int64_t> labels(rows, -100);
+    labels[0] = 1, labels[row] = label;
     SoftmaxEntropyArgs args;
-    args.rows = 2, args.classes = classes, args.row_stride = classes, args.logits = input.data();
+    args.rows = rows, args.classes = classes, args.row_stride = classes, args.logits = input.data();
     args.labels = labels.data(), args.label_count = label_count.data();
+    args.multiprocessors = kMultiprocessors;
     Buffer workspace(DataType::float32, static_cast<int64_t>(softmax_entropy_workspace_bytes(args) / 4));
     args.workspace = workspace.data(), args.mean_probabilities = q.floats();
     args.log_normalizer = log_normalizer.floats();
@@ -121,10 +128,32 @@ void out_of_range_label_gives_nan() {
     expect_success("out-of-range label", softmax_entropy_forward_launch(args, nullptr));
     const Values values = scalars.values();
     if (!std::isnan(values[2]) || std::isnan(values[0])) {
-      std::printf("FAILED out-of-range label with %d classes gave %g\n", static_cast<int>(classes), values[2]);
+      std::printf("FAILED out-of-range label with %d rows and %d classes gave %g\n", static_cast<int>(rows),
+                  static_cast<int>(classes), values[2]);
       ++failures;
     }
+  };
+  for (int64_t classes : {5, 10, 16, 40, 256, 1000, 1100}) {
+    check(2, classes, 1, classes == 40 ? (int64_t{1} << 32) + 1 : classes);
   }
+  check(kMany + 1, 10, kMany, 10);
+  check(kMany + 1, 10, kMany - 1, -1);
+  check(kMany + 1, 10, 2, (int64_t{1} << 32) + 1);
+}
+
+// The kernels for many dense rows of ten classes have more blocks, and so more shares, than those they stand in for:
+// the cases below mean to run both.
+void many_dense_rows_have_kernels_of_their_own() {
+  Buffer input(DataType::float32, 4);
+  SoftmaxEntropyArgs args;
+  args.classes = args.row_stride = 10, args.logits = input.data(), args.multiprocessors = kMultiprocessors;
+  const auto bytes = [&](int64_t rows, int64_t row_stride) {
+    args.rows = rows, args.row_stride = row_stride;
+    return softmax_entropy_workspace_bytes(args);
+  };
+  if (bytes(kMany, 10) > bytes(kMany - 1, 10) && bytes(kMany, 11) == bytes(kMany - 1, 10)) return;
+  std::printf("FAILED many dense rows of ten classes do not begin at %d\n", static_cast<int>(kMany));
+  ++failures;
 }
 
 }  // namespace
@@ -146,7 +175,8 @@ int main(int argc, char** argv) {
   check({5, 4096, 4096, DataType::float32, true, 2.0});
   check({6, 1025, 1030, DataType::float16, true, 2.0});
   check({40, 1000, 1000, DataType::float32, true, 2.0});
-  check({5000, 10, 10, DataType::float32, true, 3.0});  // more tiles a warp than are in flight, the last one not full
+  check({5000, 8, 8, DataType::float32, true, 3.0});  // more tiles a warp than are in flight, the last one not full
+  check({4700, 10, 12, DataType::float32, true, 3.0});
   check({2100, 16, 16, DataType::bfloat16, true, 3.0});
   check({10, 1024, 1024, DataType::float16, true, 2.0});
   for (int64_t classes : {1, 3, 6, 8, 10, 16, 20, 21, 24, 256, 257, 1000, 1024, 1025}) {
@@ -161,6 +191,16 @@ int main(int argc, char** argv) {
   for (int64_t classes : {10, 16, 24, 1000}) {  // dense rows, misaligned arrays
     check({70, classes, classes, random_choice({DataType::float32, DataType::bfloat16}), true, 1.0, true});
   }
+  for (int64_t rows : {kMany - 1, kMany, kMany + 3}) {  // ten classes, few and many rows
+    for (DataType type : {DataType::float32, DataType::bfloat16, DataType::float16}) {
+      check({rows, 10, 10, type, rows != kMany, 1.0, false, rows == kMany + 3});
+    }
+  }
+  check({2 * kMany + 1061, 10, 10, DataType::float32, true, 3.0});  // several pieces a thread, and rows that fill none
+  check({4 * kMany + 1063, 10, 10, DataType::bfloat16, true, 3.0});
+  check({kMany, 10, 10, DataType::float32, false, 5000.0});
+  check({kMany, 10, 10, DataType::float32, true, 1.0, true});
+  check({kMany + 1, 10, 12, DataType::float16, true, 1.0});
   for (int i = 0; i < 16; ++i) {
     Case c{};
     c.classes = random_choice({2, 3, 10, 11, 20, 21, 33, 100, 257, 1024});
@@ -172,5 +212,6 @@ int main(int argc, char** argv) {
     check(c);
   }
   out_of_range_label_gives_nan();
-  return report("softmax_entropy: forward and backward, thread, warp and block a row", cases);
+  many_dense_rows_have_kernels_of_their_own();
+  return report("softmax_entropy: forward and backward, several rows a thread; thread, warp and block a row", cases);
 }
