@@ -4,6 +4,8 @@
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -DFASTGAN_HOPPER -x cu benchmarks/gpu/main_loops.cpp
 //       csrc/cuda/conv4x4s2.cu csrc/cuda/bn_act.cu -o main_loops && ./main_loops 128 && ./main_loops 1024      (one line)
 //
+// `./main_loops 128 tf32`: float32 by TF32, the loops alone; "-" where they do not take a layer.
+//
 // A figure is the median of 12 replays of a CUDA graph of 20 launches, in microseconds a launch: inputs stay in the L2 cache where they
 // fit. Nothing is checked here; tests/native/cuda/test_conv4x4s2.cpp does that.
 #include <cuda_runtime.h>
@@ -102,7 +104,12 @@ void time_direction(Conv4x4Args args, double flops) {
   args.packed_weight = pack.packed;
   const double packing = microseconds([&] { return conv4x4s2_pack_launch(&pack, 1, stream); });
   const auto loop = [&] { return conv4x4s2_launch(args, stream); };
-  const double store = microseconds(loop);
+  const bool taken = conv4x4s2_takes(args);
+  const double store = taken ? microseconds(loop) : 0.0;
+  if (args.type == DataType::float32) {
+    std::printf(taken ? " | %-4s pack %4.1f  store %6.1f" : " | %-4s pack %4.1f  store      -", down ? "down" : "up", packing, store);
+    return;
+  }
 
   args.epilogue.kind = Conv4x4Epilogue::Kind::statistics;
   StatisticsTiles tiles = conv4x4s2_statistics_shape(args);
@@ -128,37 +135,38 @@ void time_direction(Conv4x4Args args, double flops) {
               packing, store, flops / store * 1e-6, statistics, merge, backward);
 }
 
-void time_layer(int64_t batch, int64_t large_size, int64_t large_channels, int64_t small_channels, int stride) {
+void time_layer(int64_t batch, int64_t large_size, int64_t large_channels, int64_t small_channels, int stride, DataType type) {
   Memory memory;
   const int64_t small_size = stride == 2 ? large_size / 2 : 1;
   const Conv4x4Geometry g{batch, small_size, small_size, small_channels, large_size, large_size, large_channels, stride};
   const int64_t small_elements = batch * small_size * small_size * small_channels, large_elements = batch * large_size * large_size * large_channels;
   const double flops = 32.0 * static_cast<double>(small_elements * large_channels);
-  constexpr auto kType = DataType::bfloat16;
-  void *small = memory.random(small_elements, kType), *large = memory.random(large_elements, kType);
+  void *small = memory.random(small_elements, type), *large = memory.random(large_elements, type);
   std::printf("%3d px %3d <-> %3d", static_cast<int>(large_size), static_cast<int>(large_channels), static_cast<int>(small_channels));
   for (const Conv4x4Direction direction : {Conv4x4Direction::down, Conv4x4Direction::up}) {
     const bool down = direction == Conv4x4Direction::down;
     Conv4x4Args args;
-    args.geometry = g, args.direction = direction, args.type = kType;
+    args.geometry = g, args.direction = direction, args.type = type, args.tf32 = true;
     args.input = down ? large : small;
-    args.output = memory.bytes(static_cast<size_t>((down ? small_elements : large_elements) * size_of(kType)));
+    args.output = memory.bytes(static_cast<size_t>((down ? small_elements : large_elements) * size_of(type)));
     time_direction(args, flops);
   }
   Conv4x4WeightGradientArgs args;
-  args.geometry = g, args.type = kType, args.small = small, args.large = large;
+  args.geometry = g, args.type = type, args.tf32 = true, args.small = small, args.large = large;
   args.weight_layout = Conv4x4WeightLayout::channels_last;
   args.grad_weight = memory.floats(16 * small_channels * large_channels);
+  if (!conv4x4s2_takes(args)) return static_cast<void>(std::printf(" | weight gradient      -\n"));
   args.workspace = memory.bytes(conv4x4s2_weight_gradient_workspace_bytes(args));
   const double weight_gradient = microseconds([&] { return conv4x4s2_weight_gradient_launch(args, stream); });
+  if (type == DataType::float32) return static_cast<void>(std::printf(" | weight gradient %6.1f\n", weight_gradient));
 
   const BnActShape shape{batch * small_size * small_size, small_channels, 1};
   float *scale = memory.floats(small_channels), *shift = memory.floats(small_channels);
-  void* output = memory.bytes(static_cast<size_t>(small_elements * size_of(kType)));
-  const ScaleShiftActArgs activate{shape, kType, small, scale, shift, {Activation::relu, 0.0f}, output};
+  void* output = memory.bytes(static_cast<size_t>(small_elements * size_of(type)));
+  const ScaleShiftActArgs activate{shape, type, small, scale, shift, {Activation::relu, 0.0f}, output};
   const double activation = microseconds([&] { return scale_shift_act_launch(activate, stream); });
   BnActBackwardArgs apply;
-  apply.shape = shape, apply.type = kType, apply.grad_output = apply.grad_input = output, apply.input = small;
+  apply.shape = shape, apply.type = type, apply.grad_output = apply.grad_input = output, apply.input = small;
   apply.a = apply.b = apply.c = scale;
   const double application = microseconds([&] { return bn_act_backward_apply_launch(apply, stream); });
   std::printf(" | weight gradient %6.1f (%3.0f TFLOP/s) | activate %5.1f  apply %5.1f\n", weight_gradient,
@@ -169,16 +177,17 @@ void time_layer(int64_t batch, int64_t large_size, int64_t large_channels, int64
 
 int main(int argc, char** argv) {
   const int64_t batch = argc > 1 ? std::atoi(argv[1]) : 128;
+  const DataType type = argc > 2 && std::strcmp(argv[2], "tf32") == 0 ? DataType::float32 : DataType::bfloat16;
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, 0));
   check(cudaStreamCreate(&stream));
-  std::printf("%s, batch %d\n", properties.name, static_cast<int>(batch));
-  time_layer(batch, 64, 3, 64, 2);
-  time_layer(batch, 32, 64, 128, 2);
-  time_layer(batch, 16, 128, 256, 2);
-  time_layer(batch, 8, 256, 512, 2);
-  time_layer(batch, 4, 512, 1, 1);
-  time_layer(batch, 4, 512, 100, 1);
-  time_layer(batch, 4, 256, 100, 1);
-  time_layer(batch, 32, 1, 64, 2);
+  std::printf("%s, batch %d, %s\n", properties.name, static_cast<int>(batch), type == DataType::float32 ? "TF32" : "bfloat16");
+  time_layer(batch, 64, 3, 64, 2, type);
+  time_layer(batch, 32, 64, 128, 2, type);
+  time_layer(batch, 16, 128, 256, 2, type);
+  time_layer(batch, 8, 256, 512, 2, type);
+  time_layer(batch, 4, 512, 1, 1, type);
+  time_layer(batch, 4, 512, 100, 1, type);
+  time_layer(batch, 4, 256, 100, 1, type);
+  time_layer(batch, 32, 1, 64, 2, type);
 }

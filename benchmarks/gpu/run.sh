@@ -93,7 +93,7 @@ build_main_loops() {
   nvcc_for "$1" benchmarks/gpu/main_loops.cpp csrc/cuda/conv4x4s2.cu csrc/cuda/bn_act.cu -o "$work/main_loops"
 }
 
-run_main_loops() { "$work/main_loops" 128 && "$work/main_loops" 1024; }
+run_main_loops() { "$work/main_loops" 128 && "$work/main_loops" 1024 && "$work/main_loops" 128 tf32; }
 
 export -f environment install nvcc_for build_native build_main_loops run_main_loops architecture
 export work wheel here

@@ -145,8 +145,9 @@ bool conv4x4s2_takes(DataType type) {
 }
 
 bool conv4x4s2_takes(const Conv4x4Args& args) {
-  return conv4x4s2_supported(args.geometry, args.direction) &&
-         (conv4x4s2_takes(args.type) || takes_pixel(args) || takes_tf32_thin(args));
+  if (!conv4x4s2_supported(args.geometry, args.direction)) return false;
+  return conv4x4s2_takes(args.type) || takes_pixel(args) || takes_tf32_thin(args) ||
+         hopper_gather_columns(args, product_of(args.geometry, args.direction, args.type)) != 0;
 }
 
 bool conv4x4s2_takes(const Conv4x4WeightGradientArgs& args) {

@@ -77,6 +77,16 @@ __device__ __forceinline__ void split_row(const GatherParams& p, int m, int& n, 
   w = rest - h * p.grid_width;
 }
 
+// Of the output pixel of row m of the product, in elements; -1: none.
+__device__ __forceinline__ int64_t output_offset(const GatherParams& p, int m, int phase) {
+  int n, h, w;
+  split_row(p, m < p.rows ? m : 0, n, h, w);
+  h = h * p.output_step + (phase >> 1);
+  w = w * p.output_step_w + (phase & 1);
+  const bool valid = m < p.rows && h < p.output_height && w < p.output_width;
+  return valid ? ((int64_t{n} * p.output_height + h) * p.output_width + w) * p.columns : -1;
+}
+
 // What is added, applied and stored; see Conv4x4Epilogue.
 template <typename T, typename Tile>
 __device__ __forceinline__ void gather_epilogue(const GatherParams& p, Accumulators<Tile>& sums, int first_row,
@@ -84,16 +94,10 @@ __device__ __forceinline__ void gather_epilogue(const GatherParams& p, Accumulat
   using Kind = Conv4x4Epilogue::Kind;
   constexpr int kRowsPerThread = Tile::kRowTiles * 2;
   const Conv4x4Epilogue& epilogue = p.epilogue;
-  int64_t offsets[kRowsPerThread];  // of the output pixel, -1: none
+  int64_t offsets[kRowsPerThread];
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
-    const int m = first_row + sums.row(r / 2, r % 2 * 2);
-    int n, h, w;
-    split_row(p, m < p.rows ? m : 0, n, h, w);
-    h = h * p.output_step + (phase >> 1);
-    w = w * p.output_step_w + (phase & 1);
-    const bool valid = m < p.rows && h < p.output_height && w < p.output_width;
-    offsets[r] = valid ? ((int64_t{n} * p.output_height + h) * p.output_width + w) * p.columns : -1;
+    offsets[r] = output_offset(p, first_row + sums.row(r / 2, r % 2 * 2), phase);
   }
 
   T* output = static_cast<T*>(p.output);

@@ -1,4 +1,5 @@
-// The main loops on Hopper, for 16-bit numbers whose channels come in 64s and that need nothing done to them as they are loaded.
+// The main loops on Hopper, for 16-bit numbers whose channels come in 64s and that need nothing done to them as they are loaded; and
+// down and up, with no more than bias and activation, for float32 in 32s, which the copies round to TF32.
 // One thread asks for the stages ahead by box copies, which also make the zeros outside of the picture; two warpgroups multiply 64 rows
 // each. What the second-level cache delivers is the bound, so the blocks of a cluster ask for a part each of what all of them read.
 //
@@ -20,7 +21,13 @@
 
 namespace fastgan::cuda {
 
-constexpr int kBoxChannels = 64;  // of the summed dimension in a stage (F, T): a row of 128 bytes
+struct Tf32Math {
+  using Type = float;
+};
+
+// Of the summed dimension in a stage (F, T): a row of 128 bytes.
+template <typename T>
+constexpr int kBoxChannels = kSwizzledRowBytes / static_cast<int>(sizeof(T));
 constexpr int kMostStages = 8;
 
 template <int kColumns>
@@ -200,13 +207,8 @@ __device__ __forceinline__ void tile_epilogue(const GatherParams& p, const Accum
   const int thread = static_cast<int>(threadIdx.x);
   bool valid = false;
   if (thread < Tile::kRows) {
-    const int m = first_row + thread;
-    int n, h, w;
-    split_row(p, m < p.rows ? m : 0, n, h, w);
-    h = h * p.output_step + (phase >> 1);
-    w = w * p.output_step_w + (phase & 1);
-    valid = m < p.rows && h < p.output_height && w < p.output_width;
-    e.offsets[thread] = valid ? ((int64_t{n} * p.output_height + h) * p.output_width + w) * p.columns : -1;
+    e.offsets[thread] = output_offset(p, first_row + thread, phase);
+    valid = e.offsets[thread] >= 0;
   }
 #pragma unroll
   for (int j = 0; j < Tile::kColumnTiles; ++j) {
@@ -315,6 +317,33 @@ __device__ __forceinline__ void tile_epilogue(const GatherParams& p, const Accum
   }
 }
 
+// bias_activation, or store, of float32: from the registers; a row's four lanes write 32 bytes side by side.
+template <typename Tile>
+__device__ __forceinline__ void float_epilogue(const GatherParams& p, const Accumulators<Tile>& sums, int first_row, int first_column,
+                                               int phase) {
+  const Conv4x4Epilogue& epilogue = p.epilogue;
+  float* output = static_cast<float*>(p.output);
+  const int64_t offsets[2] = {output_offset(p, first_row + sums.row(0, 0), phase), output_offset(p, first_row + sums.row(0, 2), phase)};
+  const bool activates = epilogue.kind == Conv4x4Epilogue::Kind::bias_activation;
+  for_activation(activates ? epilogue.activation.kind : Activation::identity, [&](auto kind) {
+#pragma unroll
+    for (int j = 0; j < Tile::kColumnTiles; ++j) {
+      const int column = first_column + sums.column(j, 0), channel = column - p.channel_divisor.divide(column) * p.channels;
+      if (column >= p.columns) continue;
+      float2 bias{0.0f, 0.0f};
+      if (epilogue.bias != nullptr) bias = float2{epilogue.bias[channel], epilogue.bias[channel + 1]};
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float* v = sums.values[0][j] + r * 2;
+        const float slope = epilogue.activation.negative_slope;
+        if (offsets[r] < 0) continue;
+        *reinterpret_cast<float2*>(output + offsets[r] + column) =
+            float2{activate(decltype(kind)::value, slope, v[0] + bias.x), activate(decltype(kind)::value, slope, v[1] + bias.y)};
+      }
+    }
+  });
+}
+
 // Two phases that differ in the parity of the output column make one product: their windows of 2 x 2 taps lie in one of 2 x 3, and a row
 // of the product is two neighbouring output pixels. A third of the multiplications is by zeros, but a tile of few channels has
 // 128 columns, and is filled by fewer copies.
@@ -357,7 +386,7 @@ __global__ void FASTGAN_CLUSTER(kCluster) __launch_bounds__(256, kBlocks)
                               barrier);
     if (++tap_w < params.tap_columns) return;
     tap_w = 0;
-    if (++tap_h == params.tap_rows) tap_h = 0, channel += kBoxChannels;
+    if (++tap_h == params.tap_rows) tap_h = 0, channel += kBoxChannels<T>;
   };
   Accumulators<Tile> sums;
   const int warpgroup = static_cast<int>(threadIdx.x) / 128;
@@ -365,12 +394,17 @@ __global__ void FASTGAN_CLUSTER(kCluster) __launch_bounds__(256, kBlocks)
     const uint64_t a = matrix_descriptor(stage + warpgroup * 64 * kSwizzledRowBytes, 16);
     const uint64_t b = matrix_descriptor(stage + kABytes, 16);
 #pragma unroll
-    for (int k = 0; k < kBoxChannels / 16; ++k) multiply_warpgroup<true>(sums.values[0], a + k * 2, b + k * 2, T{});
+    for (int k = 0; k < 4; ++k) multiply_warpgroup<true>(sums.values[0], a + k * 2, b + k * 2, T{});  // 32 bytes of depth each
   };
   GatherPipeline<kColumns, kStages, kCluster> pipeline(shared_memory());
   wait_for_previous_kernel();
-  pipeline.run(p.depth_padded / kBoxChannels, load, multiply);
-  tile_epilogue<T>(p, sums, first_row, first_column, int64_t{product} * p.row_tiles + row_tile, phase, pipeline.memory(shared_memory()));
+  pipeline.run(p.depth_padded / kBoxChannels<T>, load, multiply);
+  if constexpr (sizeof(T) == 4) {
+    float_epilogue(p, sums, first_row, first_column, phase);
+  } else {
+    tile_epilogue<T>(p, sums, first_row, first_column, int64_t{product} * p.row_tiles + row_tile, phase,
+                     pipeline.memory(shared_memory()));
+  }
   pipeline.finish();
 #endif
 }
@@ -455,7 +489,7 @@ __global__ void FASTGAN_CLUSTER(kCluster) __launch_bounds__(256, 1)
 
 // ---- tensor maps ---------------------------------------------------------------------------------------------------
 
-// Of a dense [sizes[3], sizes[2], sizes[1], sizes[0]] tensor of 16-bit numbers; its boxes have `box` elements, of which every step-th
+// Of a dense [sizes[3], sizes[2], sizes[1], sizes[0]] tensor, whose float32 numbers arrive rounded to TF32; its boxes have `box` elements, of which every step-th
 // one is taken in dimensions 1 and 2.
 inline cudaError_t make_box_map(CUtensorMap& map, DataType type, const void* data, const uint64_t (&sizes)[4], const uint32_t (&box)[4],
                                 uint32_t step) {
@@ -468,11 +502,13 @@ inline cudaError_t make_box_map(CUtensorMap& map, DataType type, const void* dat
     return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
   }();
   if (encode == nullptr) return cudaErrorNotSupported;
-  const uint64_t strides[3] = {sizes[0] * 2, sizes[0] * sizes[1] * 2, sizes[0] * sizes[1] * sizes[2] * 2};
+  const uint64_t row = sizes[0] * static_cast<uint64_t>(size_of(type)), strides[3] = {row, row * sizes[1], row * sizes[1] * sizes[2]};
+  const CUtensorMapDataType map_type = type == DataType::bfloat16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                       : type == DataType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                   : CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;
   const uint32_t spanned[4] = {box[0], box[1] * step, box[2] * step, box[3]}, steps[4] = {1, step, step, 1};
   const CUresult result =
-      encode(&map, type == DataType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-             const_cast<void*>(data), sizes, strides, spanned, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      encode(&map, map_type, 4, const_cast<void*>(data), sizes, strides, spanned, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

@@ -21,7 +21,8 @@ inline cudaError_t hopper_weight_gradient_launch(const Conv4x4WeightGradientArgs
   return cudaErrorInvalidValue;
 }
 #else
-inline bool is_whole_blocks(int64_t channels) { return channels % kBoxChannels == 0; }
+inline int box_channels(DataType type) { return kSwizzledRowBytes / size_of(type); }
+inline bool is_whole_boxes(int64_t channels, DataType type) { return channels % box_channels(type) == 0; }
 
 // Columns of a tile of gather_box_kernel, 0 where it does not take these arguments: as many as leave no multiprocessor without a block.
 inline int hopper_gather_columns(const Conv4x4Args& args, const Product& product) {
@@ -30,7 +31,7 @@ inline int hopper_gather_columns(const Conv4x4Args& args, const Product& product
   const int64_t output_channels = down ? args.geometry.small_channels : args.geometry.large_channels;
   const int64_t step = down ? args.geometry.stride : 1;
   const PixelBox box(kHopperRows, product.grid_height, product.grid_width);
-  if (args.type == DataType::float32 || !is_whole_blocks(channels) ||
+  if ((args.type == DataType::float32 && !(args.tf32 && has_plain_epilogue(args))) || !is_whole_boxes(channels, args.type) ||
       output_channels % 8 != 0 || product.columns <= 32 || product.rows <= SmallTile::kRows || !is_aligned16(args.input) ||
       !is_aligned16(args.output) || !is_aligned16(args.epilogue.y) || !box.copies_from(step) || !runs_hopper_code()) {
     return 0;
@@ -40,14 +41,14 @@ inline int hopper_gather_columns(const Conv4x4Args& args, const Product& product
   };
   if (product.paired) return 128;
   if (product.columns <= 64 || blocks(128) * 2 <= args.multiprocessors) return 64;
-  return product.columns % 256 == 0 && blocks(256) >= args.multiprocessors - 8 ? 256 : 128;
+  return args.type != DataType::float32 && product.columns % 256 == 0 && blocks(256) >= args.multiprocessors - 8 ? 256 : 128;
 }
 
 inline bool hopper_takes_weight_gradient(const Conv4x4WeightGradientArgs& args) {
   const Conv4x4Geometry& g = args.geometry;
   const PixelBox box(kStagePixels, g.small_height, g.small_width);
   return args.type != DataType::float32 &&
-         g.small_channels > 64 && is_whole_blocks(g.small_channels) && is_whole_blocks(g.large_channels) &&
+         g.small_channels > 64 && is_whole_boxes(g.small_channels, args.type) && is_whole_boxes(g.large_channels, args.type) &&
          is_aligned16(args.small) && is_aligned16(args.large) && box.copies_from(g.stride) && runs_hopper_code();
 }
 
@@ -74,7 +75,7 @@ inline uint64_t size(int64_t value) { return static_cast<uint64_t>(value); }
 inline cudaError_t map_windows(CUtensorMap& map, DataType type, const WindowOperand& operand, int64_t batch, const PixelBox& box, int step) {
   return make_box_map(
       map, type, operand.x, {size(operand.channels), size(operand.width), size(operand.height), size(batch)},
-      {kBoxChannels, static_cast<uint32_t>(box.width), static_cast<uint32_t>(box.height), static_cast<uint32_t>(box.images)},
+      {static_cast<uint32_t>(box_channels(type)), static_cast<uint32_t>(box.width), static_cast<uint32_t>(box.height), static_cast<uint32_t>(box.images)},
       static_cast<uint32_t>(step));
 }
 
@@ -87,7 +88,7 @@ cudaError_t start_gather_box(GatherBoxParams& params, const Conv4x4Args& args, c
   if (error != cudaSuccess) return error;
   error = make_box_map(params.weights, args.type, args.packed_weight,
                        {size(gather.depth_padded), size(product.phases * product.columns), 1, 1},
-                       {kBoxChannels, kColumns / kCluster, 1, 1}, 1);
+                       {static_cast<uint32_t>(box_channels(args.type)), kColumns / kCluster, 1, 1}, 1);
   if (error != cudaSuccess) return error;
   return launch(gather_box_kernel<M, kColumns, kStages, kBlocks, kCluster>, grid, 256,
                 GatherPipeline<kColumns, kStages, kCluster>::shared_bytes(), stream, params);
@@ -132,10 +133,13 @@ inline cudaError_t hopper_gather_launch(const Conv4x4Args& args, const Product& 
   const dim3 grid(static_cast<unsigned>(p.row_tiles * p.column_tiles), 1, static_cast<unsigned>(boxed.phases));
   const auto run = [&](auto math) {
     using M = decltype(math);
-    if (columns == 256) return launch_gather_box<M, 256>(params, args, boxed, grid, stream);
+    if constexpr (sizeof(typename M::Type) == 2) {
+      if (columns == 256) return launch_gather_box<M, 256>(params, args, boxed, grid, stream);
+    }
     return columns == 128 ? launch_gather_box<M, 128>(params, args, boxed, grid, stream)
                           : launch_gather_box<M, 64>(params, args, boxed, grid, stream);
   };
+  if (args.type == DataType::float32) return run(Tf32Math{});
   return args.type == DataType::bfloat16 ? run(Bfloat16Math{}) : run(Float16Math{});
 }
 

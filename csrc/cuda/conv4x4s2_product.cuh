@@ -6,6 +6,15 @@
 
 namespace fastgan::cuda {
 
+// No more than bias and activation.
+inline bool has_plain_epilogue(const Conv4x4Args& args) {
+  return args.epilogue.kind == Conv4x4Epilogue::Kind::store || args.epilogue.kind == Conv4x4Epilogue::Kind::bias_activation;
+}
+
+inline ActivationSpec activation_of(const Conv4x4Epilogue& plain) {
+  return plain.kind == Conv4x4Epilogue::Kind::bias_activation ? plain.activation : ActivationSpec{};
+}
+
 // The shape of the matrix product of one direction: rows windows of depth numbers, times columns.
 struct Product {
   int64_t rows, columns, depth;

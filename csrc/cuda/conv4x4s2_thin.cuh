@@ -23,7 +23,7 @@
 #include <type_traits>
 
 #include "activation.cuh"
-#include "conv4x4s2.h"
+#include "conv4x4s2_product.cuh"
 #include "device.cuh"
 
 namespace fastgan::cuda {
@@ -867,11 +867,6 @@ inline ThinTiles thin_tiles(const Conv4x4Geometry& g, const void* image) {
   return t;
 }
 
-// Of a plain epilogue.
-inline ActivationSpec activation_of(const Conv4x4Epilogue& epilogue) {
-  return epilogue.kind == Conv4x4Epilogue::Kind::bias_activation ? epilogue.activation : ActivationSpec{};
-}
-
 inline bool is_thin(const Conv4x4Geometry& g) {
   return g.stride == 2 && g.large_channels <= 4 && g.small_channels % kThinColumns == 0 && thin_rows(g) > 0;
 }
@@ -885,10 +880,6 @@ inline bool is_thin_tiled(const Conv4x4Geometry& g, DataType type) {
 // Whatever the pointers: callers ask for the number of tiles of statistics before they have set all of them.
 inline bool is_thin_down(const Conv4x4Args& args) {
   return args.direction == Conv4x4Direction::down && is_thin_tiled(args.geometry, args.type);
-}
-
-inline bool has_plain_epilogue(const Conv4x4Args& args) {
-  return args.epilogue.kind == Conv4x4Epilogue::Kind::store || args.epilogue.kind == Conv4x4Epilogue::Kind::bias_activation;
 }
 
 inline bool is_thin_up(const Conv4x4Args& args) {

@@ -271,7 +271,7 @@ constexpr int kTf32SumStride = 16 * kChannels + kTf32SumPadding;
 
 // Small channels are taken in 64s, whose products add up in registers.
 template <int kChannels>
-__global__ void __launch_bounds__(kThinThreads, 2) tf32_up_kernel(Tf32UpParams p) {
+__global__ void __launch_bounds__(kThinThreads, kChannels > 3 ? 1 : 2) tf32_up_kernel(Tf32UpParams p) {
   wait_for_previous_kernel();
   constexpr int kColumns = 16 * kChannels, kTiles = kColumns / 8, kStride = kTf32SumStride<kChannels>;
   constexpr int kWeightStride = kThinColumns + kTf32UpPadding, kShare = kChannels > 2 ? 1 : 2;

@@ -2,7 +2,7 @@
 // that count their bytes, clusters of blocks that receive one copy together, and warpgroup products. FASTGAN_HOPPER: this build has
 // code for it.
 //
-// Warpgroup products are D[64, N] += A[64, 16] B[16, N], A and B of 16-bit numbers in shared memory, D in the registers of four warps,
+// Warpgroup products are D[64, N] += A[64, 16] B[16, N], A and B of 16-bit numbers in shared memory (of TF32 the depth is 8), D in the registers of four warps,
 // which go on while the tensor cores work. Both operands lie in rows of 128 bytes, eight rows to 1024 aligned bytes, the 16-byte pieces of row r in the order
 // piece ^ (r % 8): "128-byte swizzle". A row is either 64 consecutive numbers of the summed dimension (kDepthInner), or one number of it
 // for 64 consecutive rows of A or columns of B. PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate".
@@ -133,8 +133,13 @@ __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" registers "}, " operands ";" \
                : __VA_ARGS__                                                                                \
                : "l"(a), "l"(b), "n"(kDepthInner ? 0 : 1))
+#define FASTGAN_MULTIPLY_TF32(columns, registers, operands, ...)                                                \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k8.f32.tf32.tf32 {" registers "}, " operands ";"   \
+               : __VA_ARGS__                                                                                    \
+               : "l"(a), "l"(b))
 #else
 #define FASTGAN_MULTIPLY(...)
+#define FASTGAN_MULTIPLY_TF32(...)
 #endif
 #define FASTGAN_DEFINE_MULTIPLY(T, type)                                                                       \
   template <bool kDepthInner>                                                                                  \
@@ -154,8 +159,21 @@ __device__ __forceinline__ void products_wait() {
 FASTGAN_DEFINE_MULTIPLY(BFloat16, "bf16")
 FASTGAN_DEFINE_MULTIPLY(Half, "f16")
 
+// In TF32, which knows the summed dimension inner alone.
+template <bool kDepthInner>
+__device__ __forceinline__ void multiply_warpgroup(float (&c)[8][4], uint64_t a, uint64_t b, float) {
+  static_assert(kDepthInner);
+  FASTGAN_MULTIPLY_TF32(64, FASTGAN_REGISTERS32, "%32, %33, 1, 1, 1", FASTGAN_FRAGMENTS8(0));
+}
+template <bool kDepthInner>
+__device__ __forceinline__ void multiply_warpgroup(float (&c)[16][4], uint64_t a, uint64_t b, float) {
+  static_assert(kDepthInner);
+  FASTGAN_MULTIPLY_TF32(128, FASTGAN_REGISTERS64, "%64, %65, 1, 1, 1", FASTGAN_FRAGMENTS8(0), FASTGAN_FRAGMENTS8(8));
+}
+
 #undef FASTGAN_DEFINE_MULTIPLY
 #undef FASTGAN_MULTIPLY
+#undef FASTGAN_MULTIPLY_TF32
 #undef FASTGAN_FRAGMENT
 #undef FASTGAN_FRAGMENTS8
 #undef FASTGAN_REGISTERS32

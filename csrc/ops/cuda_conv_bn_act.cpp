@@ -1,9 +1,10 @@
 // The convolution family on CUDA. 4x4 kernels with stride 2 padding 1 or stride 1 padding 0 run our main loops in
-// channels_last; everything else runs ATen's convolution (cuDNN) between the fused batch-norm and activation kernels.
-// float64 runs on ATen's operators.
+// channels_last (float32: what conv4x4s2.h names); everything else runs ATen's convolution (cuDNN) between the fused
+// batch-norm and activation kernels. float64 runs on ATen's operators.
 //
 // All launches are on the current stream, allocate through PyTorch and never synchronise: a CUDA graph can capture
 // them.
+#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/native/ConvUtils.h>
 #include <ATen/ops/empty_like.h>
@@ -57,8 +58,8 @@ std::vector<int64_t> output_sizes(const Tensor& input, const Tensor& weight, con
 
 bool allows_tf32() { return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV); }
 
-// Whether the main loops take whatever layer they know. Of float32 they take some; by loops for any layer a whole step took 8.2
-// ms, by cuDNN's 3.4 (TF32, H200, 64 px, batch 128).
+// Whether the main loops take whatever layer they know. Of float32 they take some; by portable loops for any layer a whole step
+// took 8.2 ms, by cuDNN's 3.4 (TF32, H200, 64 px, batch 128).
 bool takes_every_layer(const Tensor& images) { return cuda::conv4x4s2_takes(cuda_type(images.scalar_type())); }
 
 // The layer as the main loops know it, or nothing where they do not, or, in float32, where they would have to copy tensors into

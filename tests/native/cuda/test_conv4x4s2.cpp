@@ -433,6 +433,18 @@ int main(int argc, char** argv) {
     check_weight_gradient(c);
     ++cases;
   }
+  // Down and up in TF32 too, of channels in 32s.
+  for (const Case& c :
+       {Case{halving(3, 16, 16, 128, 64), f32, true, false, 0, true}, Case{halving(9, 8, 8, 256, 32), f32, false, false, 0, true},
+        Case{halving(2, 32, 8, 96, 160), f32, false, false, 3, true}, Case{halving(9, 8, 9, 128, 192), f32, false, false, 0, true},
+        Case{pixel(250, 128, 64), f32, true, false, 0, true}, Case{halving(3, 16, 16, 64, 64), f32, false, true, 0, true}}) {
+    if (cases == most) break;
+    for (const Epilogue epilogue : {Epilogue::store, Epilogue::bias_activation}) {
+      check_direction(c, Conv4x4Direction::down, epilogue);
+      check_direction(c, Conv4x4Direction::up, epilogue);
+    }
+    ++cases;
+  }
 #endif
 
   // One pixel of up to four channels: kernels of their own, in both tiles of images; what they do not take (a large side
