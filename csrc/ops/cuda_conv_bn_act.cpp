@@ -308,11 +308,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cuda(
                   : channels(scale()) * dz;
   } else {
     const Tensor grad = grad_output.contiguous(dense_format(y));
-    const Tensor sums = at::zeros({2, channel_count}, mean.options());
-    sum_dz = sums[0], sum_dz_xhat = sums[1];
+    sum_dz = empty_floats(y, {channel_count}), sum_dz_xhat = empty_floats(y, {channel_count});
     const Tensor gamma = as_float(bn_weight), beta = as_float(bn_bias);
     dy = at::empty_like(y);
-    if (y.numel() > 0) {
+    if (y.numel() == 0) {
+      sum_dz.zero_();
+      sum_dz_xhat.zero_();
+    } else {
       const cuda::BnActShape shape = kernel_shape(y);
       const int64_t tile_count = cuda::bn_act_tiles(shape);
       const Tensor tiles = empty_floats(y, {2 * tile_count * channel_count});
@@ -356,7 +358,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cuda(
     grad_bias = training ? at::zeros({channel_count}, y.options()) : (scale() * sum_dz).to(y.scalar_type());
   }
   const auto parameter = [&](const Tensor& sum, const OptionalTensor& like) {
-    return defined(like) ? sum.to(like->scalar_type(), /*non_blocking=*/false, /*copy=*/true) : none.clone();
+    return defined(like) ? sum.to(like->scalar_type()) : none.clone();
   };
   return {output_mask[0] ? grad_input : none, output_mask[1] ? grad_weight : none.clone(), grad_bias,
           output_mask[3] ? parameter(sum_dz_xhat, bn_weight) : none.clone(),
@@ -412,9 +414,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_act_backward_cuda(const Tensor& grad_out
     const bool fast = fast_geometry(input, weight, layer, output.sizes()).has_value();
     const Tensor y = fast ? output.contiguous(kChannelsLast) : dense(output);
     const Tensor grad = grad_output.contiguous(dense_format(y));
-    sum = at::zeros({y.size(1)}, y.options().dtype(at::kFloat));
+    sum = empty_floats(y, {y.size(1)});
     dy = at::empty_like(y);
-    if (y.numel() > 0) {
+    if (y.numel() == 0) {
+      sum.zero_();
+    } else {
       const cuda::BnActShape shape = kernel_shape(y);
       const int64_t tile_count = cuda::bn_act_tiles(shape);
       const Tensor tiles = output_mask[2] ? empty_floats(y, {tile_count * y.size(1)}) : Tensor();
@@ -435,7 +439,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_act_backward_cuda(const Tensor& grad_out
   const auto [grad_input, grad_weight] =
       gradients_of_convolution(dy, input, weight, layer, output_mask[0], output_mask[1]);
   return {output_mask[0] ? grad_input : none, output_mask[1] ? grad_weight : none.clone(),
-          output_mask[2] ? sum.to(output.scalar_type(), false, /*copy=*/true) : none.clone()};
+          output_mask[2] ? sum.to(output.scalar_type()) : none.clone()};
 }
 
 }  // namespace
