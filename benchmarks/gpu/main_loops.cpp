@@ -167,7 +167,7 @@ void time_layer(int64_t batch, int64_t large_size, int64_t large_channels, int64
   const double activation = microseconds([&] { return scale_shift_act_launch(activate, stream); });
   BnActBackwardArgs apply;
   apply.shape = shape, apply.type = type, apply.grad_output = apply.grad_input = output, apply.input = small;
-  apply.a = apply.b = apply.c = scale;
+  apply.weight = apply.invstd = apply.b = apply.c = scale;
   const double application = microseconds([&] { return bn_act_backward_apply_launch(apply, stream); });
   std::printf(" | weight gradient %6.1f (%3.0f TFLOP/s) | activate %5.1f  apply %5.1f\n", weight_gradient,
               flops / weight_gradient * 1e-6, activation, application);

@@ -2,8 +2,10 @@
 // fixed vector of channels (channels_last) or a fixed channel (contiguous), so that per-channel coefficients stay in
 // registers while the thread walks down its tile with 16-byte accesses.
 //
-// Measured on an H200 and given up: one vector of a tensor in flight a thread (2.6 TB/s of 4.3 TB/s), and
-// merges in two passes by 256 threads a block (64 channels: 1024 tiles 32 us, 8192 tiles 240 us).
+// Measured on an H200 and given up: one vector of a tensor in flight a thread (2.6 TB/s of 4.3 TB/s),
+// merges in two passes by 256 threads a block (64 channels: 1024 tiles 32 us, 8192 tiles 240 us), and
+// sums by blocks of two vectors a thread with a barrier for each level of a tree ([32768, 128] in float32: statistics
+// 17.6 us, backward reduction 22 us).
 #include "bn_act.h"
 
 #include <algorithm>
@@ -20,11 +22,19 @@ constexpr int kMergeChannels = 8;       // one 32-byte sector of a row of tiles
 constexpr int kMergeGroups = 8;         // of lanes, added up before the groups are
 constexpr int kMostMergeLanes = 128;    // rows of tiles that a block reads at a time
 constexpr int kMergeBatch = 8;          // rows of tiles that a thread has in flight
-constexpr int kBatch = 4;               // vectors of a tensor that a thread has in flight
 constexpr int kMostChannelLanes = 8;    // side by side they read whole 128-byte lines
 constexpr int64_t kMostRows = 8;        // vectors a thread takes where nothing is summed
-constexpr int64_t kTargetTiles = 1024;  // several blocks for each of up to 148 multiprocessors
-constexpr int64_t kMinTileVectors = 2;  // vectors a thread handles at least, so that partial results stay few
+constexpr int64_t kTargetBlocks = 1024;  // several for each of up to 148 multiprocessors
+// Kernels that sum make one wave of an H200's 132 multiprocessors: four blocks each in float32, and half as many in
+// 16-bit types, whose threads take twice the channels. Fewer tiles are also fewer to merge.
+constexpr int64_t kTargetSumBlocks = 512;
+constexpr int64_t kMinTileVectors = 4;  // float32 vectors a thread handles at least: as many as it has in flight
+template <typename T>
+constexpr int kSumBlocks = static_cast<int>(sizeof(T));  // of a multiprocessor
+// Vectors of a tensor that a thread has in flight: by kSumBlocks, 64 KiB a multiprocessor.
+template <typename T, int kTensors>
+constexpr int kBatch = Vector<T>::kSize / kTensors;
+constexpr int kScaleShiftBatch = 4;
 
 // Cuts [outer, channels, inner] for blocks. channels_last (kPlanar false): threads are channel_lanes x row_lanes, a
 // block takes rows_per_tile rows. Contiguous (kPlanar true): a block takes one channel, and rows_per_tile vectors of
@@ -42,13 +52,22 @@ struct Traversal {
 
 int vector_size(DataType type) { return 16 / size_of(type); }
 
-// The tile count must not depend on the type or on alignment: the caller allocates by shape alone.
+int lanes_of_channels(int64_t channels, int size) {
+  int lanes = 1;
+  while (lanes * size < channels && lanes < kMostChannelLanes) lanes *= 2;
+  return lanes;
+}
+
+// The tile count must not depend on the type or on alignment: the caller allocates by shape alone. It is made for
+// float32.
 int64_t tile_count(const BnActShape& shape) {
-  const int64_t values = shape.outer * shape.inner;
+  constexpr int kSize = Vector<float>::kSize;
   const bool planar = shape.inner > 1;
-  const int64_t columns = planar ? shape.channels : divide_up(shape.channels, 64);
-  const int64_t per_tile_at_least = planar ? kThreads * 4 * kMinTileVectors : 64;
-  return std::max<int64_t>(1, std::min(divide_up(kTargetTiles, columns), divide_up(values, per_tile_at_least)));
+  const int lanes = planar ? 1 : lanes_of_channels(shape.channels, kSize);
+  const int64_t columns = planar ? shape.channels : divide_up(shape.channels, lanes * kSize);
+  const int64_t rows = planar ? divide_up(shape.outer * shape.inner, kSize) : shape.outer;
+  const int64_t most = divide_up(rows, kThreads / lanes * kMinTileVectors);
+  return std::clamp<int64_t>(kTargetSumBlocks / columns, 1, std::max<int64_t>(1, most));
 }
 
 // `summed`: every block writes a tile's sums. Else blocks are as short as their per-channel coefficients allow.
@@ -67,17 +86,15 @@ Traversal make_traversal(const BnActShape& shape, DataType type, bool pointers_a
     t.aligned = pointers_aligned && shape.channels % size == 0;
     t.inner_vectors = 1;
     t.rows = shape.outer;
-    const int64_t channel_vectors = divide_up(shape.channels, size);
-    t.channel_lanes = 1;
-    while (t.channel_lanes < channel_vectors && t.channel_lanes < kMostChannelLanes) t.channel_lanes *= 2;
-    t.channel_blocks = static_cast<int>(divide_up(channel_vectors, t.channel_lanes));
+    t.channel_lanes = lanes_of_channels(shape.channels, size);
+    t.channel_blocks = static_cast<int>(divide_up(shape.channels, t.channel_lanes * size));
   }
   if (summed) {
     t.tiles = tile_count(shape);
     t.rows_per_tile = divide_up(t.rows, t.tiles);
   } else {
     const int64_t row_lanes = kThreads / t.channel_lanes;
-    const int64_t rows = t.rows * t.channel_blocks / (row_lanes * kTargetTiles);
+    const int64_t rows = t.rows * t.channel_blocks / (row_lanes * kTargetBlocks);
     t.rows_per_tile = row_lanes * std::clamp<int64_t>(rows, 1, kMostRows);
     t.tiles = divide_up(t.rows, t.rows_per_tile);
   }
@@ -88,7 +105,7 @@ Traversal make_traversal(const BnActShape& shape, DataType type, bool pointers_a
 template <typename T, bool kPlanar>
 struct Walk {
   int64_t tile, channel;  // channel: the first one of the vector
-  int64_t row, row_end;
+  int64_t first_row, row, row_end;  // of the tile, of the thread, beyond the tile
   int row_step, count;  // count: valid channels of the vector (channels_last only)
 
   __device__ explicit Walk(const Traversal& t) {
@@ -97,8 +114,9 @@ struct Walk {
     tile = blockIdx.x / t.channel_blocks;
     const int64_t block = blockIdx.x % t.channel_blocks;
     row_step = kThreads / t.channel_lanes;
-    row = tile * t.rows_per_tile + row_lane;
-    row_end = (tile + 1) * t.rows_per_tile < t.rows ? (tile + 1) * t.rows_per_tile : t.rows;
+    first_row = tile * t.rows_per_tile;
+    row = first_row + row_lane;
+    row_end = first_row + t.rows_per_tile < t.rows ? first_row + t.rows_per_tile : t.rows;
     if constexpr (kPlanar) {
       channel = block;
       count = 1;
@@ -122,40 +140,97 @@ struct Walk {
       return r * t.channels + channel;
     }
   }
+
+  // Values of a channel in the rows before `r`.
+  __device__ int64_t values_before(const Traversal& t, int64_t r) const {
+    if constexpr (!kPlanar) return r;
+    const int64_t n = r / t.inner_vectors, i = (r - n * t.inner_vectors) * Vector<T>::kSize;
+    return n * t.inner + i;  // a last vector that is not whole ends an image
+  }
 };
 
-// The vectors of a thread's next kBatch rows: all of them are under way before the first one is needed.
-template <typename T, bool kPlanar>
-struct Batch {
-  int64_t offsets[kBatch];
-  int valid[kBatch];  // elements a vector has; 0 beyond the last row
-  bool aligned;
-
-  __device__ Batch(const Traversal& t, const Walk<T, kPlanar>& walk, int64_t first_row) : aligned(t.aligned) {
+// Where the vectors of a thread's next kCount rows are.
+template <typename T, bool kPlanar, int kCount>
+class Batch {
+ public:
+  __device__ Batch(const Traversal& t, const Walk<T, kPlanar>& walk, int64_t first_row) : aligned_(t.aligned) {
+    if constexpr (kPlanar) {
 #pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      const int64_t row = first_row + u * walk.row_step;
-      valid[u] = 0;
-      offsets[u] = 0;
-      if (row < walk.row_end) offsets[u] = walk.offset(t, row, valid[u]);
+      for (int u = 0; u < kCount; ++u) {
+        const int64_t row = first_row + u * walk.row_step;
+        valid_[u] = 0;
+        offsets_[u] = 0;
+        if (row < walk.row_end) offsets_[u] = walk.offset(t, row, valid_[u]);
+      }
+    } else {
+      offsets_[0] = walk.offset(t, first_row, valid_[0]);
+      step_ = walk.row_step * t.channels;
+      row_step_ = walk.row_step;
+      rows_left_ = static_cast<int>(walk.row_end - first_row);
     }
   }
+
+  // Elements that a vector has; 0 beyond the last row.
+  __device__ int valid(int u) const {
+    if constexpr (kPlanar) return valid_[u];
+    return u * row_step_ < rows_left_ ? valid_[0] : 0;
+  }
   // Zeros beyond the last row.
-  __device__ void load(const T* p, Bytes16 (&bytes)[kBatch]) const {
-    if (aligned) {
+  __device__ void load(const T* p, Bytes16 (&bytes)[kCount]) const {
+    if (aligned_) {
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
+      for (int u = 0; u < kCount; ++u) {
         bytes[u].words = uint4{0, 0, 0, 0};
-        if (valid[u] > 0) bytes[u] = load_bytes(p + offsets[u], valid[u], true);
+        if (valid(u) > 0) bytes[u] = load_bytes(p + offset(u), valid(u), true);
       }
     } else {
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) bytes[u] = load_bytes(p + offsets[u], valid[u], false);
+      for (int u = 0; u < kCount; ++u) bytes[u] = load_bytes(p + offset(u), valid(u), false);
     }
   }
   __device__ void store(T* p, int u, const Vector<T>& vector) const {
-    if (valid[u] > 0) store_vector(p + offsets[u], valid[u], aligned, vector);
+    if (valid(u) > 0) store_vector(p + offset(u), valid(u), aligned_, vector);
   }
+
+ private:
+  __device__ int64_t offset(int u) const {
+    if constexpr (kPlanar) return offsets_[u];
+    return offsets_[0] + u * step_;
+  }
+
+  static constexpr int kOffsets = kPlanar ? kCount : 1;  // channels_last: rows are evenly spaced
+  int64_t offsets_[kOffsets], step_ = 0;
+  int valid_[kOffsets], row_step_ = 0, rows_left_ = 0;
+  bool aligned_;
+};
+
+// Takes a thread down its tile, kCount rows of kTensors tensors at a time: all of them are under way before the first one
+// is needed, and those of the first rows before whatever a kernel computes between making this and reading `bytes`.
+template <typename T, bool kPlanar, int kCount, int kTensors>
+class Rows {
+ public:
+  Bytes16 bytes[kTensors][kCount];
+
+  __device__ Rows(const Traversal& t, const Walk<T, kPlanar>& walk, const T* const (&tensors)[kTensors])
+      : batch_(t, walk, walk.row), row_(walk.row) {
+    load(tensors);
+  }
+  __device__ bool any(const Walk<T, kPlanar>& walk) const { return row_ < walk.row_end; }
+  __device__ void next(const Traversal& t, const Walk<T, kPlanar>& walk, const T* const (&tensors)[kTensors]) {
+    row_ += kCount * walk.row_step;
+    batch_ = Batch<T, kPlanar, kCount>(t, walk, row_);
+    load(tensors);
+  }
+  __device__ const Batch<T, kPlanar, kCount>& batch() const { return batch_; }
+
+ private:
+  __device__ void load(const T* const (&tensors)[kTensors]) {
+#pragma unroll
+    for (int i = 0; i < kTensors; ++i) batch_.load(tensors[i], bytes[i]);
+  }
+
+  Batch<T, kPlanar, kCount> batch_;
+  int64_t row_;
 };
 
 // A per-channel array's entries for the channels of one vector.
@@ -183,17 +258,18 @@ struct Coefficients {
   __device__ float operator[](int i) const { return values[kPlanar ? 0 : i]; }
 };
 
-struct Moments {
-  float count, mean, m2;
-};
-
-// Chan, Golub and LeVeque (1979).
-__device__ __forceinline__ Moments merge(Moments a, Moments b) {
-  const float count = a.count + b.count;
-  if (count == 0.0f) return a;
-  const float delta = b.mean - a.mean;
-  const float share = b.count / count;
-  return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
+// Adds up over the block, for each of a thread's channels, the sums that its threads have of kQuantities quantities.
+// Element i of quantity q is in sums[q * kSize + i]; totals are valid in the first channel_lanes threads.
+template <typename T, bool kPlanar, int kQuantities, int kTotals>
+__device__ __forceinline__ void total_sums(const Traversal& t, const float (&sums)[kQuantities * Vector<T>::kSize],
+                                           float (&totals)[kTotals]) {
+  constexpr int kSize = Vector<T>::kSize;
+  static_assert(kTotals == kQuantities * (kPlanar ? 1 : kSize), "one for each channel of each quantity");
+#pragma unroll
+  for (int i = 0; i < kTotals; ++i) totals[i] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kQuantities * kSize; ++i) totals[kPlanar ? i / kSize : i] += sums[i];
+  reduce_rows<kThreads>(static_cast<float*>(shared_memory()), totals, t.channel_lanes);
 }
 
 struct StatisticsParams {
@@ -202,63 +278,51 @@ struct StatisticsParams {
   StatisticsTiles tiles;
 };
 
-// A thread sums deviations from its first value and their squares. That value is among the squares, so that however
-// odd it is, the cancellation in m2 costs no more than a factor of the thread's number of rows.
+// A block sums deviations from the first value of its tile and their squares. That value is among the squares, so that
+// however odd it is, the cancellation in m2 costs no more than a factor of the tile's number of values.
 template <typename T, bool kPlanar>
-__global__ void __launch_bounds__(kThreads) batch_statistics_kernel(StatisticsParams p) {
+__global__ void __launch_bounds__(kThreads, kSumBlocks<T>) batch_statistics_kernel(StatisticsParams p) {
   wait_for_previous_kernel();
-  constexpr int kSize = Vector<T>::kSize, kChannels = kPlanar ? 1 : kSize;
+  constexpr int kSize = Vector<T>::kSize, kChannels = kPlanar ? 1 : kSize, kRows = kBatch<T, 1>;
   const Traversal& t = p.traversal;
   const Walk<T, kPlanar> walk(t);
   const T* input = static_cast<const T*>(p.input);
-  float pivot[kChannels] = {}, sums[kSize] = {}, squares[kSize] = {};
-  int count = 0;  // values of a channel
-  for (int64_t row = walk.row; row < walk.row_end; row += kBatch * walk.row_step) {
-    const Batch<T, kPlanar> batch(t, walk, row);
-    Bytes16 bytes[kBatch];
+  Bytes16 pivot_bytes[1];
+  Batch<T, kPlanar, 1>(t, walk, walk.first_row).load(input, pivot_bytes);
+  Vector<T> pivot{};
+  float sums[2 * kSize] = {};  // of deviations, of their squares
+  for (int64_t row = walk.row; row < walk.row_end; row += kRows * walk.row_step) {
+    const Batch<T, kPlanar, kRows> batch(t, walk, row);
+    Bytes16 bytes[kRows];
     batch.load(input, bytes);
+    if (row == walk.row) unpack(pivot_bytes[0], pivot);  // not sooner: the first rows' way should not wait for it
 #pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
+    for (int u = 0; u < kRows; ++u) {
+      const int valid = batch.valid(u);
       Vector<T> x;
       unpack(bytes[u], x);
-      if (u == 0 && row == walk.row) {
-#pragma unroll
-        for (int i = 0; i < kChannels; ++i) pivot[i] = x.values[i];
-      }
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        if (i < batch.valid[u]) {
-          const float deviation = x.values[i] - pivot[kPlanar ? 0 : i];
-          sums[i] += deviation;
-          squares[i] = fmaf(deviation, deviation, squares[i]);
-        }
+        const bool exists = kPlanar ? i < valid : valid > 0;
+        const float deviation = exists ? x.values[i] - pivot.values[kPlanar ? 0 : i] : 0.0f;
+        sums[i] += deviation;
+        sums[kSize + i] = fmaf(deviation, deviation, sums[kSize + i]);
       }
-      count += kPlanar ? batch.valid[u] : batch.valid[u] > 0;
     }
   }
-  if constexpr (kPlanar) {
-#pragma unroll
-    for (int i = 1; i < kSize; ++i) {
-      sums[0] += sums[i];
-      squares[0] += squares[i];
-    }
-  }
-  Moments moments[kChannels];
-  const float n = static_cast<float>(count), inverse = count > 0 ? 1.0f / n : 0.0f;
-#pragma unroll
-  for (int i = 0; i < kChannels; ++i) {
-    const float m2 = fmaf(-sums[i] * inverse, sums[i], squares[i]);
-    moments[i] = {n, fmaf(sums[i], inverse, pivot[i]), m2 < 0.0f ? 0.0f : m2};
-  }
-  reduce_rows<kThreads>(static_cast<Moments*>(shared_memory()), moments, t.channel_lanes,
-                        [](Moments a, Moments b) { return merge(a, b); });
+  float totals[2 * kChannels];
+  total_sums<T, kPlanar, 2>(t, sums, totals);
   if (threadIdx.x >= static_cast<unsigned>(t.channel_lanes)) return;
+  const int64_t last_row = walk.first_row < walk.row_end ? walk.row_end : walk.first_row;
+  const auto count = static_cast<float>(walk.values_before(t, last_row) - walk.values_before(t, walk.first_row));
+  const float inverse = count > 0.0f ? 1.0f / count : 0.0f;
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) {
     if (i >= walk.count) continue;
-    p.tiles.mean[walk.tile * t.channels + walk.channel + i] = moments[i].mean;
-    p.tiles.m2[walk.tile * t.channels + walk.channel + i] = moments[i].m2;
-    if (walk.channel + i == 0) p.tiles.count[walk.tile] = moments[i].count;
+    const float sum = totals[i], m2 = fmaf(-sum * inverse, sum, totals[kChannels + i]);
+    p.tiles.mean[walk.tile * t.channels + walk.channel + i] = fmaf(sum, inverse, pivot.values[i]);
+    p.tiles.m2[walk.tile * t.channels + walk.channel + i] = m2 < 0.0f ? 0.0f : m2;
+    if (walk.channel + i == 0) p.tiles.count[walk.tile] = count;
   }
 }
 
@@ -272,25 +336,23 @@ __global__ void __launch_bounds__(kThreads) scale_shift_act_kernel(ScaleShiftAct
   wait_for_previous_kernel();
   const Traversal& t = p.traversal;
   const Walk<T, kPlanar> walk(t);
-  const T* input = static_cast<const T*>(p.args.input);
+  const T* const input[1] = {static_cast<const T*>(p.args.input)};
   T* output = static_cast<T*>(p.args.output);
+  Rows<T, kPlanar, kScaleShiftBatch, 1> rows(t, walk, input);
   const Coefficients<T, kPlanar> scale(p.args.scale, walk, 1.0f);
   const Coefficients<T, kPlanar> shift(p.args.shift, walk, 0.0f);
   const float slope = p.args.activation.negative_slope;
-  for (int64_t row = walk.row; row < walk.row_end; row += kBatch * walk.row_step) {
-    const Batch<T, kPlanar> batch(t, walk, row);
-    Bytes16 bytes[kBatch];
-    batch.load(input, bytes);
+  for (; rows.any(walk); rows.next(t, walk, input)) {
     for_activation(p.args.activation.kind, [&](auto kind) {
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
+      for (int u = 0; u < kScaleShiftBatch; ++u) {
         Vector<T> x;
-        unpack(bytes[u], x);
+        unpack(rows.bytes[0][u], x);
 #pragma unroll
         for (int i = 0; i < Vector<T>::kSize; ++i) {
           x.values[i] = activate(kind.value, slope, fmaf(scale[i], x.values[i], shift[i]));
         }
-        batch.store(output, u, x);
+        rows.batch().store(output, u, x);
       }
     });
   }
@@ -301,17 +363,27 @@ struct BackwardParams {
   BnActBackwardArgs args;
 };
 
-// Writes this block's sums per channel of kQuantities quantities, those whose array is not null. Element i of
-// quantity q is in sums[q * kSize + i].
-template <typename T, bool kPlanar, int kQuantities>
-__device__ __forceinline__ void write_tile_sums(const Traversal& t, const Walk<T, kPlanar>& walk,
-                                                const float (&sums)[kQuantities * Vector<T>::kSize],
-                                                float* const (&arrays)[kQuantities]) {
-  constexpr int kSize = Vector<T>::kSize, kChannels = kPlanar ? 1 : kSize;
-  float totals[kQuantities * kChannels] = {};
+// scale and shift of a thread's channels, rounded as batch_norm_forward rounds them.
+template <typename T, bool kPlanar>
+struct ScaleAndShift {
+  Coefficients<T, kPlanar> scale, shift;
+
+  __device__ ScaleAndShift(const BnActBackwardArgs& args, const Walk<T, kPlanar>& walk,
+                           const Coefficients<T, kPlanar>& mean, const Coefficients<T, kPlanar>& invstd)
+      : scale(args.weight, walk, 1.0f), shift(args.bias, walk, 0.0f) {
 #pragma unroll
-  for (int i = 0; i < kQuantities * kSize; ++i) totals[kPlanar ? i / kSize : i] += sums[i];
-  reduce_rows<kThreads>(static_cast<float*>(shared_memory()), totals, t.channel_lanes, Add{});
+    for (int i = 0; i < Coefficients<T, kPlanar>::kSize; ++i) {
+      scale.values[i] *= invstd.values[i];
+      shift.values[i] = fmaf(-mean.values[i], scale.values[i], shift.values[i]);
+    }
+  }
+};
+
+// Writes what the block's first channel_lanes threads have of kQuantities quantities, those whose array is not null.
+template <typename T, bool kPlanar, int kQuantities, int kTotals>
+__device__ __forceinline__ void write_tile_sums(const Traversal& t, const Walk<T, kPlanar>& walk,
+                                                const float (&totals)[kTotals], float* const (&arrays)[kQuantities]) {
+  constexpr int kChannels = kTotals / kQuantities;
   if (threadIdx.x >= static_cast<unsigned>(t.channel_lanes)) return;
 #pragma unroll
   for (int q = 0; q < kQuantities; ++q) {
@@ -324,70 +396,68 @@ __device__ __forceinline__ void write_tile_sums(const Traversal& t, const Walk<T
 }
 
 template <typename T, bool kPlanar>
-__global__ void __launch_bounds__(kThreads, 2) bn_act_backward_reduce_kernel(BackwardParams p) {
+__global__ void __launch_bounds__(kThreads, kSumBlocks<T>) bn_act_backward_reduce_kernel(BackwardParams p) {
   wait_for_previous_kernel();
-  constexpr int kSize = Vector<T>::kSize;
+  constexpr int kSize = Vector<T>::kSize, kChannels = kPlanar ? 1 : kSize, kRows = kBatch<T, 2>;
   const Traversal& t = p.traversal;
   const Walk<T, kPlanar> walk(t);
-  const T* grad_output = static_cast<const T*>(p.args.grad_output);
-  const T* input = static_cast<const T*>(p.args.input);
-  const Coefficients<T, kPlanar> scale(p.args.scale, walk, 1.0f), shift(p.args.shift, walk, 0.0f);
+  const T* const tensors[2] = {static_cast<const T*>(p.args.grad_output), static_cast<const T*>(p.args.input)};
+  Rows<T, kPlanar, kRows, 2> rows(t, walk, tensors);
   const Coefficients<T, kPlanar> mean(p.args.mean, walk, 0.0f), invstd(p.args.invstd, walk, 1.0f);
+  const ScaleAndShift<T, kPlanar> z_of(p.args, walk, mean, invstd);
   const float slope = p.args.activation.negative_slope;
-  float sums[2 * kSize] = {};  // of dz, of dz * xhat
-  for (int64_t row = walk.row; row < walk.row_end; row += kBatch * walk.row_step) {
-    const Batch<T, kPlanar> batch(t, walk, row);
-    Bytes16 g_bytes[kBatch], y_bytes[kBatch];
-    batch.load(grad_output, g_bytes);
-    batch.load(input, y_bytes);
+  float sums[2 * kSize] = {};  // of dz, of dz * (input - mean)
+  for (; rows.any(walk); rows.next(t, walk, tensors)) {
     for_activation(p.args.activation.kind, [&](auto kind) {
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
+      for (int u = 0; u < kRows; ++u) {
         Vector<T> g, y;
-        unpack(g_bytes[u], g);
-        unpack(y_bytes[u], y);
+        unpack(rows.bytes[0][u], g);
+        unpack(rows.bytes[1][u], y);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {  // what does not exist has gradient 0
-          const float z = fmaf(scale[i], y.values[i], shift[i]);
+          const float z = fmaf(z_of.scale[i], y.values[i], z_of.shift[i]);
           const float dz = g.values[i] * activation_derivative(kind.value, slope, z);
           sums[i] += dz;
-          sums[kSize + i] += dz * ((y.values[i] - mean[i]) * invstd[i]);
+          sums[kSize + i] = fmaf(dz, y.values[i] - mean[i], sums[kSize + i]);
         }
       }
     });
   }
-  write_tile_sums<T, kPlanar, 2>(t, walk, sums, {p.args.tiles.sum_dz, p.args.tiles.sum_dz_xhat});
+  float totals[2 * kChannels];
+  total_sums<T, kPlanar, 2>(t, sums, totals);
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) totals[kChannels + i] *= invstd[i];
+  write_tile_sums<T, kPlanar, 2>(t, walk, totals, {p.args.tiles.sum_dz, p.args.tiles.sum_dz_xhat});
 }
 
 template <typename T, bool kPlanar>
-__global__ void __launch_bounds__(kThreads, 2) bn_act_backward_apply_kernel(BackwardParams p) {
+__global__ void __launch_bounds__(kThreads, kSumBlocks<T>) bn_act_backward_apply_kernel(BackwardParams p) {
   wait_for_previous_kernel();
+  constexpr int kRows = kBatch<T, 2>;
   const Traversal& t = p.traversal;
   const Walk<T, kPlanar> walk(t);
-  const T* grad_output = static_cast<const T*>(p.args.grad_output);
-  const T* input = static_cast<const T*>(p.args.input);
+  const T* const tensors[2] = {static_cast<const T*>(p.args.grad_output), static_cast<const T*>(p.args.input)};
+  Rows<T, kPlanar, kRows, 2> rows(t, walk, tensors);
   T* grad_input = static_cast<T*>(p.args.grad_input);
-  const Coefficients<T, kPlanar> scale(p.args.scale, walk, 1.0f), shift(p.args.shift, walk, 0.0f);
-  const Coefficients<T, kPlanar> a(p.args.a, walk, 1.0f), b(p.args.b, walk, 0.0f), c(p.args.c, walk, 0.0f);
+  const Coefficients<T, kPlanar> b(p.args.b, walk, 0.0f), c(p.args.c, walk, 0.0f);
+  const Coefficients<T, kPlanar> mean(p.args.mean, walk, 0.0f), invstd(p.args.invstd, walk, 1.0f);
+  const ScaleAndShift<T, kPlanar> z_of(p.args, walk, mean, invstd);
   const float slope = p.args.activation.negative_slope;
-  for (int64_t row = walk.row; row < walk.row_end; row += kBatch * walk.row_step) {
-    const Batch<T, kPlanar> batch(t, walk, row);
-    Bytes16 g_bytes[kBatch], y_bytes[kBatch];
-    batch.load(grad_output, g_bytes);
-    batch.load(input, y_bytes);
+  for (; rows.any(walk); rows.next(t, walk, tensors)) {
     for_activation(p.args.activation.kind, [&](auto kind) {
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
+      for (int u = 0; u < kRows; ++u) {
         Vector<T> g, y;
-        unpack(g_bytes[u], g);
-        unpack(y_bytes[u], y);
+        unpack(rows.bytes[0][u], g);
+        unpack(rows.bytes[1][u], y);
 #pragma unroll
         for (int i = 0; i < Vector<T>::kSize; ++i) {
-          const float z = fmaf(scale[i], y.values[i], shift[i]);
+          const float z = fmaf(z_of.scale[i], y.values[i], z_of.shift[i]);
           const float dz = g.values[i] * activation_derivative(kind.value, slope, z);
-          g.values[i] = fmaf(a[i], dz, fmaf(b[i], y.values[i], c[i]));
+          g.values[i] = fmaf(z_of.scale[i], dz, fmaf(b[i], y.values[i], c[i]));
         }
-        batch.store(grad_input, u, g);
+        rows.batch().store(grad_input, u, g);
       }
     });
   }
@@ -399,37 +469,36 @@ struct ActBackwardParams {
 };
 
 template <typename T, bool kPlanar>
-__global__ void __launch_bounds__(kThreads, 2) act_backward_kernel(ActBackwardParams p) {
+__global__ void __launch_bounds__(kThreads, kSumBlocks<T>) act_backward_kernel(ActBackwardParams p) {
   wait_for_previous_kernel();
-  constexpr int kSize = Vector<T>::kSize;
+  constexpr int kSize = Vector<T>::kSize, kChannels = kPlanar ? 1 : kSize, kRows = kBatch<T, 2>;
   const Traversal& t = p.traversal;
   const Walk<T, kPlanar> walk(t);
-  const T* grad_output = static_cast<const T*>(p.args.grad_output);
-  const T* output = static_cast<const T*>(p.args.output);
+  const T* const tensors[2] = {static_cast<const T*>(p.args.grad_output), static_cast<const T*>(p.args.output)};
+  Rows<T, kPlanar, kRows, 2> rows(t, walk, tensors);
   T* grad_input = static_cast<T*>(p.args.grad_input);
   const float slope = p.args.activation.negative_slope;
   float sum_dz[kSize] = {};
-  for (int64_t row = walk.row; row < walk.row_end; row += kBatch * walk.row_step) {
-    const Batch<T, kPlanar> batch(t, walk, row);
-    Bytes16 g_bytes[kBatch], y_bytes[kBatch];
-    batch.load(grad_output, g_bytes);
-    batch.load(output, y_bytes);
+  for (; rows.any(walk); rows.next(t, walk, tensors)) {
     for_activation(p.args.activation.kind, [&](auto kind) {
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
+      for (int u = 0; u < kRows; ++u) {
         Vector<T> g, y;
-        unpack(g_bytes[u], g);
-        unpack(y_bytes[u], y);
+        unpack(rows.bytes[0][u], g);
+        unpack(rows.bytes[1][u], y);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
           g.values[i] *= activation_derivative_from_output(kind.value, slope, y.values[i]);
           sum_dz[i] += g.values[i];
         }
-        batch.store(grad_input, u, g);
+        rows.batch().store(grad_input, u, g);
       }
     });
   }
-  if (p.args.tiles.sum_dz != nullptr) write_tile_sums<T, kPlanar, 1>(t, walk, sum_dz, {p.args.tiles.sum_dz});
+  if (p.args.tiles.sum_dz == nullptr) return;
+  float totals[kChannels];
+  total_sums<T, kPlanar, 1>(t, sum_dz, totals);
+  write_tile_sums<T, kPlanar, 1>(t, walk, totals, {p.args.tiles.sum_dz});
 }
 
 struct MergedSums {
@@ -472,25 +541,14 @@ __device__ __forceinline__ MergedSums merge_tiles(int lanes, int tiles, const Lo
   return sums;
 }
 
-__device__ __forceinline__ void fold(const float* weight, const float* bias, int64_t channel, float mean, float invstd,
-                                     float* scale, float* shift) {
-  const float product = (weight != nullptr ? weight[channel] : 1.0f) * invstd;
-  scale[channel] = product;
-  shift[channel] = fmaf(-mean, product, bias != nullptr ? bias[channel] : 0.0f);
-}
-
 __device__ __forceinline__ void write_batch_norm(const BatchNormForwardArgs& p, int64_t channel, float mean,
                                                  float var) {
   const float invstd = 1.0f / sqrtf(var + p.eps);
+  const float scale = (p.weight != nullptr ? p.weight[channel] : 1.0f) * invstd;
   p.mean[channel] = mean;
   p.invstd[channel] = invstd;
-  fold(p.weight, p.bias, channel, mean, invstd, p.scale, p.shift);
-}
-
-__global__ void __launch_bounds__(kThreads) batch_norm_fold_kernel(BatchNormFoldArgs p) {
-  wait_for_previous_kernel();
-  const int64_t channel = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (channel < p.channels) fold(p.weight, p.bias, channel, p.mean[channel], p.invstd[channel], p.scale, p.shift);
+  p.scale[channel] = scale;
+  p.shift[channel] = fmaf(-mean, scale, p.bias != nullptr ? p.bias[channel] : 0.0f);
 }
 
 // The merging kernels get 1 / count from the host: a float64 division costs the device a subroutine with spills.
@@ -566,17 +624,11 @@ __global__ void __launch_bounds__(kMergeThreads) batch_norm_backward_kernel(Merg
   const double sum_dz = sums.first, sum_dz_xhat = sums.second;
   p.sum_dz[channel] = static_cast<float>(sum_dz);
   if (p.sum_dz_xhat != nullptr) p.sum_dz_xhat[channel] = static_cast<float>(sum_dz_xhat);
-  if (p.a == nullptr) return;
-  const double scale = p.scale[channel];
-  p.a[channel] = p.scale[channel];
-  if (p.training) {
-    const double b = -scale * double{p.invstd[channel]} * (sum_dz_xhat * params.per_value);
-    p.b[channel] = static_cast<float>(b);
-    p.c[channel] = static_cast<float>(-scale * (sum_dz * params.per_value) - b * double{p.mean[channel]});
-  } else {
-    p.b[channel] = 0.0f;
-    p.c[channel] = 0.0f;
-  }
+  if (p.b == nullptr) return;
+  const double scale = (p.weight != nullptr ? p.weight[channel] : 1.0f) * p.invstd[channel];
+  const double b = -scale * double{p.invstd[channel]} * (sum_dz_xhat * params.per_value);
+  p.b[channel] = static_cast<float>(b);
+  p.c[channel] = static_cast<float>(-scale * (sum_dz * params.per_value) - b * double{p.mean[channel]});
 }
 
 // Calls f(T{}, planar) with the storage type and the layout as compile-time values.
@@ -607,9 +659,10 @@ int merge_lanes(int64_t tiles) {
 
 size_t merge_shared_bytes(int lanes) { return static_cast<size_t>(lanes * kMergeChannels) * sizeof(MergedSums); }
 
-// Of the kernels that write tiles of sums: `per_vector_element` of them for each of a thread's channels.
-size_t reduce_shared_bytes(const BnActShape& shape, DataType type, size_t per_vector_element) {
-  return kThreads * per_vector_element * static_cast<size_t>(shape.inner > 1 ? 1 : vector_size(type));
+// Of the kernels that write tiles of `quantities` sums for each of a thread's channels.
+size_t sum_shared_bytes(const Traversal& t, DataType type, int quantities) {
+  const int channels = t.inner > 1 ? 1 : vector_size(type);
+  return static_cast<size_t>(quantities * channels * reduce_slots(kThreads, t.channel_lanes)) * sizeof(float);
 }
 
 }  // namespace
@@ -621,7 +674,7 @@ cudaError_t batch_statistics_launch(const BatchStatisticsArgs& args, cudaStream_
                                 args.tiles};
   return dispatch(args.type, args.shape, [&](auto zero, auto planar) {
     return launch(batch_statistics_kernel<decltype(zero), planar.value>, grid_of(params.traversal), kThreads,
-                  reduce_shared_bytes(args.shape, args.type, sizeof(Moments)), stream, params);
+                  sum_shared_bytes(params.traversal, args.type, 2), stream, params);
   });
 }
 
@@ -633,10 +686,6 @@ cudaError_t batch_norm_forward_launch(const BatchNormForwardArgs& args, cudaStre
 
 cudaError_t batch_norm_inference_launch(const BatchNormForwardArgs& args, cudaStream_t stream) {
   return launch(batch_norm_inference_kernel, channel_grid(args.channels), kThreads, 0, stream, args);
-}
-
-cudaError_t batch_norm_fold_launch(const BatchNormFoldArgs& args, cudaStream_t stream) {
-  return launch(batch_norm_fold_kernel, channel_grid(args.channels), kThreads, 0, stream, args);
 }
 
 cudaError_t scale_shift_act_launch(const ScaleShiftActArgs& args, cudaStream_t stream) {
@@ -653,7 +702,7 @@ cudaError_t bn_act_backward_reduce_launch(const BnActBackwardArgs& args, cudaStr
   const BackwardParams params{make_traversal(args.shape, args.type, aligned, true), args};
   return dispatch(args.type, args.shape, [&](auto zero, auto planar) {
     return launch(bn_act_backward_reduce_kernel<decltype(zero), planar.value>, grid_of(params.traversal), kThreads,
-                  reduce_shared_bytes(args.shape, args.type, 2 * sizeof(float)), stream, params);
+                  sum_shared_bytes(params.traversal, args.type, 2), stream, params);
   });
 }
 
@@ -677,7 +726,7 @@ cudaError_t act_backward_launch(const ActBackwardArgs& args, cudaStream_t stream
   const ActBackwardParams params{make_traversal(args.shape, args.type, aligned, args.tiles.sum_dz != nullptr), args};
   return dispatch(args.type, args.shape, [&](auto zero, auto planar) {
     return launch(act_backward_kernel<decltype(zero), planar.value>, grid_of(params.traversal), kThreads,
-                  reduce_shared_bytes(args.shape, args.type, sizeof(float)), stream, params);
+                  sum_shared_bytes(params.traversal, args.type, 1), stream, params);
   });
 }
 

@@ -83,18 +83,6 @@ cudaError_t batch_norm_forward_launch(const BatchNormForwardArgs& args, cudaStre
 // The same four outputs from running_mean and running_var (evaluation mode); tiles are not read, nothing is updated.
 cudaError_t batch_norm_inference_launch(const BatchNormForwardArgs& args, cudaStream_t stream);
 
-// scale = weight * invstd, shift = bias - mean * scale, from statistics saved by forward.
-struct BatchNormFoldArgs {
-  int64_t channels;
-  const float* mean;
-  const float* invstd;
-  const float* weight;  // [channels], null: 1
-  const float* bias;    // [channels], null: 0
-  float* scale;         // [channels], out
-  float* shift;         // [channels], out
-};
-cudaError_t batch_norm_fold_launch(const BatchNormFoldArgs& args, cudaStream_t stream);
-
 // output = act(scale[c] * input + shift[c]); output may be input; null scale is 1, null shift is 0.
 struct ScaleShiftActArgs {
   BnActShape shape;
@@ -107,42 +95,40 @@ struct ScaleShiftActArgs {
 };
 cudaError_t scale_shift_act_launch(const ScaleShiftActArgs& args, cudaStream_t stream);
 
-// z = scale[c] * input + shift[c], dz = grad_output * act'(z), xhat = (input - mean[c]) * invstd[c].
+// xhat = (input - mean[c]) * invstd[c], z = weight[c] * xhat + bias[c], dz = grad_output * act'(z), and the application is
+// grad_input = weight[c] * invstd[c] * dz + b[c] * input + c[c]. z is rounded as in forward.
 struct BnActBackwardArgs {
   BnActShape shape;
   DataType type;
   const void* grad_output;
   const void* input;              // the convolution's raw output
-  const float* scale = nullptr;   // [channels]
-  const float* shift = nullptr;   // [channels]
-  const float* mean = nullptr;    // [channels]; for the reduction
-  const float* invstd = nullptr;  // [channels]; for the reduction
+  const float* weight = nullptr;  // [channels], null: 1
+  const float* bias = nullptr;    // [channels], null: 0
+  const float* mean = nullptr;    // [channels], null: 0
+  const float* invstd = nullptr;  // [channels], null: 1
   ActivationSpec activation;
   GradientTiles tiles;         // out of the reduction
-  const float* a = nullptr;    // [channels]; for the application, grad_input = a * dz + b * input + c
-  const float* b = nullptr;    // [channels]; null: 0, as in evaluation mode
-  const float* c = nullptr;    // [channels]; null: 0
+  const float* b = nullptr;    // [channels], null: 0, as in evaluation mode
+  const float* c = nullptr;    // [channels], null: 0
   void* grad_input = nullptr;  // out of the application; may be grad_output
 };
 cudaError_t bn_act_backward_reduce_launch(const BnActBackwardArgs& args, cudaStream_t stream);
 cudaError_t bn_act_backward_apply_launch(const BnActBackwardArgs& args, cudaStream_t stream);
 
-// Merges tiles; with `count` values per channel, dy = scale (dz - mean(dz) - xhat mean(dz xhat)) is a dz + b y + c:
-//   a = scale,  b = -scale invstd mean(dz xhat),  c = -scale mean(dz) - b mean
-// In evaluation mode (`training` false) a = scale, b = c = 0.
+// Merges tiles; with scale = weight * invstd and `count` values per channel, the gradient by batch statistics,
+// scale (dz - mean(dz) - xhat mean(dz xhat)), is scale dz + b input + c:
+//   b = -scale invstd mean(dz xhat),  c = -scale mean(dz) - b mean
 struct BatchNormBackwardArgs {
   int64_t channels;
   GradientTiles tiles;
   double count = 1.0;
-  bool training = true;
-  const float* scale = nullptr;   // [channels]
+  float* sum_dz = nullptr;       // [channels], out: the gradient of the bias
+  float* sum_dz_xhat = nullptr;  // [channels], out: the gradient of the weight; null if the tiles have none
+  float* b = nullptr;            // [channels], out; null: b and c are not wanted, and nothing below is read
+  float* c = nullptr;            // [channels], out
+  const float* weight = nullptr;  // [channels], null: 1
   const float* mean = nullptr;    // [channels]
   const float* invstd = nullptr;  // [channels]
-  float* sum_dz = nullptr;        // [channels], out: the gradient of the bias
-  float* sum_dz_xhat = nullptr;   // [channels], out: the gradient of the weight; null if the tiles have none
-  float* a = nullptr;             // [channels], out; null: a, b and c are not wanted
-  float* b = nullptr;
-  float* c = nullptr;
 };
 cudaError_t batch_norm_backward_launch(const BatchNormBackwardArgs& args, cudaStream_t stream);
 

@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kPixelUpThreads, kChannels == 1 ? 2 : 1) pixel
     for_activation(backward ? epilogue.activation.kind : Activation::identity, finish);
   }
   if (!backward) return;
-  reduce_rows<kPixelUpThreads>(static_cast<float*>(shared_memory()), sums, kPixelUpVectors, Add{});
+  reduce_rows<kPixelUpThreads>(static_cast<float*>(shared_memory()), sums, kPixelUpVectors);
   if (thread >= kPixelUpVectors) return;
   const int64_t offset = int64_t{tile} * p.columns + column;
 #pragma unroll
@@ -255,7 +255,8 @@ cudaError_t pixel_up_launch(const Conv4x4Args& args, int64_t depth_padded, int64
   const dim3 grid(static_cast<unsigned>(divide_up(g.batch, images_per_tile) * column_blocks));
   return dispatch_pixel_channels(g.small_channels, [&](auto channels) {
     return launch(pixel_up_kernel<T, channels.value>, grid, kPixelUpThreads,
-                  2 * Vector<T>::kSize * kPixelUpThreads * sizeof(float), stream, params);
+                  2 * Vector<T>::kSize * reduce_slots(kPixelUpThreads, kPixelUpVectors) * sizeof(float), stream,
+                  params);
   });
 }
 
@@ -317,7 +318,7 @@ __global__ void __launch_bounds__(kPixelWeightThreads) pixel_weight_gradient_ker
 #pragma unroll
   for (int k = 0; k < kChannels; ++k) {
     if (k > 0) block_barrier();  // the channel before has been read
-    reduce_rows<kPixelWeightThreads>(static_cast<float*>(shared_memory()), sums[k], kPixelWeightVectors, Add{});
+    reduce_rows<kPixelWeightThreads>(static_cast<float*>(shared_memory()), sums[k], kPixelWeightVectors);
   }
   if (thread >= kPixelWeightVectors || !column_valid) return;
 #pragma unroll
@@ -353,7 +354,8 @@ cudaError_t pixel_weight_gradient_launch(const Conv4x4WeightGradientArgs& args, 
   const dim3 grid(static_cast<unsigned>(divide_up(columns, kPixelWeightVectors * Vector<T>::kSize)));
   return dispatch_pixel_channels(g.small_channels, [&](auto channels) {
     return launch(pixel_weight_gradient_kernel<T, channels.value>, grid, kPixelWeightThreads,
-                  Vector<T>::kSize * kPixelWeightThreads * sizeof(float), stream, params);
+                  Vector<T>::kSize * reduce_slots(kPixelWeightThreads, kPixelWeightVectors) * sizeof(float), stream,
+                  params);
   });
 }
 

@@ -171,7 +171,7 @@ constexpr int kTransposedPair = 17;  // floats from one channel to the next in s
 constexpr size_t kReduceSharedBytes =
     kReduceThreads * sizeof(float4) + kReduceThreads / 4 * kTransposedPair * sizeof(float);
 
-// A thread reads four neighbouring elements of every lanes-th split; the lanes' sums are added in a fixed tree.
+// A thread reads four neighbouring elements of every lanes-th split; the lanes' sums are added in a fixed order.
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads) weight_reduce_kernel(WeightReduceParams p) {
   wait_for_previous_kernel();
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kReduceThreads) weight_reduce_kernel(WeightRed
       for (int u = 0; u < kReduceBatch; ++u) sums[0] = Add{}(sums[0], values[u]);
     }
   }
-  reduce_rows<kReduceThreads>(shared, sums, vectors, Add{});
+  reduce_rows<kReduceThreads>(shared, sums, vectors);
   const float4 sum = sums[0];
 
   T* out = static_cast<T*>(p.grad_weight);

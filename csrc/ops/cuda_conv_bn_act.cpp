@@ -305,7 +305,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cuda(
   const Tensor& y = conv_output;
   const int64_t channel_count = y.size(1);
   const double count = static_cast<double>(y.numel()) / static_cast<double>(channel_count);
-  Tensor dy, sum_dz, sum_dz_xhat, scale;
+  Tensor dy, sum_dz, sum_dz_xhat;
+  const auto scale = [&] { return defined(bn_weight) ? invstd * bn_weight->to(invstd.scalar_type()) : invstd; };
   if (y.scalar_type() == at::kDouble) {
     const Tensor xhat = (y - channels(mean)) * channels(invstd);
     // By the sign of z itself: that of a leaky ReLU's output does not tell where negative_slope < 0.
@@ -315,53 +316,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cuda(
     const Tensor dz = grad_output * derivative_from_output(from, activation.kind, negative_slope);
     sum_dz = dz.sum({0, 2, 3});
     sum_dz_xhat = (dz * xhat).sum({0, 2, 3});
-    scale = defined(bn_weight) ? invstd * bn_weight->to(at::kDouble) : invstd;
-    dy = training ? channels(scale) * (dz - channels(sum_dz) / count - xhat * (channels(sum_dz_xhat) / count))
-                  : channels(scale) * dz;
+    dy = training ? channels(scale()) * (dz - channels(sum_dz) / count - xhat * (channels(sum_dz_xhat) / count))
+                  : channels(scale()) * dz;
   } else {
     const Tensor grad = grad_output.contiguous(dense_format(y));
-    // One row each: sum dz, sum dz xhat, scale, shift, and a, b, c of dy = a dz + b y + c.
-    const Tensor rows = at::zeros({7, channel_count}, mean.options());
-    const auto row = [&](int64_t i) { return floats(rows) + i * channel_count; };
-    sum_dz = rows[0], sum_dz_xhat = rows[1], scale = rows[2];
+    sum_dz = empty_floats(y, {channel_count}), sum_dz_xhat = empty_floats(y, {channel_count});
+    const Tensor gamma = as_float(bn_weight), beta = as_float(bn_bias);
     dy = at::empty_like(y);
-    if (y.numel() > 0) {
-      const Tensor gamma = as_float(bn_weight), beta = as_float(bn_bias);
-      C10_CUDA_CHECK(cuda::batch_norm_fold_launch(
-          {channel_count, floats(mean), floats(invstd), floats(gamma), floats(beta), row(2), row(3)},
-          current_stream()));
+    if (y.numel() == 0) {
+      sum_dz.zero_();
+      sum_dz_xhat.zero_();
+    } else {
       const cuda::BnActShape shape = kernel_shape(y);
       const int64_t tile_count = cuda::bn_act_tiles(shape);
       const Tensor tiles = empty_floats(y, {2 * tile_count * channel_count});
+      const Tensor of_dy = training ? empty_floats(y, {2, channel_count}) : Tensor();  // b, c
       cuda::BnActBackwardArgs args;
       args.shape = shape;
       args.type = cuda_type(y.scalar_type());
       args.grad_output = grad.const_data_ptr();
       args.input = y.const_data_ptr();
-      args.scale = row(2);
-      args.shift = row(3);
+      args.weight = floats(gamma);
+      args.bias = floats(beta);
       args.mean = floats(mean);
       args.invstd = floats(invstd);
       args.activation = activation;
       args.tiles = {tile_count, floats(tiles), floats(tiles) + tile_count * channel_count};
-      args.a = row(4);
-      args.b = row(5);
-      args.c = row(6);
       args.grad_input = dy.mutable_data_ptr();
       C10_CUDA_CHECK(bn_act_backward_reduce_launch(args, current_stream()));
       cuda::BatchNormBackwardArgs merge;
       merge.channels = channel_count;
       merge.tiles = args.tiles;
       merge.count = count;
-      merge.training = training;
-      merge.scale = row(2);
-      merge.mean = floats(mean);
-      merge.invstd = floats(invstd);
-      merge.sum_dz = row(0);
-      merge.sum_dz_xhat = row(1);
-      merge.a = row(4);
-      merge.b = row(5);
-      merge.c = row(6);
+      merge.sum_dz = floats(sum_dz);
+      merge.sum_dz_xhat = floats(sum_dz_xhat);
+      if (training) {
+        args.b = merge.b = floats(of_dy);
+        args.c = merge.c = floats(of_dy) + channel_count;
+        merge.weight = floats(gamma);
+        merge.mean = floats(mean);
+        merge.invstd = floats(invstd);
+      }
       C10_CUDA_CHECK(batch_norm_backward_launch(merge, current_stream()));
       if (output_mask[0] || output_mask[1]) C10_CUDA_CHECK(bn_act_backward_apply_launch(args, current_stream()));
     }
@@ -372,10 +367,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cuda(
   // Batch statistics cancel the bias, so its gradient in training mode is exactly 0.
   Tensor grad_bias = none.clone();
   if (output_mask[2]) {
-    grad_bias = training ? at::zeros({channel_count}, y.options()) : (scale * sum_dz).to(y.scalar_type());
+    grad_bias = training ? at::zeros({channel_count}, y.options()) : (scale() * sum_dz).to(y.scalar_type());
   }
   const auto parameter = [&](const Tensor& sum, const OptionalTensor& like) {
-    return defined(like) ? sum.to(like->scalar_type(), /*non_blocking=*/false, /*copy=*/true) : none.clone();
+    return defined(like) ? sum.to(like->scalar_type()) : none.clone();
   };
   return {output_mask[0] ? grad_input : none, output_mask[1] ? grad_weight : none.clone(), grad_bias,
           output_mask[3] ? parameter(sum_dz_xhat, bn_weight) : none.clone(),
@@ -429,9 +424,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_act_backward_cuda(const Tensor& grad_out
     const bool known = known_geometry(input, weight, layer, output.sizes()).has_value();
     const Tensor y = known ? output.contiguous(kChannelsLast) : dense(output);
     const Tensor grad = grad_output.contiguous(dense_format(y));
-    sum = at::zeros({y.size(1)}, y.options().dtype(at::kFloat));
+    sum = empty_floats(y, {y.size(1)});
     dy = at::empty_like(y);
-    if (y.numel() > 0) {
+    if (y.numel() == 0) {
+      sum.zero_();
+    } else {
       const cuda::BnActShape shape = kernel_shape(y);
       const int64_t tile_count = cuda::bn_act_tiles(shape);
       const Tensor tiles = output_mask[2] ? empty_floats(y, {tile_count * y.size(1)}) : Tensor();
@@ -452,7 +449,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_act_backward_cuda(const Tensor& grad_out
   const auto [grad_input, grad_weight] =
       gradients_of_convolution(dy, input, weight, layer, output_mask[0], output_mask[1]);
   return {output_mask[0] ? grad_input : none, output_mask[1] ? grad_weight : none.clone(),
-          output_mask[2] ? sum.to(output.scalar_type(), false, /*copy=*/true) : none.clone()};
+          output_mask[2] ? sum.to(output.scalar_type()) : none.clone()};
 }
 
 }  // namespace

@@ -252,8 +252,8 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
   Launches launches(input);
   std::vector<Tensor> results(output_mask.size());
 
-  // a, b and c of a layer's batch norm backward, and sums whose gradients nobody wants: of one layer at a time.
-  const Tensor rows = empty_floats(input, 5 * plan.most_channels);
+  // b and c of a layer's batch norm backward, and sums whose gradients nobody wants: of one layer at a time.
+  const Tensor rows = empty_floats(input, 4 * plan.most_channels);
   const auto row = [&](int64_t i) { return floats(rows) + i * plan.most_channels; };
 
   const auto wants_weight = [&](int64_t i) { return output_mask[first[i]] != 0; };
@@ -277,7 +277,7 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
     if ((stack[i].has_batch_norm && stack[i].training) || arrays.bn_weight) return 2;
     return arrays.bias || arrays.bn_bias ? 1 : 0;
   };
-  // Merges the tiles' sums into the gradients of layer i's arrays, and into a, b and c.
+  // Merges the tiles' sums into the gradients of layer i's arrays, and into b and c.
   const auto merge = [&](int64_t i, const cuda::GradientTiles& tiles) {
     if (tiles.sum_dz == nullptr) return;
     const StackLayer& layer = stack[i];
@@ -292,13 +292,12 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
     args.channels = p.channels();
     args.tiles = tiles;
     args.count = static_cast<double>(p.values());
-    args.training = layer.training;
-    args.sum_dz = result(layer.has_batch_norm ? arrays.bn_bias : arrays.bias, 3);
-    if (tiles.sum_dz_xhat != nullptr) args.sum_dz_xhat = result(arrays.bn_weight, 4);
+    args.sum_dz = result(layer.has_batch_norm ? arrays.bn_bias : arrays.bias, 2);
+    if (tiles.sum_dz_xhat != nullptr) args.sum_dz_xhat = result(arrays.bn_weight, 3);
     if (layer.has_batch_norm && layer.training) {
       const Statistics s(statistics, plan, p);
-      args.scale = s.scale, args.mean = s.mean, args.invstd = s.invstd;
-      args.a = row(0), args.b = row(1), args.c = row(2);
+      args.weight = floats(split[i].bn_weight), args.mean = s.mean, args.invstd = s.invstd;
+      args.b = row(0), args.c = row(1);
     }
     C10_CUDA_CHECK(batch_norm_backward_launch(args, launches.stream));
     if (!layer.has_batch_norm || arrays.bias == 0) return;
@@ -307,21 +306,20 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
       results[arrays.bias] = at::zeros({p.channels()}, rows.options());
     } else {
       const Tensor sum_dz = arrays.bn_bias ? results[arrays.bn_bias]
-                                           : rows.narrow(0, 3 * plan.most_channels, p.channels());
+                                           : rows.narrow(0, 2 * plan.most_channels, p.channels());
       results[arrays.bias] =
           at::mul(statistics.narrow(0, plan.statistics_size + p.statistics_offset, p.channels()), sum_dz);
     }
   };
-  // Layer i's raw output, and what batch norm's backward applies to dz; in evaluation mode that is scale alone.
+  // Layer i's raw output, and what batch norm's backward applies to dz; in evaluation mode that is weight * invstd alone.
   const auto batch_norm_backward = [&](int64_t i) {
     const Statistics s(statistics, plan, plan.layers[i]);
     cuda::BnActBackwardArgs args;
     args.shape = plan.layers[i].shape();
     args.type = launches.type;
     args.input = saved.raw(plan.layers[i]);
-    args.mean = s.mean, args.invstd = s.invstd;
-    args.a = s.scale;
-    if (stack[i].training) args.a = row(0), args.b = row(1), args.c = row(2);
+    args.weight = floats(split[i].bn_weight), args.invstd = s.invstd;
+    if (stack[i].training) args.b = row(0), args.c = row(1);
     return args;
   };
 
@@ -335,7 +333,7 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
       const Statistics s(statistics, plan, p);
       cuda::BnActBackwardArgs args = batch_norm_backward(last);
       args.grad_output = grad.const_data_ptr();
-      args.scale = s.scale, args.shift = s.shift;
+      args.bias = floats(split[last].bn_bias), args.mean = s.mean;
       args.activation = p.activation;
       args.tiles = tiles;
       if (sums > 0) C10_CUDA_CHECK(bn_act_backward_reduce_launch(args, launches.stream));
