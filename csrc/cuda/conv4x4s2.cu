@@ -171,6 +171,11 @@ size_t conv4x4s2_packed_bytes(const Conv4x4PackArgs& args) {
   return static_cast<size_t>(product.phases * product.columns * padded_depth(product, args.type) * size_of(args.type));
 }
 
+bool conv4x4s2_is_packed(const Conv4x4PackArgs& args) {
+  return args.direction == Conv4x4Direction::down && args.weight_layout == Conv4x4WeightLayout::channels_last &&
+         args.weight_type == args.type && is_aligned16(args.weight);
+}
+
 cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs* args, int count, cudaStream_t stream) {
   for (; count > 0; args += kMostPackLayers, count -= kMostPackLayers) {
     PackParams params{};

@@ -88,6 +88,8 @@ struct Conv4x4PackArgs {
   void* packed = nullptr;        // conv4x4s2_packed_bytes, aligned to 16 bytes
 };
 size_t conv4x4s2_packed_bytes(const Conv4x4PackArgs& args);
+// Whether the weight as it is serves as a packed one.
+bool conv4x4s2_is_packed(const Conv4x4PackArgs& args);
 // Of `count` layers at once, all with the same types: one launch for every eight.
 cudaError_t conv4x4s2_pack_launch(const Conv4x4PackArgs* args, int count, cudaStream_t stream);
 

@@ -1,14 +1,14 @@
 // The loops of conv4x4s2_thin.cuh (thin images under channels in 64s, stride 2) for float32 activations, multiplied in
 // TF32. Simpler than those of 16 bits: the small grid's traffic is twice as large and hides more.
 //
-//   down             a block has some rows of the small grid, at most 128 pixels: the image rows under them lie in shared
-//                    memory with their zero border, the weights in registers.
+//   down             tiles are some rows of the small grid, at most 128 pixels: the image rows under them are copied ahead into
+//                    shared memory with their zero border, the weights stay in registers.
 //   up               a block has some gaps between neighbouring rows of the small grid, under each of which lie two rows
 //                    of the image. Products [small pixel, 16 taps * channels] of the rows on both sides go to shared
 //                    memory, from which every pixel of the image takes the four that are its own.
-//   weight gradient  every warp takes 16 pixels of a tile and sums the whole 64 x 16 * channels result; as many blocks as
-//                    there are multiprocessors walk over the tiles.
+//   weight gradient  every warp takes 16 pixels of a tile and sums the whole 64 x 16 * channels result.
 //
+// Down and the weight gradient walk over the tiles with as many blocks as the device holds at a time.
 // Operands that come from the small grid are loaded as fragments, 16 bytes a lane: the order of what is summed (up:
 // channels) and of the result's rows (weight gradient: channels) is free as long as both sides agree.
 #pragma once
@@ -63,10 +63,9 @@ struct Tf32Tile {
   }
 };
 
-// Calls f(place in the stage, element of the image or null where there is none) for this thread's share of the image rows
-// under a tile.
-template <int kChannels, typename F>
-__device__ __forceinline__ void for_staged_elements(const Tf32Tiles& t, const Tf32Tile& tile, const F& f) {
+// Copies the image rows under a tile ahead.
+template <int kChannels>
+__device__ __forceinline__ void copy_image_rows(const Tf32Tiles& t, const Tf32Tile& tile, float* stage) {
   const float* image = t.image + int64_t{tile.image} * t.large_height * t.row_elements;
 #pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x); i < t.staged; i += kThinThreads) {
@@ -74,7 +73,7 @@ __device__ __forceinline__ void for_staged_elements(const Tf32Tiles& t, const Tf
     const int element = i - row * static_cast<int>(t.row_stride.divisor) - kChannels, h = 2 * tile.first_row - 1 + row;
     const bool exists = static_cast<unsigned>(h) < static_cast<unsigned>(t.large_height) &&
                         static_cast<unsigned>(element) < static_cast<unsigned>(t.row_elements);
-    f(i, exists ? image + int64_t{h} * t.row_elements + element : nullptr);
+    copy_async_word(stage + i, exists ? image + int64_t{h} * t.row_elements + element : image, exists);
   }
 }
 
@@ -86,12 +85,12 @@ __device__ __forceinline__ int tf32_window(const Tf32Tiles& t, int pixel) {
   return 2 * (row * static_cast<int>(t.row_stride.divisor) + (pixel - row * t.small_width) * kChannels);
 }
 
-// Of element first + j of a window, j < 8: where kernel rows are whole eights, its row is known to the compiler.
-template <int kChannels>
+// Of element first + j of a window, j < kGroup: where a kernel row is whole groups, the compiler knows the row.
+template <int kChannels, int kGroup>
 __device__ __forceinline__ int tf32_window_element(const Tf32Tiles& t, int first, int j) {
   constexpr int kRow = 4 * kChannels;
   const int row_stride = static_cast<int>(t.row_stride.divisor);
-  if constexpr (kRow % 8 == 0) return first / kRow * row_stride + first % kRow + j;
+  if constexpr (kRow % kGroup == 0) return first / kRow * row_stride + first % kRow + j;
   return (first + j) / kRow * row_stride + (first + j) % kRow;
 }
 
@@ -106,17 +105,17 @@ struct Tf32DownParams {
 
 // A warp has 32 pixels and 32 channels of a block's 128 x 64.
 template <int kChannels>
-__global__ void __launch_bounds__(kThinThreads, 2) tf32_down_kernel(Tf32DownParams p) {
+__global__ void __launch_bounds__(kThinThreads, kChannels > 3 ? 1 : 2) tf32_down_kernel(Tf32DownParams p) {
   wait_for_previous_kernel();
   constexpr int kSteps = 2 * kChannels;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
   const int group = lane / 4, member = lane % 4, first_pixel = warp % 4 * 32;
   const int first_channel = static_cast<int>(blockIdx.y) * kThinColumns + warp / 4 * 32;
-  const Tf32Tile tile(p.tiles, static_cast<int>(blockIdx.x));
-  float* stage = static_cast<float*>(shared_memory());
-  for_staged_elements<kChannels>(p.tiles, tile, [&](int i, const float* x) {
-    stage[i] = bits_to_float(x != nullptr ? to_tf32(*x) : 0u);
-  });
+  const Tf32Tiles& t = p.tiles;
+  float* stages = static_cast<float*>(shared_memory());
+  const int first_tile = static_cast<int>(blockIdx.x), tile_step = static_cast<int>(gridDim.x);
+  copy_image_rows<kChannels>(t, Tf32Tile(t, first_tile), stages);
+  copy_async_commit();
 
   uint32_t weights[kSteps][4][2];
 #pragma unroll
@@ -128,49 +127,58 @@ __global__ void __launch_bounds__(kThinThreads, 2) tf32_down_kernel(Tf32DownPara
       weights[step][j][1] = to_tf32(row[4]);
     }
   }
-  float sums[2][4][4];
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float bias = p.bias != nullptr ? p.bias[first_channel + j * 8 + member * 2 + h] : 0.0f;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) sums[i][j][h] = sums[i][j][h + 2] = bias;
-    }
-  }
   int windows[4];
 #pragma unroll
-  for (int r = 0; r < 4; ++r) windows[r] = tf32_window<kChannels>(p.tiles, first_pixel + group + r * 8);
-  block_barrier();
+  for (int r = 0; r < 4; ++r) windows[r] = tf32_window<kChannels>(t, first_pixel + group + r * 8);
 
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const int first = tf32_window_element<kChannels>(p.tiles, step * 8, member);
-    const int second = tf32_window_element<kChannels>(p.tiles, step * 8, member + 4);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float *low = stage + windows[2 * i], *high = stage + windows[2 * i + 1];
-      const uint32_t a[4] = {float_to_bits(low[first]), float_to_bits(high[first]), float_to_bits(low[second]),
-                             float_to_bits(high[second])};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) mma_m16n8k8(sums[i][j], a, weights[step][j]);
+  int current = 0;
+  for (int index = first_tile; index < t.tiles; index += tile_step, current ^= 1) {
+    const float* stage = stages + current * t.staged;
+    copy_async_wait<0>();
+    block_barrier();  // this tile's rows are complete, and everyone has left those that are overwritten from here on
+    if (index + tile_step < t.tiles) {
+      copy_image_rows<kChannels>(t, Tf32Tile(t, index + tile_step), stages + (current ^ 1) * t.staged);
+      copy_async_commit();
     }
-  }
-
-  with_activation(p.activation.kind, [&](auto kind) {
+    float sums[2][4][4] = {};
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const int pixel = first_pixel + group + r * 8;
-      if (pixel >= tile.pixels) continue;
-      float* output = p.output + (tile.first_pixel + pixel) * p.small_channels + first_channel + member * 2;
+    for (int step = 0; step < kSteps; ++step) {
+      const int first = tf32_window_element<kChannels, 4>(t, step * 8, member);
+      const int second = tf32_window_element<kChannels, 4>(t, step * 8 + 4, member);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float* sum = sums[r / 2][j] + r % 2 * 2;
-        *reinterpret_cast<ThinPair*>(output + j * 8) =
-            ThinPair{activate(kind, p.activation.negative_slope, sum[0]), activate(kind, p.activation.negative_slope, sum[1])};
+      for (int i = 0; i < 2; ++i) {
+        const float *low = stage + windows[2 * i], *high = stage + windows[2 * i + 1];
+        const uint32_t a[4] = {to_tf32(low[first]), to_tf32(high[first]), to_tf32(low[second]), to_tf32(high[second])};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mma_m16n8k8(sums[i][j], a, weights[step][j]);
       }
     }
-  });
+
+    const Tf32Tile tile(t, index);
+    ThinPair bias[4] = {};
+    if (p.bias != nullptr) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float* pair = p.bias + first_channel + j * 8 + member * 2;
+        bias[j] = ThinPair{pair[0], pair[1]};
+      }
+    }
+    with_activation(p.activation.kind, [&](auto kind) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int pixel = first_pixel + group + r * 8;
+        if (pixel >= tile.pixels) continue;
+        float* output = p.output + (tile.first_pixel + pixel) * p.small_channels + first_channel + member * 2;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float* sum = sums[r / 2][j] + r % 2 * 2;
+          *reinterpret_cast<ThinPair*>(output + j * 8) =
+              ThinPair{activate(kind, p.activation.negative_slope, sum[0] + bias[j].first),
+                       activate(kind, p.activation.negative_slope, sum[1] + bias[j].second)};
+        }
+      }
+    });
+  }
 }
 
 struct Tf32WeightGradientParams {
@@ -196,7 +204,7 @@ __global__ void __launch_bounds__(kThinThreads, 1) tf32_weight_gradient_kernel(T
 #pragma unroll
   for (int r = 0; r < 4; ++r) windows[r] = tf32_window<kChannels>(t, warp_pixel + r * 4);
 #pragma unroll
-  for (int j = 0; j < kTiles; ++j) elements[j] = tf32_window_element<kChannels>(t, j * 8, group);
+  for (int j = 0; j < kTiles; ++j) elements[j] = tf32_window_element<kChannels, 8>(t, j * 8, group);
 
   // This lane's four pixels of a tile, two times four channels each.
   float4 ahead[4][2];
@@ -211,7 +219,7 @@ __global__ void __launch_bounds__(kThinThreads, 1) tf32_weight_gradient_kernel(T
         ahead[r][h] = pixel < tile.pixels ? *reinterpret_cast<const float4*>(row + h * 32) : float4{0.0f, 0.0f, 0.0f, 0.0f};
       }
     }
-    for_staged_elements<kChannels>(t, tile, [&](int i, const float* x) { copy_async_word(stage + i, x != nullptr ? x : t.image, x != nullptr); });
+    copy_image_rows<kChannels>(t, tile, stage);
     copy_async_commit();
   };
 
@@ -395,9 +403,11 @@ inline cudaError_t tf32_down_launch(const Conv4x4Args& args, cudaStream_t stream
                          args.epilogue.bias,
                          activation_of(args.epilogue),
                          static_cast<int>(g.small_channels)};
-  const dim3 grid(static_cast<unsigned>(p.tiles.tiles), static_cast<unsigned>(g.small_channels / kThinColumns));
+  const int64_t column_blocks = g.small_channels / kThinColumns;
+  const int64_t blocks = std::min<int64_t>(p.tiles.tiles, std::max<int64_t>(1, int64_t{args.multiprocessors} * 2 / column_blocks));
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(column_blocks));
   return dispatch_thin_channels(g.large_channels, [&](auto channels) {
-    return launch(tf32_down_kernel<channels.value>, grid, kThinThreads, p.tiles.staged * sizeof(float), stream, p);
+    return launch(tf32_down_kernel<channels.value>, grid, kThinThreads, 2 * p.tiles.staged * sizeof(float), stream, p);
   });
 }
 

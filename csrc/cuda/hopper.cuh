@@ -161,11 +161,6 @@ FASTGAN_DEFINE_MULTIPLY(Half, "f16")
 
 // In TF32, which knows the summed dimension inner alone.
 template <bool kDepthInner>
-__device__ __forceinline__ void multiply_warpgroup(float (&c)[8][4], uint64_t a, uint64_t b, float) {
-  static_assert(kDepthInner);
-  FASTGAN_MULTIPLY_TF32(64, FASTGAN_REGISTERS32, "%32, %33, 1, 1, 1", FASTGAN_FRAGMENTS8(0));
-}
-template <bool kDepthInner>
 __device__ __forceinline__ void multiply_warpgroup(float (&c)[16][4], uint64_t a, uint64_t b, float) {
   static_assert(kDepthInner);
   FASTGAN_MULTIPLY_TF32(128, FASTGAN_REGISTERS64, "%64, %65, 1, 1, 1", FASTGAN_FRAGMENTS8(0), FASTGAN_FRAGMENTS8(8));

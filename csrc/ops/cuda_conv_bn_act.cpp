@@ -114,9 +114,12 @@ Tensor run_main_loop(const std::optional<Conv4x4Geometry>& geometry, Conv4x4Dire
                              weight_layout(weight_format(weight)),
                              dense_weight.const_data_ptr(),
                              nullptr};
-  const Tensor packed = scratch(input, conv4x4s2_packed_bytes(pack));
-  pack.packed = packed.mutable_data_ptr();
-  C10_CUDA_CHECK(conv4x4s2_pack_launch(&pack, 1, current_stream()));
+  Tensor packed = dense_weight;
+  if (!conv4x4s2_is_packed(pack)) {
+    packed = scratch(input, conv4x4s2_packed_bytes(pack));
+    pack.packed = packed.mutable_data_ptr();
+    C10_CUDA_CHECK(conv4x4s2_pack_launch(&pack, 1, current_stream()));
+  }
   args.packed_weight = packed.const_data_ptr();
 
   const Tensor output = at::empty(sizes, input.options().memory_format(kChannelsLast));

@@ -350,6 +350,10 @@ void check_packs(DataType type, DataType weight_type) {
       Buffer alone(type, outputs[i].size());
       packs[i].packed = alone.data();
       expect_success(name, conv4x4s2_pack_launch(&packs[i], 1, nullptr));
+      if (conv4x4s2_is_packed(packs[i]) && sources[i].bytes() != alone.bytes()) {
+        std::printf("FAILED %s: %zu is not packed as it is\n", name.c_str(), i);
+        ++failures;
+      }
       if (alone.bytes() == outputs[i].bytes()) continue;
       std::printf("FAILED %s: %zu differs from itself packed alone\n", name.c_str(), i);
       ++failures;
