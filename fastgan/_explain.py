@@ -118,7 +118,8 @@ def _convolution_loop(arguments):
         return f"fastgan's for kernel 4 {in_dtype}, with batch statistics or activation in its epilogue"
     return (
         f"ATen's (cuDNN) {in_dtype}, since fastgan's take bfloat16 and float16, kernel 4 with stride 2, padding 1, or from or to "
-        "one pixel"
+        "one pixel; of float32 in channels_last they take such layers to and from one pixel of up to 4 channels and, if "
+        "torch.backends.cudnn.allow_tf32, images of up to 4 channels and, on Hopper, more channels where tiles of 128 fill the GPU"
     )
 
 
@@ -206,7 +207,7 @@ def _fits_minimal_filtering(arguments):
 
 
 def _has_cuda_loop(arguments):
-    """The rule of fast_geometry() in csrc/ops/cuda_conv_bn_act.cpp."""
+    """The rule of known_geometry() in csrc/ops/cuda_conv_bn_act.cpp."""
     input, weight = arguments["input"], arguments["weight"]
     stride, padding, dilation = (pair(arguments[name]) for name in ("stride", "padding", "dilation"))
     if tuple(weight.shape[2:]) != (4, 4) or arguments["groups"] != 1 or dilation != (1, 1):

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,6 +158,49 @@ def test_tf32_is_used_where_cudnn_may_use_it_and_nowhere_else(op, monkeypatch):
     assert max(errors[False]) < 1e-5
     # Of which of the three convolutions cuDNN makes use of it is its choice.
     assert 3e-5 < max(errors[True]) < 3e-3
+
+
+def kernels_of(run):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        result = run()
+        torch.cuda.synchronize()
+    return result, " ".join(event.name for event in profiler.events())
+
+
+# In channels_last; with the kernels of ours that run where TF32 is allowed.
+FLOAT32_LAYERS = {
+    "thin image down": (dcgan_case("conv2d_act", 3, 64, 64, batch=16), ["tf32_down_kernel", "tf32_up_kernel", "tf32_weight"]),
+    "thin image up": (
+        dcgan_case("conv_transpose2d_act", 64, 1, 14, batch=16, activation="tanh"),
+        ["tf32_up_kernel", "tf32_down_kernel", "tf32_weight"],
+    ),
+    "down": (dcgan_case("conv2d_bn_act", 64, 128, 32, batch=80), ["gather_box_kernel"]),
+    "up": (dcgan_case("conv_transpose2d_bn_act", 256, 128, 8, batch=80), ["gather_box_kernel"]),
+    "to one pixel": (
+        dcgan_case("conv2d_act", 512, 1, 4, batch=16, stride=1, padding=0, activation="identity"),
+        ["pixel_down_kernel", "pixel_up_kernel", "pixel_weight"],
+    ),
+}
+
+
+@pytest.mark.parametrize("layer", FLOAT32_LAYERS)
+def test_float32_layers_in_channels_last(layer, monkeypatch):
+    case, kernels = FLOAT32_LAYERS[layer]
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        pytest.skip("this GPU has no TF32")
+    case = replace(case, layout="channels_last")
+    exact = case.run(OPS[case.op][1], torch.float64, "cuda")
+    for allowed, most in ((False, 1e-5), (True, 3e-3)):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        found, names = kernels_of(lambda: case.run(OPS[case.op][0], torch.float32, "cuda"))
+        for a, b in ((exact[0], found[0]), *((exact[1][name], found[1][name]) for name in ("input", "weight"))):
+            assert (a - b.double()).abs().max() <= most * a.abs().max()
+        ours = {kernel: kernel in names for kernel in kernels}
+        if kernels == ["gather_box_kernel"]:
+            assert ours["gather_box_kernel"] == (allowed and capability[0] == 9)
+        else:
+            assert all(used == (allowed or layer == "to one pixel") for used in ours.values()), ours
 
 
 def test_one_channel_output_has_the_strides_pytorch_gives_it():

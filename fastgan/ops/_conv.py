@@ -92,8 +92,8 @@ if _extension.has_kernels("cpu"):
         return y.contiguous(memory_format=torch._prims_common.suggest_memory_format(y))
 
     def _cuda_main_loop(input, weight, y, stride, padding, dilation, transposed, groups):
-        """Whether the raw output y comes from a main loop of csrc/cuda, in channels_last: fast_geometry() in
-        csrc/ops/cuda_conv_bn_act.cpp."""
+        """Whether the raw output y comes from a main loop of csrc/cuda, in channels_last whatever the
+        format of its operands: known_geometry() in csrc/ops/cuda_conv_bn_act.cpp."""
         if input.device.type != "cuda" or y.itemsize != 2 or y.numel() == 0 or input.numel() == 0:
             return False
         if tuple(weight.shape[2:]) != (4, 4) or groups != 1 or any(d != 1 for d in dilation):
