@@ -24,7 +24,7 @@ constexpr int kMostMergeLanes = 128;    // rows of tiles that a block reads at a
 constexpr int kMergeBatch = 8;          // rows of tiles that a thread has in flight
 constexpr int kMostChannelLanes = 8;    // side by side they read whole 128-byte lines
 constexpr int64_t kMostRows = 8;        // vectors a thread takes where nothing is summed
-constexpr int64_t kTargetBlocks = 1024;  // several for each of up to 148 multiprocessors
+constexpr int64_t kTargetBlocks = 512;  // where nothing is summed: one wave, of whole batches of loads
 // Kernels that sum make one wave of an H200's 132 multiprocessors: four blocks each in float32, and half as many in
 // 16-bit types, whose threads take twice the channels. Fewer tiles are also fewer to merge.
 constexpr int64_t kTargetSumBlocks = 512;

@@ -3,18 +3,17 @@
 // result is the same in every run. A block that is alone does this itself, so that small batches need one launch.
 //
 // By the number of classes a row belongs to
-//   one thread  (10, dense, many rows): a thread takes the 2 or 4 rows of 80 bytes straight into registers, and so many
-//               threads are at work that no load needs to be started ahead;
-//   one thread  (up to 20): a warp copies tiles of 32 rows into shared memory, some tiles ahead of the one it works on;
+//   one thread  (up to 20): a warp copies tiles of 32 rows into shared memory, one ahead of the one it works on; forward, of many
+//               dense rows of 10: a thread takes the 2 or 4 rows of 80 bytes straight into registers;
 //   one warp    (up to 1024): the next row is copied into shared memory while this one is worked on in registers;
 //   one block   (more): two passes over the row, the second from the L2 cache.
 // The copies are 16 bytes a lane where rows are aligned to that (tiles: dense), else element by element.
 // Backward computes a warp's or a block's exponentials twice rather than keep them, and walks the rows (but those of a
 // block each) from the last to the first: those that forward has left in the L2 cache.
 //
-// H200, float32, forward / backward, us: [100, 10] 3.4 / 2.4, [1M, 10] 18.5 / 26 (at a copy's speed 10 / 19), [1M, 1000]
-// 1156 / 2135: with 10 classes all through tiles, and before the second kernel of forward. For 10 classes tiles of two
-// rows a thread gave 17 / 25, two rows a thread in registers 13 / 23, but more than one row a thread is slower for 100.
+// H200, float32, forward / backward, us: [100, 10] 2.8 / 2.3, [1M, 10] 18.9 / 25.9 (at a copy's speed 10 / 19), [1M, 1000] 1156 /
+// 2135. [1M, 10] in tiles 20.5 forward; in registers 37 to 42 backward, whose stores of 16 bytes 80 apart cost more than they save; by
+// one block of tiles a multiprocessor with three tiles ahead 21.3 / 26.1 (with labels 26.6 / 30.4 in place of 22.8 / 28.8).
 #include "softmax_entropy.h"
 
 #include <algorithm>
@@ -309,7 +308,7 @@ __device__ __forceinline__ void write_row(const float (&x)[kMaxClasses], int cla
 // kAll: the number of classes is kMaxClasses.
 template <typename T, int kMaxClasses, bool kAll>
 struct Tiles {
-  static constexpr int kStages = kMaxClasses * static_cast<int>(sizeof(T)) <= 40 ? 4 : 2;
+  static constexpr int kStages = 2;
   static constexpr int kSize = Vector<T>::kSize;
 
   const SoftmaxEntropyArgs& p;
@@ -326,18 +325,18 @@ struct Tiles {
         lane(lane_index()),
         memory(reinterpret_cast<T*>(kernel_memory(classes)) + warp_index() * kStages * kWarpSize * classes) {}
 
-  __device__ int64_t count() const { return (p.rows + kWarpSize - 1) / kWarpSize; }
+  __device__ int count() const { return static_cast<int>((p.rows + kWarpSize - 1) / kWarpSize); }
   __device__ T* tile_memory(int stage) const { return memory + stage * kWarpSize * classes; }
-  __device__ int rows_of(int64_t tile) const {
-    const int64_t rows = p.rows - tile * kWarpSize;
+  __device__ int rows_of(int tile) const {
+    const int64_t rows = p.rows - int64_t{tile} * kWarpSize;
     return rows < kWarpSize ? static_cast<int>(rows) : kWarpSize;
   }
 
   // Starts a copy into a stage that no lane reads any more. One group of copies, empty for a tile that is not there.
-  __device__ void start(int64_t tile, int stage) const {
+  __device__ void start(int tile, int stage) const {
     if (tile >= 0 && tile < count()) {
       const int rows = rows_of(tile), elements = rows * classes;
-      const T* logits = static_cast<const T*>(p.logits) + tile * kWarpSize * p.row_stride;
+      const T* logits = static_cast<const T*>(p.logits) + int64_t{tile} * kWarpSize * p.row_stride;
       T* staged = tile_memory(stage);
       if (vectors && rows == kWarpSize) {
 #pragma unroll 4
@@ -384,9 +383,9 @@ struct Tiles {
   }
 
   // Copies a tile that all lanes have written to the gradient.
-  __device__ void store(int64_t tile, int stage) const {
+  __device__ void store(int tile, int stage) const {
     const int rows = rows_of(tile), elements = rows * classes;
-    T* grad = static_cast<T*>(p.grad_logits) + tile * kWarpSize * classes;
+    T* grad = static_cast<T*>(p.grad_logits) + int64_t{tile} * kWarpSize * classes;
     const T* staged = tile_memory(stage);
     if (vectors && rows == kWarpSize) {
 #pragma unroll 4
@@ -400,19 +399,22 @@ struct Tiles {
   }
 };
 
+// Blocks of the thread kernels that a multiprocessor must have room for.
+__host__ __device__ constexpr int thread_blocks(bool ten_classes) { return ten_classes ? 2 : 1; }
+
 template <typename T, int kMaxClasses, bool kAll>
-__global__ void __launch_bounds__(kThreads, 1) forward_thread_kernel(ForwardParams params) {
+__global__ void __launch_bounds__(kThreads, thread_blocks(kAll)) forward_thread_kernel(ForwardParams params) {
   using Walk = Tiles<T, kMaxClasses, kAll>;
   wait_for_previous_kernel();
   const SoftmaxEntropyArgs& p = params.args;
   const Walk tiles(p, params.classes, params.vectors);
-  const int64_t step = int64_t{gridDim.x} * warp_count(), count = tiles.count();
-  int64_t tile = int64_t{warp_index()} * gridDim.x + blockIdx.x;
+  const int step = static_cast<int>(gridDim.x) * warp_count(), count = tiles.count();
+  int tile = warp_index() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
 #pragma unroll 1
   for (int stage = 0; stage < Walk::kStages - 1; ++stage) tiles.start(tile + stage * step, stage);
   ThreadSums<kMaxClasses> sums;
   for (int stage = 0; tile < count; tile += step, stage = (stage + 1) % Walk::kStages) {
-    const int64_t row = tile * kWarpSize + tiles.lane;
+    const int64_t row = int64_t{tile} * kWarpSize + tiles.lane;
     const bool active = row < p.rows;
     int64_t label = -1;
     const bool labeled = active && carries_label(p, row, label);
@@ -429,14 +431,14 @@ __global__ void __launch_bounds__(kThreads, 1) forward_thread_kernel(ForwardPara
 }
 
 template <typename T, int kMaxClasses, bool kAll>
-__global__ void __launch_bounds__(kThreads, 1) backward_thread_kernel(BackwardParams params) {
+__global__ void __launch_bounds__(kThreads, thread_blocks(kAll)) backward_thread_kernel(BackwardParams params) {
   using Walk = Tiles<T, kMaxClasses, kAll>;
   wait_for_previous_kernel();
   const SoftmaxEntropyArgs& p = params.args;
   const Walk tiles(p, params.classes, params.vectors);
   const int classes = tiles.classes;
-  const int64_t step = int64_t{gridDim.x} * warp_count();
-  int64_t tile = tiles.count() - 1 - (int64_t{warp_index()} * gridDim.x + blockIdx.x);
+  const int step = static_cast<int>(gridDim.x) * warp_count();
+  int tile = tiles.count() - 1 - (warp_index() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x));
 #pragma unroll 1
   for (int stage = 0; stage < Walk::kStages - 1; ++stage) tiles.start(tile - stage * step, stage);
   const Gradients g(p);
@@ -446,7 +448,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_thread_kernel(BackwardPa
 #pragma unroll
   for (int k = 0; k < kMaxClasses; ++k) of_mean[k] = g.of_mean(of_mean[k]);
   for (int stage = 0; tile >= 0; tile -= step, stage = (stage + 1) % Walk::kStages) {
-    const int64_t row = tile * kWarpSize + tiles.lane;
+    const int64_t row = int64_t{tile} * kWarpSize + tiles.lane;
     const bool active = row < p.rows;
     int64_t label = -1;
     const bool labeled = active && carries_label(p, row, label);
@@ -464,7 +466,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_thread_kernel(BackwardPa
   copy_async_wait<0>();
 }
 
-// ---- ten classes: the rows that 80 bytes hold a thread, in registers
+// ---- ten classes, forward: the rows that 80 bytes hold a thread, in registers
 
 constexpr int kPieceClasses = 10;
 constexpr int kPieceBytes = 80;
@@ -489,14 +491,6 @@ struct Piece {
     }
   }
 
-  __device__ __forceinline__ void store(void* grad, int64_t piece) const {
-    uint4* to = static_cast<uint4*>(grad) + piece * kVectors;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      store_streaming(to + i, uint4{words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]});
-    }
-  }
-
   __device__ __forceinline__ void read(int row, float (&x)[kPieceClasses]) const {
 #pragma unroll
     for (int i = 0; i < kRowWords; ++i) {
@@ -507,18 +501,6 @@ struct Piece {
         float pair[2];
         unpack_pair(word, pair, T{});
         x[2 * i] = pair[0], x[2 * i + 1] = pair[1];
-      }
-    }
-  }
-
-  __device__ __forceinline__ void write(int row, const float (&x)[kPieceClasses]) {
-#pragma unroll
-    for (int i = 0; i < kRowWords; ++i) {
-      uint32_t& word = words[row * kRowWords + i];
-      if constexpr (kRowWords == kPieceClasses) {
-        word = float_to_bits(x[i]);
-      } else {
-        word = pack_pair(x[2 * i], x[2 * i + 1], T{});
       }
     }
   }
@@ -558,51 +540,6 @@ __global__ void __launch_bounds__(kPieceThreads, kPieceBlocks) forward_piece_ker
     p.log_normalizer[last] = sums.add(p, x, labeled, label, row);
   }
   sums.finish_block(params, kPieceClasses);
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kPieceThreads, kPieceBlocks) backward_piece_kernel(BackwardParams params) {
-  constexpr int kRows = Piece<T>::kRows;
-  wait_for_previous_kernel();
-  const SoftmaxEntropyArgs& p = params.args;
-  const int64_t pieces = p.rows / kRows, step = int64_t{gridDim.x} * kPieceThreads;
-  const int64_t first = int64_t{blockIdx.x} * kPieceThreads + threadIdx.x;
-  int64_t i = pieces - 1 - first;
-  Piece<T> piece;
-  if (i >= 0) piece.load(p.logits, i);
-  // Ten logarithms a block, not a thread.
-  float* shared = static_cast<float*>(shared_memory());  // [kPieceClasses]
-  const Gradients g(p);
-  if (threadIdx.x < kPieceClasses) shared[threadIdx.x] = g.of_mean(p.mean_probabilities[threadIdx.x]);
-  block_barrier();
-  float of_mean[kPieceClasses];
-#pragma unroll
-  for (int k = 0; k < kPieceClasses; ++k) of_mean[k] = shared[k];
-  while (i >= 0) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      float x[kPieceClasses];
-      piece.read(r, x);
-      int64_t label = -1;
-      const bool labeled = carries_label(p, i * kRows + r, label);
-      replace_by_gradient(g, of_mean, labeled, class_or_none(p, labeled, label), x);
-      piece.write(r, x);
-    }
-    piece.store(p.grad_logits, i);
-    i -= step;
-    if (i >= 0) piece.load(p.logits, i);
-  }
-  const int64_t last = pieces * kRows + first;  // of the rows that fill no piece
-  if (last < p.rows) {
-    const T* row = static_cast<const T*>(p.logits) + last * kPieceClasses;
-    T* grad = static_cast<T*>(p.grad_logits) + last * kPieceClasses;
-    float x[kPieceClasses];
-    read_row<1>(row, kPieceClasses, x);
-    int64_t label = -1;
-    const bool labeled = carries_label(p, last, label);
-    replace_by_gradient(g, of_mean, labeled, class_or_none(p, labeled, label), x);
-    write_row<1>(x, kPieceClasses, grad);
-  }
 }
 
 // ---- one warp a row
@@ -943,9 +880,9 @@ struct Plan {
   int threads;
   unsigned blocks;
 
-  Plan(const SoftmaxEntropyArgs& args, bool vectors_in)
+  Plan(const SoftmaxEntropyArgs& args, bool vectors_in, bool forward)
       : vectors(vectors_in),
-        pieces(vectors && args.classes == kPieceClasses &&
+        pieces(forward && vectors && args.classes == kPieceClasses &&
                args.rows >= int64_t{args.multiprocessors} * kManyPieceRows),
         thread_a_row(!pieces && args.classes <= kMaxThreadClasses),
         warp_a_row(!pieces && !thread_a_row && args.classes <= kMaxWarpClasses),
@@ -960,19 +897,18 @@ struct Plan {
       const int64_t warps = thread_a_row ? divide_up(args.rows, kWarpSize) : args.rows;
       threads = static_cast<int>(std::min<int64_t>(warps, kMaxWarps)) * kWarpSize;
       wanted = divide_up(warps, threads / kWarpSize);
-      resident = int64_t{args.multiprocessors} * (warp_a_row && args.classes <= 256 ? 2 : 1);
+      resident = int64_t{args.multiprocessors} * (thread_a_row ? thread_blocks(args.classes == 10) : args.classes <= 256 ? 2 : 1);
     }
     blocks = static_cast<unsigned>(std::min(wanted, resident));
   }
 };
 
-Plan forward_plan(const SoftmaxEntropyArgs& args) { return Plan(args, reads_vectors(args)); }
+Plan forward_plan(const SoftmaxEntropyArgs& args) { return Plan(args, reads_vectors(args), true); }
 
 // Of the tiles or rows in flight, kept in shared memory.
 template <typename T>
 size_t thread_bytes(const Plan& plan, int64_t classes) {
-  const int stages = (classes <= 10 ? Tiles<T, 10, false>::kStages : Tiles<T, kMaxThreadClasses, false>::kStages);
-  return static_cast<size_t>(plan.threads * classes) * stages * sizeof(T);
+  return static_cast<size_t>(plan.threads * classes) * Tiles<T, 10, false>::kStages * sizeof(T);
 }
 
 template <typename T>
@@ -1028,7 +964,7 @@ cudaError_t softmax_entropy_forward_launch(const SoftmaxEntropyArgs& args, cudaS
 
 cudaError_t softmax_entropy_backward_launch(const SoftmaxEntropyArgs& args, cudaStream_t stream) {
   const int64_t classes = args.classes;
-  const Plan plan(args, reads_vectors(args) && is_aligned16(args.grad_logits));
+  const Plan plan(args, reads_vectors(args) && is_aligned16(args.grad_logits), false);
   const BackwardParams params{args, FastDivisor(classes), plan.vectors};
   return dispatch(args.type, [&](auto zero) {
     using T = decltype(zero);
@@ -1036,7 +972,6 @@ cudaError_t softmax_entropy_backward_launch(const SoftmaxEntropyArgs& args, cuda
     const auto run = [&](void (*kernel)(BackwardParams), size_t bytes) {
       return launch(kernel, plan.blocks, plan.threads, bytes, stream, params);
     };
-    if (plan.pieces) return run(backward_piece_kernel<T>, kPieceClasses * sizeof(float));
     if (plan.thread_a_row) {
       const size_t bytes = kFinishBytes + share_bytes(classes) + thread_bytes<T>(plan, classes);
       if (classes == 10) return run(backward_thread_kernel<T, 10, true>, bytes);
