@@ -151,8 +151,8 @@ void many_dense_rows_have_kernels_of_their_own() {
     args.rows = rows, args.row_stride = row_stride;
     return softmax_entropy_workspace_bytes(args);
   };
-  if (bytes(kMany, 10) > bytes(kMany - 1, 10) && bytes(kMany, 11) == bytes(kMany - 1, 10)) return;
-  std::printf("FAILED many dense rows of ten classes do not begin at %d\n", static_cast<int>(kMany));
+  if (bytes(8 * kMany, 10) > bytes(8 * kMany, 11)) return;
+  std::printf("FAILED many dense rows of ten classes have no kernels of their own\n");
   ++failures;
 }
 
