@@ -38,7 +38,7 @@ CPU_ISA = None if _C is None else _C.cpu_info()["cpu_isa"]
 _DEVICES = frozenset() if _C is None else frozenset({"cpu", "cuda"} if _build_config.CUDA_KERNELS else {"cpu"})
 _warned = set()
 
-# The GPUs on which the CUDA kernels have been run; benchmarks/results/cuda_h200_2026-11-26.md says what was tested there.
+# The GPUs on which the CUDA kernels have been run; benchmarks/results/cuda_h200_2026-11-27.md says what was tested there.
 CUDA_DEVICES_RUN = ("NVIDIA H200",)
 
 

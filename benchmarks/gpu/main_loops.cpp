@@ -8,89 +8,14 @@
 //
 // A figure is the median of 12 replays of a CUDA graph of 20 launches, in microseconds a launch: inputs stay in the L2 cache where they
 // fit. Nothing is checked here; tests/native/cuda/test_conv4x4s2.cpp does that.
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <random>
-#include <vector>
-
 #include "../../csrc/cuda/conv4x4s2.h"
+#include "timing.h"
 
 using namespace fastgan;
 using namespace fastgan::cuda;
+using namespace fastgan::cuda::timing;
 
 namespace {
-
-void check(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("%s\n", cudaGetErrorString(error));
-  std::exit(EXIT_FAILURE);
-}
-
-cudaStream_t stream;
-
-// Device memory that lives until the end of a layer.
-class Memory {
- public:
-  ~Memory() {
-    for (void* memory : allocations_) cudaFree(memory);
-  }
-  void* bytes(size_t count) {
-    void* memory = nullptr;
-    check(cudaMalloc(&memory, std::max<size_t>(count, 16)));
-    allocations_.push_back(memory);
-    return memory;
-  }
-  // Uniform in [-1, 1], as float32 or bfloat16.
-  void* random(int64_t elements, DataType type) {
-    static std::minstd_rand source(1);
-    std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
-    const size_t size = static_cast<size_t>(size_of(type));
-    std::vector<unsigned char> host(static_cast<size_t>(elements) * size);
-    for (int64_t i = 0; i < elements; ++i) {
-      const float value = uniform(source);  // its upper half is a bfloat16
-      std::memcpy(host.data() + static_cast<size_t>(i) * size, reinterpret_cast<const char*>(&value) + 4 - size, size);
-    }
-    void* memory = bytes(host.size());
-    check(cudaMemcpy(memory, host.data(), host.size(), cudaMemcpyHostToDevice));
-    return memory;
-  }
-  float* floats(int64_t count) { return static_cast<float*>(random(count, DataType::float32)); }
-
- private:
-  std::vector<void*> allocations_;
-};
-
-double microseconds(const std::function<cudaError_t()>& launch) {
-  constexpr int kLaunches = 20, kReplays = 12;
-  check(launch());
-  check(cudaStreamSynchronize(stream));
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < kLaunches; ++i) check(launch());
-  check(cudaStreamEndCapture(stream, &graph));
-  check(cudaGraphInstantiate(&executable, graph, 0));
-  cudaEvent_t begin, end;
-  check(cudaEventCreate(&begin));
-  check(cudaEventCreate(&end));
-  std::vector<float> times;
-  for (int i = 0; i < kReplays; ++i) {
-    check(cudaEventRecord(begin, stream));
-    check(cudaGraphLaunch(executable, stream));
-    check(cudaEventRecord(end, stream));
-    check(cudaEventSynchronize(end));
-    check(cudaEventElapsedTime(&times.emplace_back(), begin, end));
-  }
-  std::sort(times.begin(), times.end());
-  cudaGraphExecDestroy(executable);
-  cudaGraphDestroy(graph);
-  return times[times.size() / 2] * 1e3 / kLaunches;
-}
 
 // One direction: packing, the loop with each epilogue that training uses, the merge of its statistics.
 void time_direction(Conv4x4Args args, double flops) {
@@ -102,8 +27,8 @@ void time_direction(Conv4x4Args args, double flops) {
   pack.weight = memory.random(16 * g.small_channels * g.large_channels, DataType::float32);
   pack.packed = memory.bytes(conv4x4s2_packed_bytes(pack));
   args.packed_weight = pack.packed;
-  const double packing = microseconds([&] { return conv4x4s2_pack_launch(&pack, 1, stream); });
-  const auto loop = [&] { return conv4x4s2_launch(args, stream); };
+  const double packing = microseconds([&](int) { return conv4x4s2_pack_launch(&pack, 1, stream); });
+  const auto loop = [&](int) { return conv4x4s2_launch(args, stream); };
   const bool taken = conv4x4s2_takes(args);
   const double store = taken ? microseconds(loop) : 0.0;
   if (args.type == DataType::float32) {
@@ -121,7 +46,7 @@ void time_direction(Conv4x4Args args, double flops) {
   norm.channels = channels, norm.tiles = tiles, norm.count = 1000;
   norm.mean = memory.floats(channels), norm.invstd = memory.floats(channels);
   norm.scale = memory.floats(channels), norm.shift = memory.floats(channels);
-  const double merge = microseconds([&] { return batch_norm_forward_launch(norm, stream); });
+  const double merge = microseconds([&](int) { return batch_norm_forward_launch(norm, stream); });
 
   args.epilogue.kind = Conv4x4Epilogue::Kind::activation_backward;
   args.epilogue.activation = {Activation::leaky_relu, 0.2f};
@@ -157,18 +82,18 @@ void time_layer(int64_t batch, int64_t large_size, int64_t large_channels, int64
   args.grad_weight = memory.floats(16 * small_channels * large_channels);
   if (!conv4x4s2_takes(args)) return static_cast<void>(std::printf(" | weight gradient      -\n"));
   args.workspace = memory.bytes(conv4x4s2_weight_gradient_workspace_bytes(args));
-  const double weight_gradient = microseconds([&] { return conv4x4s2_weight_gradient_launch(args, stream); });
+  const double weight_gradient = microseconds([&](int) { return conv4x4s2_weight_gradient_launch(args, stream); });
   if (type == DataType::float32) return static_cast<void>(std::printf(" | weight gradient %6.1f\n", weight_gradient));
 
   const BnActShape shape{batch * small_size * small_size, small_channels, 1};
   float *scale = memory.floats(small_channels), *shift = memory.floats(small_channels);
   void* output = memory.bytes(static_cast<size_t>(small_elements * size_of(type)));
   const ScaleShiftActArgs activate{shape, type, small, scale, shift, {Activation::relu, 0.0f}, output};
-  const double activation = microseconds([&] { return scale_shift_act_launch(activate, stream); });
+  const double activation = microseconds([&](int) { return scale_shift_act_launch(activate, stream); });
   BnActBackwardArgs apply;
   apply.shape = shape, apply.type = type, apply.grad_output = apply.grad_input = output, apply.input = small;
   apply.weight = apply.invstd = apply.b = apply.c = scale;
-  const double application = microseconds([&] { return bn_act_backward_apply_launch(apply, stream); });
+  const double application = microseconds([&](int) { return bn_act_backward_apply_launch(apply, stream); });
   std::printf(" | weight gradient %6.1f (%3.0f TFLOP/s) | activate %5.1f  apply %5.1f\n", weight_gradient,
               flops / weight_gradient * 1e-6, activation, application);
 }
@@ -180,7 +105,6 @@ int main(int argc, char** argv) {
   const DataType type = argc > 2 && std::strcmp(argv[2], "tf32") == 0 ? DataType::float32 : DataType::bfloat16;
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, 0));
-  check(cudaStreamCreate(&stream));
   std::printf("%s, batch %d, %s\n", properties.name, static_cast<int>(batch), type == DataType::float32 ? "TF32" : "bfloat16");
   time_layer(batch, 64, 3, 64, 2, type);
   time_layer(batch, 32, 64, 128, 2, type);

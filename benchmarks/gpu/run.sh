@@ -11,7 +11,8 @@
 #     native      200 + 60 the kernels' own tests, without PyTorch (built beside install)
 #     sanitize    60       compute-sanitizer over them (built if native is left out)
 #     pytest      150      the CUDA tests
-#     main_loops  200 + 40 the kernels alone, batch 128 and 1024 (built beside install)
+#     main_loops  200 + 40 the loops of the convolutions alone, batch 128 and 1024 (built beside install)
+#     memory_kernels 200 + 40 the kernels that memory bounds, alone (built beside install)
 #     cudnn       70       each direction of each convolution against cuDNN's
 #     ops         90       each layer, and CatGAN's loss
 #     train_step  260      whole training steps
@@ -25,7 +26,7 @@ cd "$(dirname "$0")/../.."
 here=$PWD
 out=$(mkdir -p "${1:?usage: benchmarks/gpu/run.sh OUT_DIR [STEP...]}" && cd "$1" && pwd)
 shift
-known="environment install native sanitize pytest main_loops cudnn ops train_step profile"
+known="environment install native sanitize pytest main_loops memory_kernels cudnn ops train_step profile"
 wanted=" ${*:-$known} "
 for name in $wanted; do
   [[ " $known " == *" $name "* ]] || { echo "run.sh: no step '$name'; there are: $known" >&2; exit 2; }
@@ -93,9 +94,13 @@ build_main_loops() {
   nvcc_for "$1" benchmarks/gpu/main_loops.cpp csrc/cuda/conv4x4s2.cu csrc/cuda/bn_act.cu -o "$work/main_loops"
 }
 
+build_memory_kernels() {
+  nvcc_for "$1" benchmarks/gpu/memory_kernels.cpp csrc/cuda/bn_act.cu csrc/cuda/softmax_entropy.cu -o "$work/memory_kernels"
+}
+
 run_main_loops() { "$work/main_loops" 128 && "$work/main_loops" 1024 && "$work/main_loops" 128 tf32; }
 
-export -f environment install nvcc_for build_native build_main_loops run_main_loops architecture
+export -f environment install nvcc_for build_native build_main_loops build_memory_kernels run_main_loops architecture
 export work wheel here
 
 : > "$out/summary.txt"
@@ -104,6 +109,7 @@ wants environment && step environment 60 bash -c environment
 wants install && step install 300 bash -c install &
 arch=$(architecture)
 wants main_loops && step build_main_loops 200 bash -c "build_main_loops $arch" &
+wants memory_kernels && step build_memory_kernels 200 bash -c "build_memory_kernels $arch" &
 if wants native || wants sanitize; then
   for stem in $stems; do step "build_$stem" 200 bash -c "build_native $stem $arch" & done
 fi
@@ -124,6 +130,7 @@ wants pytest && step pytest 150 python3 -m pytest -o addopts= -q -k cuda -p no:c
   --ignore="$here/tests/test_cuda_adam_host.py" --ignore="$here/tests/test_cuda_compile.py" \
   --ignore="$here/tests/test_docs.py" --ignore="$here/tests/test_notebook.py"
 wants main_loops && shown_step main_loops 40 bash -c run_main_loops
+wants memory_kernels && shown_step memory_kernels 40 "$work/memory_kernels"
 measure="$here/benchmarks/gpu"
 wants cudnn && shown_step cudnn 70 python3 "$measure/cudnn.py" --output "$out/cudnn.json" ${CUDNN_OPTIONS:-}
 wants ops && shown_step ops 90 python3 "$measure/ops.py" --output "$out/ops.json" ${OPS_OPTIONS:-}
