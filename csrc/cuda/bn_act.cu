@@ -634,15 +634,9 @@ __global__ void __launch_bounds__(kMergeThreads) batch_norm_backward_kernel(Merg
 // Calls f(T{}, planar) with the storage type and the layout as compile-time values.
 template <typename F>
 cudaError_t dispatch(DataType type, const BnActShape& shape, const F& f) {
-  const auto layout = [&](auto zero) {
+  return dispatch_type(type, [&](auto zero) {
     return shape.inner > 1 ? f(zero, std::true_type{}) : f(zero, std::false_type{});
-  };
-  switch (type) {
-    case DataType::float32: return layout(float{});
-    case DataType::bfloat16: return layout(BFloat16{});
-    case DataType::float16: return layout(Half{});
-  }
-  return cudaErrorInvalidValue;
+  });
 }
 
 dim3 grid_of(const Traversal& t) { return dim3(static_cast<unsigned>(t.tiles * t.channel_blocks)); }

@@ -55,17 +55,6 @@ WindowOperand make_operand(const void* x, int64_t height, int64_t width, int64_t
   return o;
 }
 
-// Calls f(T{}) for a storage type.
-template <typename F>
-cudaError_t dispatch_type(DataType type, const F& f) {
-  switch (type) {
-    case DataType::bfloat16: return f(BFloat16{});
-    case DataType::float16: return f(Half{});
-    case DataType::float32: return f(float{});
-  }
-  return cudaErrorInvalidValue;
-}
-
 // Calls f(Math{}) for the arithmetic of a storage type in the loops that take any layer.
 template <typename F>
 cudaError_t dispatch_math(DataType type, const F& f) {

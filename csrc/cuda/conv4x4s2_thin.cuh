@@ -39,8 +39,8 @@ struct alignas(8) ThinPair {
   float first, second;
 };
 
-// Tiles of the small grid, and the image rows under them.
-struct ThinTiles {
+// Tiles of the small grid: whole rows.
+struct ThinGrid {
   const void* image;  // [batch, large_height, large_width, channels]
   int small_height, small_width, large_height;
   int row_elements;  // of an image row: large_width * channels
@@ -48,19 +48,23 @@ struct ThinTiles {
   int tiles;         // of the batch
   FastDivisor tiles_per_image;
   FastDivisor width;  // small_width
+};
+
+// And the image rows under them, in 16 bits.
+struct ThinTiles : ThinGrid {
   FastDivisor pairs;  // of elements, in a staged row
   int words;          // staged a tile, two elements each
   int row_stride;     // of a staged row, in elements; even
   bool paired;        // the image can be read in words
 };
 
-__device__ __forceinline__ int thin_row_of_tile(const ThinTiles& t, int tile, int& n) {
+__device__ __forceinline__ int thin_row_of_tile(const ThinGrid& t, int tile, int& n) {
   n = t.tiles_per_image.divide(tile);
   return (tile - n * static_cast<int>(t.tiles_per_image.divisor)) * t.rows;
 }
 
 // First pixel of a tile, counted through the batch, and how many it has: whole rows, one after the other.
-__device__ __forceinline__ int64_t thin_pixels(const ThinTiles& t, int tile, int& count) {
+__device__ __forceinline__ int64_t thin_pixels(const ThinGrid& t, int tile, int& count) {
   int n;
   const int row = thin_row_of_tile(t, tile, n);
   const int rows = t.small_height - row;
@@ -846,8 +850,9 @@ inline int thin_rows(const Conv4x4Geometry& g) {
   return most == 0 ? 0 : static_cast<int>(divide_up(g.small_height, divide_up(g.small_height, most)));
 }
 
-inline ThinTiles thin_tiles(const Conv4x4Geometry& g, const void* image) {
-  ThinTiles t{};
+// Without tiles if not even one row fits.
+inline ThinGrid thin_grid(const Conv4x4Geometry& g, const void* image) {
+  ThinGrid t{};
   t.image = image;
   t.small_height = static_cast<int>(g.small_height), t.small_width = static_cast<int>(g.small_width);
   t.large_height = static_cast<int>(g.large_height);
@@ -858,6 +863,13 @@ inline ThinTiles thin_tiles(const Conv4x4Geometry& g, const void* image) {
   t.tiles = static_cast<int>(g.batch * tiles_per_image);
   t.tiles_per_image = FastDivisor(tiles_per_image);
   t.width = FastDivisor(g.small_width);
+  return t;
+}
+
+inline ThinTiles thin_tiles(const Conv4x4Geometry& g, const void* image) {
+  ThinTiles t{};
+  static_cast<ThinGrid&>(t) = thin_grid(g, image);
+  if (t.tiles == 0) return t;
   // From the margin to the last window's last pixel.
   const int64_t pairs = divide_up(kThinMargin + (2 * g.small_width + 1) * g.large_channels, 2);
   t.pairs = FastDivisor(pairs);

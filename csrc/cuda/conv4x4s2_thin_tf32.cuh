@@ -23,54 +23,29 @@ constexpr int kTf32SumPadding = 8;   // of a row of products: nor do the four wo
 
 // ---- down and weight gradient: tiles of whole rows -------------------------------------------------------------------
 
-struct Tf32Tiles {
-  const float* image;  // [batch, large_height, large_width, channels]
-  int small_height, small_width, large_height;
-  int row_elements;  // of an image row: large_width * channels
-  int rows;          // of the small grid, in a tile
-  int tiles;         // of the batch
-  FastDivisor tiles_per_image, width;
+struct Tf32Tiles : ThinGrid {
   FastDivisor row_stride;  // of a staged row: a pixel of padding, and as far as the last window reaches
   int staged;              // elements
 };
 
 inline Tf32Tiles tf32_tiles(const Conv4x4Geometry& g, const void* image) {
   Tf32Tiles t{};
-  t.image = static_cast<const float*>(image);
-  t.small_height = static_cast<int>(g.small_height), t.small_width = static_cast<int>(g.small_width);
-  t.large_height = static_cast<int>(g.large_height);
-  t.row_elements = static_cast<int>(g.large_width * g.large_channels);
-  t.rows = thin_rows(g);
-  const int64_t tiles_per_image = divide_up(g.small_height, t.rows);
-  t.tiles = static_cast<int>(g.batch * tiles_per_image);
-  t.tiles_per_image = FastDivisor(tiles_per_image);
-  t.width = FastDivisor(g.small_width);
+  static_cast<ThinGrid&>(t) = thin_grid(g, image);
   t.row_stride = FastDivisor((2 * g.small_width + 2) * g.large_channels);
   t.staged = static_cast<int>((2 * t.rows + 2) * t.row_stride.divisor);
   return t;
 }
 
-struct Tf32Tile {
-  int image, first_row, pixels;  // pixels: those of whole rows, one after the other
-  int64_t first_pixel;           // counted through the batch
-
-  __device__ Tf32Tile(const Tf32Tiles& t, int tile) {
-    image = t.tiles_per_image.divide(tile);
-    first_row = (tile - image * static_cast<int>(t.tiles_per_image.divisor)) * t.rows;
-    const int rows = t.small_height - first_row;
-    pixels = (rows < t.rows ? rows : t.rows) * t.small_width;
-    first_pixel = (int64_t{image} * t.small_height + first_row) * t.small_width;
-  }
-};
-
 // Copies the image rows under a tile ahead.
 template <int kChannels>
-__device__ __forceinline__ void copy_image_rows(const Tf32Tiles& t, const Tf32Tile& tile, float* stage) {
-  const float* image = t.image + int64_t{tile.image} * t.large_height * t.row_elements;
+__device__ __forceinline__ void copy_image_rows(const Tf32Tiles& t, int tile, float* stage) {
+  int n;
+  const int first_row = 2 * thin_row_of_tile(t, tile, n) - 1;
+  const float* image = static_cast<const float*>(t.image) + int64_t{n} * t.large_height * t.row_elements;
 #pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x); i < t.staged; i += kThinThreads) {
     const int row = t.row_stride.divide(i);
-    const int element = i - row * static_cast<int>(t.row_stride.divisor) - kChannels, h = 2 * tile.first_row - 1 + row;
+    const int element = i - row * static_cast<int>(t.row_stride.divisor) - kChannels, h = first_row + row;
     const bool exists = static_cast<unsigned>(h) < static_cast<unsigned>(t.large_height) &&
                         static_cast<unsigned>(element) < static_cast<unsigned>(t.row_elements);
     copy_async_word(stage + i, exists ? image + int64_t{h} * t.row_elements + element : image, exists);
@@ -114,7 +89,7 @@ __global__ void __launch_bounds__(kThinThreads, kChannels > 3 ? 1 : 2) tf32_down
   const Tf32Tiles& t = p.tiles;
   float* stages = static_cast<float*>(shared_memory());
   const int first_tile = static_cast<int>(blockIdx.x), tile_step = static_cast<int>(gridDim.x);
-  copy_image_rows<kChannels>(t, Tf32Tile(t, first_tile), stages);
+  copy_image_rows<kChannels>(t, first_tile, stages);
   copy_async_commit();
 
   uint32_t weights[kSteps][4][2];
@@ -132,12 +107,12 @@ __global__ void __launch_bounds__(kThinThreads, kChannels > 3 ? 1 : 2) tf32_down
   for (int r = 0; r < 4; ++r) windows[r] = tf32_window<kChannels>(t, first_pixel + group + r * 8);
 
   int current = 0;
-  for (int index = first_tile; index < t.tiles; index += tile_step, current ^= 1) {
+  for (int tile = first_tile; tile < t.tiles; tile += tile_step, current ^= 1) {
     const float* stage = stages + current * t.staged;
     copy_async_wait<0>();
     block_barrier();  // this tile's rows are complete, and everyone has left those that are overwritten from here on
-    if (index + tile_step < t.tiles) {
-      copy_image_rows<kChannels>(t, Tf32Tile(t, index + tile_step), stages + (current ^ 1) * t.staged);
+    if (tile + tile_step < t.tiles) {
+      copy_image_rows<kChannels>(t, tile + tile_step, stages + (current ^ 1) * t.staged);
       copy_async_commit();
     }
     float sums[2][4][4] = {};
@@ -154,7 +129,8 @@ __global__ void __launch_bounds__(kThinThreads, kChannels > 3 ? 1 : 2) tf32_down
       }
     }
 
-    const Tf32Tile tile(t, index);
+    int count;
+    const int64_t tile_pixel = thin_pixels(t, tile, count);
     ThinPair bias[4] = {};
     if (p.bias != nullptr) {
 #pragma unroll
@@ -167,8 +143,8 @@ __global__ void __launch_bounds__(kThinThreads, kChannels > 3 ? 1 : 2) tf32_down
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const int pixel = first_pixel + group + r * 8;
-        if (pixel >= tile.pixels) continue;
-        float* output = p.output + (tile.first_pixel + pixel) * p.small_channels + first_channel + member * 2;
+        if (pixel >= count) continue;
+        float* output = p.output + (tile_pixel + pixel) * p.small_channels + first_channel + member * 2;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const float* sum = sums[r / 2][j] + r % 2 * 2;
@@ -208,15 +184,16 @@ __global__ void __launch_bounds__(kThinThreads, 1) tf32_weight_gradient_kernel(T
 
   // This lane's four pixels of a tile, two times four channels each.
   float4 ahead[4][2];
-  const auto load_ahead = [&](int tile_index, float* stage) {
-    const Tf32Tile tile(t, tile_index);
+  const auto load_ahead = [&](int tile, float* stage) {
+    int count;
+    const int64_t tile_pixel = thin_pixels(t, tile, count);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int pixel = warp_pixel + r * 4;
-      const float* row = p.small + (tile.first_pixel + pixel) * p.small_channels + block_channel + group * 4;
+      const float* row = p.small + (tile_pixel + pixel) * p.small_channels + block_channel + group * 4;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        ahead[r][h] = pixel < tile.pixels ? *reinterpret_cast<const float4*>(row + h * 32) : float4{0.0f, 0.0f, 0.0f, 0.0f};
+        ahead[r][h] = pixel < count ? *reinterpret_cast<const float4*>(row + h * 32) : float4{0.0f, 0.0f, 0.0f, 0.0f};
       }
     }
     copy_image_rows<kChannels>(t, tile, stage);

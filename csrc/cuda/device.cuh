@@ -292,6 +292,17 @@ __device__ __forceinline__ void unpack_pair(uint32_t word, float (&values)[2], T
   values[1] = to_float(T{static_cast<uint16_t>(word >> 16)});
 }
 
+// Calls f(T{}) for a storage type.
+template <typename F>
+cudaError_t dispatch_type(DataType type, const F& f) {
+  switch (type) {
+    case DataType::float32: return f(float{});
+    case DataType::bfloat16: return f(BFloat16{});
+    case DataType::float16: return f(Half{});
+  }
+  return cudaErrorInvalidValue;
+}
+
 // As many elements of T as 16 bytes hold, in float32.
 template <typename T>
 struct Vector {

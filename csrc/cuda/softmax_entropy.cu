@@ -916,16 +916,6 @@ size_t warp_bytes(const Plan& plan, int64_t classes) {
   return static_cast<size_t>(plan.threads) * (classes <= 256 ? 8 : 32) * sizeof(T);
 }
 
-template <typename F>
-cudaError_t dispatch(DataType type, const F& f) {
-  switch (type) {
-    case DataType::float32: return f(float{});
-    case DataType::bfloat16: return f(BFloat16{});
-    case DataType::float16: return f(Half{});
-  }
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace
 
 size_t softmax_entropy_workspace_bytes(const SoftmaxEntropyArgs& args) {
@@ -938,7 +928,7 @@ cudaError_t softmax_entropy_forward_launch(const SoftmaxEntropyArgs& args, cudaS
   const ForwardParams params{args, FastDivisor(classes), plan.vectors, plan.blocks,
                              static_cast<float*>(args.workspace)};
   const size_t common_bytes = kFinishBytes + share_bytes(classes), columns = classes + kExtra;
-  const cudaError_t error = dispatch(args.type, [&](auto zero) {
+  const cudaError_t error = dispatch_type(args.type, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kSize = Vector<T>::kSize;
     const auto run = [&](void (*kernel)(ForwardParams), size_t bytes) {
@@ -966,7 +956,7 @@ cudaError_t softmax_entropy_backward_launch(const SoftmaxEntropyArgs& args, cuda
   const int64_t classes = args.classes;
   const Plan plan(args, reads_vectors(args) && is_aligned16(args.grad_logits), false);
   const BackwardParams params{args, FastDivisor(classes), plan.vectors};
-  return dispatch(args.type, [&](auto zero) {
+  return dispatch_type(args.type, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kSize = Vector<T>::kSize;
     const auto run = [&](void (*kernel)(BackwardParams), size_t bytes) {
