@@ -95,17 +95,18 @@ Conv4x4Direction backward_direction(const ConvLayer& layer) {
 Tensor run_main_loop(const std::optional<Conv4x4Geometry>& geometry, Conv4x4Direction direction, const Tensor& images,
                      const Tensor& weight, IntArrayRef sizes, cuda::Conv4x4Epilogue& epilogue, Tensor& tiles) {
   if (!geometry) return {};
-  const Tensor input = images.contiguous(kChannelsLast);
   cuda::Conv4x4Args args;
   args.geometry = *geometry;
   args.direction = direction;
-  args.type = cuda_type(input.scalar_type());
+  args.type = cuda_type(images.scalar_type());
   args.tf32 = allows_tf32();
   args.multiprocessors = multiprocessors();
-  args.input = input.const_data_ptr();
+  args.input = images.const_data_ptr();
   args.epilogue = epilogue;
   if (!conv4x4s2_takes(args)) return {};
 
+  const Tensor input = images.contiguous(kChannelsLast);
+  args.input = input.const_data_ptr();
   const Tensor dense_weight = weight.contiguous(weight_format(weight));
   cuda::Conv4x4PackArgs pack{*geometry,
                              direction,
@@ -150,15 +151,17 @@ std::tuple<Tensor, Tensor> gradients_of_convolution(const Tensor& grad, const Te
       grad_input = run_main_loop(geometry, backward_direction(layer), dy, weight, input.sizes(), epilogue, no_tiles);
       if (grad_input.defined()) grad_input = grad_input.contiguous(input.suggest_memory_format());
     }
-    const Tensor x = want_weight ? input.contiguous(kChannelsLast) : input;
     cuda::Conv4x4WeightGradientArgs args;
     args.geometry = *geometry;
     args.type = cuda_type(input.scalar_type());
     args.tf32 = allows_tf32();
     args.multiprocessors = multiprocessors();
-    args.small = layer.transposed ? x.const_data_ptr() : dy.const_data_ptr();
-    args.large = layer.transposed ? dy.const_data_ptr() : x.const_data_ptr();
+    (layer.transposed ? args.large : args.small) = dy.const_data_ptr();
+    const void*& images = layer.transposed ? args.small : args.large;
+    images = input.const_data_ptr();
     if (want_weight && conv4x4s2_takes(args)) {
+      const Tensor x = input.contiguous(kChannelsLast);
+      images = x.const_data_ptr();
       grad_weight = at::empty(weight.sizes(), weight.options().memory_format(weight_format(weight)));
       args.weight_type = cuda_type(weight.scalar_type());
       args.weight_layout = weight_layout(weight_format(weight));
