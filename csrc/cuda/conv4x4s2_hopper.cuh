@@ -410,7 +410,7 @@ __global__ void FASTGAN_CLUSTER(kCluster) __launch_bounds__(256, kBlocks)
 }
 
 // Main loop W, as weight_gradient_kernel: a stage holds 64 pixels, each operand in blocks of 64 channels. A tile has 64 channels of the
-// large operand at four taps, r and r + 2 by s and s + 2. The blocks of a cluster have the same rows. The blocks of a cluster have the same rows.
+// large operand at four taps, r and r + 2 by s and s + 2. The blocks of a cluster have the same rows.
 constexpr int kStagePixels = 64, kTileTaps = 4;
 using WeightTile = WarpgroupTile<kTileTaps * 64>;
 
@@ -489,8 +489,8 @@ __global__ void FASTGAN_CLUSTER(kCluster) __launch_bounds__(256, 1)
 
 // ---- tensor maps ---------------------------------------------------------------------------------------------------
 
-// Of a dense [sizes[3], sizes[2], sizes[1], sizes[0]] tensor, whose float32 numbers arrive rounded to TF32; its boxes have `box` elements, of which every step-th
-// one is taken in dimensions 1 and 2.
+// Of a dense [sizes[3], sizes[2], sizes[1], sizes[0]] tensor, whose float32 numbers arrive rounded to TF32; its boxes have `box` elements,
+// of which every step-th one is taken in dimensions 1 and 2.
 inline cudaError_t make_box_map(CUtensorMap& map, DataType type, const void* data, const uint64_t (&sizes)[4], const uint32_t (&box)[4],
                                 uint32_t step) {
   using Encode = decltype(&cuTensorMapEncodeTiled);

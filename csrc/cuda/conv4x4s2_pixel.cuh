@@ -11,6 +11,7 @@
 
 #include "activation.cuh"
 #include "conv4x4s2_operand.cuh"
+#include "conv4x4s2_product.cuh"
 #include "conv4x4s2_weight.cuh"
 #include "reduce.cuh"
 
@@ -209,7 +210,7 @@ inline bool takes_pixel(const Conv4x4Args& args) {
   const Conv4x4Epilogue& e = args.epilogue;
   if (!is_to_pixel(args.geometry)) return false;
   if (args.direction == Conv4x4Direction::down) {
-    return (e.kind == Kind::store || e.kind == Kind::bias_activation) && is_aligned16(args.input);
+    return has_plain_epilogue(args) && is_aligned16(args.input);
   }
   return (e.kind == Kind::store || e.kind == Kind::activation_backward) &&
          args.geometry.large_channels % (16 / size_of(args.type)) == 0 && is_aligned16(args.output) &&
@@ -220,14 +221,13 @@ inline bool takes_pixel(const Conv4x4Args& args) {
 template <typename T>
 cudaError_t pixel_down_launch(const Conv4x4Args& args, cudaStream_t stream) {
   const Conv4x4Geometry& g = args.geometry;
-  const bool activated = args.epilogue.kind == Conv4x4Epilogue::Kind::bias_activation;
   const PixelDownParams params{args.input,
                                args.packed_weight,
                                args.output,
                                static_cast<int>(kTaps * g.large_channels),
                                static_cast<int>(g.small_channels),
                                args.epilogue.bias,
-                               activated ? args.epilogue.activation : ActivationSpec{}};
+                               activation_of(args.epilogue)};
   return dispatch_pixel_channels(g.small_channels, [&](auto channels) {
     constexpr size_t kSharedBytes = channels.value * kPixelDownThreads / kWarpSize * sizeof(float);
     return launch(pixel_down_kernel<T, channels.value>, dim3(static_cast<unsigned>(g.batch)), kPixelDownThreads,

@@ -303,19 +303,20 @@ __device__ __forceinline__ void write_row(const float (&x)[kMaxClasses], int cla
   }
 }
 
-// The tiles of one warp: 32 rows each, in shared memory side by side without gaps, kStages of them. With as wide an
+constexpr int kTileStages = 2;  // the tile that a warp works on, and the next
+
+// The tiles of one warp: 32 rows each, in shared memory side by side without gaps, kTileStages of them. With as wide an
 // access as the number of classes allows, lanes that walk their rows meet no bank conflict but with 8 and 16 classes.
 // kAll: the number of classes is kMaxClasses.
 template <typename T, int kMaxClasses, bool kAll>
 struct Tiles {
-  static constexpr int kStages = 2;
   static constexpr int kSize = Vector<T>::kSize;
 
   const SoftmaxEntropyArgs& p;
   const FastDivisor divisor;
   const bool vectors;
   const int classes, lane;
-  T* const memory;  // [kStages, kWarpSize, classes]
+  T* const memory;  // [kTileStages, kWarpSize, classes]
 
   __device__ Tiles(const SoftmaxEntropyArgs& args, const FastDivisor& divisor_in, bool vectors_in)
       : p(args),
@@ -323,7 +324,7 @@ struct Tiles {
         vectors(vectors_in),
         classes(kAll ? kMaxClasses : static_cast<int>(args.classes)),
         lane(lane_index()),
-        memory(reinterpret_cast<T*>(kernel_memory(classes)) + warp_index() * kStages * kWarpSize * classes) {}
+        memory(reinterpret_cast<T*>(kernel_memory(classes)) + warp_index() * kTileStages * kWarpSize * classes) {}
 
   __device__ int count() const { return static_cast<int>((p.rows + kWarpSize - 1) / kWarpSize); }
   __device__ T* tile_memory(int stage) const { return memory + stage * kWarpSize * classes; }
@@ -354,9 +355,9 @@ struct Tiles {
     copy_async_commit();
   }
 
-  // Waits for the oldest of kStages - 1 tiles that were started.
+  // Waits for the oldest of kTileStages - 1 tiles that were started.
   __device__ void wait() const {
-    copy_async_wait<kStages - 2>();
+    copy_async_wait<kTileStages - 2>();
     warp_barrier();
   }
 
@@ -411,15 +412,15 @@ __global__ void __launch_bounds__(kThreads, thread_blocks(kAll)) forward_thread_
   const int step = static_cast<int>(gridDim.x) * warp_count(), count = tiles.count();
   int tile = warp_index() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
 #pragma unroll 1
-  for (int stage = 0; stage < Walk::kStages - 1; ++stage) tiles.start(tile + stage * step, stage);
+  for (int stage = 0; stage < kTileStages - 1; ++stage) tiles.start(tile + stage * step, stage);
   ThreadSums<kMaxClasses> sums;
-  for (int stage = 0; tile < count; tile += step, stage = (stage + 1) % Walk::kStages) {
+  for (int stage = 0; tile < count; tile += step, stage = (stage + 1) % kTileStages) {
     const int64_t row = int64_t{tile} * kWarpSize + tiles.lane;
     const bool active = row < p.rows;
     int64_t label = -1;
     const bool labeled = active && carries_label(p, row, label);
     tiles.wait();
-    tiles.start(tile + (Walk::kStages - 1) * step, (stage + Walk::kStages - 1) % Walk::kStages);
+    tiles.start(tile + (kTileStages - 1) * step, (stage + kTileStages - 1) % kTileStages);
     if (!active) continue;
     float x[kMaxClasses];
     tiles.read(stage, x);
@@ -440,20 +441,20 @@ __global__ void __launch_bounds__(kThreads, thread_blocks(kAll)) backward_thread
   const int step = static_cast<int>(gridDim.x) * warp_count();
   int tile = tiles.count() - 1 - (warp_index() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x));
 #pragma unroll 1
-  for (int stage = 0; stage < Walk::kStages - 1; ++stage) tiles.start(tile - stage * step, stage);
+  for (int stage = 0; stage < kTileStages - 1; ++stage) tiles.start(tile - stage * step, stage);
   const Gradients g(p);
   float of_mean[kMaxClasses];
 #pragma unroll
   for (int k = 0; k < kMaxClasses; ++k) of_mean[k] = k < classes ? p.mean_probabilities[k] : 0.0f;
 #pragma unroll
   for (int k = 0; k < kMaxClasses; ++k) of_mean[k] = g.of_mean(of_mean[k]);
-  for (int stage = 0; tile >= 0; tile -= step, stage = (stage + 1) % Walk::kStages) {
+  for (int stage = 0; tile >= 0; tile -= step, stage = (stage + 1) % kTileStages) {
     const int64_t row = int64_t{tile} * kWarpSize + tiles.lane;
     const bool active = row < p.rows;
     int64_t label = -1;
     const bool labeled = active && carries_label(p, row, label);
     tiles.wait();
-    tiles.start(tile - (Walk::kStages - 1) * step, (stage + Walk::kStages - 1) % Walk::kStages);
+    tiles.start(tile - (kTileStages - 1) * step, (stage + kTileStages - 1) % kTileStages);
     if (active) {
       float x[kMaxClasses];
       tiles.read(stage, x);
@@ -908,7 +909,7 @@ Plan forward_plan(const SoftmaxEntropyArgs& args) { return Plan(args, reads_vect
 // Of the tiles or rows in flight, kept in shared memory.
 template <typename T>
 size_t thread_bytes(const Plan& plan, int64_t classes) {
-  return static_cast<size_t>(plan.threads * classes) * Tiles<T, 10, false>::kStages * sizeof(T);
+  return static_cast<size_t>(plan.threads * classes) * kTileStages * sizeof(T);
 }
 
 template <typename T>

@@ -249,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cuda(
   const auto geometry = known_geometry(input, weight, layer, sizes);
   const bool with_statistics = training && geometry && takes_every_layer(input);
   cuda::BatchNormForwardArgs batch_norm;
-  const Tensor float_bias = as_float(bias);
+  const Tensor float_bias = geometry ? as_float(bias) : Tensor();
   cuda::Conv4x4Epilogue epilogue;
   epilogue.kind = with_statistics ? cuda::Conv4x4Epilogue::Kind::statistics : cuda::Conv4x4Epilogue::Kind::store;
   epilogue.bias = floats(float_bias);
@@ -394,14 +394,14 @@ Tensor conv_act_forward_cuda(const Tensor& input, const Tensor& weight, const Op
     return dense(activate(convolution(input, weight, bias, layer), activation.kind, negative_slope));
   }
   const auto sizes = output_sizes(input, weight, layer);
-  const Tensor float_bias = as_float(bias);
+  const auto geometry = known_geometry(input, weight, layer, sizes);
+  const Tensor float_bias = geometry ? as_float(bias) : Tensor();
   cuda::Conv4x4Epilogue epilogue;
   epilogue.kind = cuda::Conv4x4Epilogue::Kind::bias_activation;
   epilogue.bias = floats(float_bias);
   epilogue.activation = activation;
   Tensor no_tiles;
-  const Tensor output = run_main_loop(known_geometry(input, weight, layer, sizes), forward_direction(layer), input, weight,
-                                      sizes, epilogue, no_tiles);
+  const Tensor output = run_main_loop(geometry, forward_direction(layer), input, weight, sizes, epilogue, no_tiles);
   if (output.defined()) return in_output_format(output, input, weight);
   const Tensor y = dense(convolution(input, weight, bias, layer));
   if (activation.kind == Activation::identity || y.numel() == 0) return y;
