@@ -94,6 +94,10 @@ TORCH_LIBRARY(fastgan, m) {
       "Tensor statistics, int[] layers, float[] numbers, int[] output_mask, str process_group='', int processes=1) "
       "-> Tensor[]");
 
+  // input.contiguous() in one of the memory formats, and the copy that it makes of images of 2 to 4 channels on the CPU.
+  m.def("contiguous_images(Tensor(a) input, bool channels_last) -> Tensor(a)");
+  m.def("convert_images(Tensor input, bool channels_last) -> Tensor");
+
   // A run of a perceptron's layers; csrc/ops/linear_stack.cpp says how they are written. seeds: int64, one of the noise on the input
   // and one a layer. forward: (output, saved); `save` is 0 for nothing, 1 for what input gradients need, 2 for weights' too.
   m.def(

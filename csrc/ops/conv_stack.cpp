@@ -32,6 +32,7 @@
 #include "../cpu/from_pixel.h"
 #include "../cpu/to_pixel.h"
 #include "held_gradients.h"
+#include "image_format.h"
 #include "kept_memory.h"
 
 namespace fastgan {
@@ -297,7 +298,7 @@ Tensor unflat(const Tensor& matrix, int64_t channels, int64_t height, int64_t wi
   return matrix.as_strided({matrix.size(0), channels, height, width}, {height * width * channels, 1, width * channels, channels});
 }
 
-Tensor dense_channels_last(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
+Tensor dense_channels_last(const Tensor& t) { return contiguous_images(t, at::MemoryFormat::ChannelsLast); }
 
 constexpr int64_t kZeros[2] = {0, 0}, kOnes[2] = {1, 1};
 
@@ -837,7 +838,7 @@ OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, cons
   const ProcessGroup group = one.together ? bn->group : ProcessGroup{};
   const Tensor output = conv_stack(input, parameters, running, integers, numbers, group.name, group.size);
   const bool channels_last = !from_pixel || weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  return channels_last ? output : output.contiguous();
+  return channels_last ? output : contiguous_images(output, at::MemoryFormat::Contiguous);
 }
 
 TORCH_LIBRARY_IMPL(fastgan, CompositeImplicitAutograd, m) { m.impl("conv_stack", &conv_stack); }

@@ -22,7 +22,7 @@ from fastgan.nn.modules import BatchNormCall, GaussianNoise, conv_arguments, run
 from fastgan.nn.report import Fusion, FusionReport
 from fastgan.nn.sync_batch_norm import SyncBatchNorm
 from fastgan.ops._conv import activate
-from fastgan.ops.conv_stack import StackCall
+from fastgan.ops.conv_stack import StackCall, contiguous
 from fastgan.ops.linear_stack import LinearStackCall, linear_stack_gains
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
@@ -485,7 +485,8 @@ def _run(layers, input):
             return output
     if keeps_channels_last:
         return output
-    output = output.contiguous()
+    if not output.is_contiguous():
+        output = contiguous(output)
     if output.shape[1] == 1 and output.stride(1) == 1:
         # The bytes are the same in both formats, and only the strides tell the next layer which one it is.
         output = output.flatten().view(output.shape)
