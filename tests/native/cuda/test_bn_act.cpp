@@ -25,27 +25,6 @@ struct Case {
   int64_t channel_of(int64_t i) const { return i / shape.inner % shape.channels; }
 };
 
-double act(ActivationSpec a, double z) {
-  switch (a.kind) {
-    case Activation::relu: return z > 0 ? z : 0;
-    case Activation::leaky_relu: return z > 0 ? z : z * double{a.negative_slope};
-    case Activation::tanh: return std::tanh(z);
-    case Activation::sigmoid: return 1 / (1 + std::exp(-z));
-    default: return z;
-  }
-}
-
-double act_derivative(ActivationSpec a, double z) {
-  const double y = act(a, z);
-  switch (a.kind) {
-    case Activation::relu: return z > 0;
-    case Activation::leaky_relu: return z > 0 ? 1 : double{a.negative_slope};
-    case Activation::tanh: return 1 - y * y;
-    case Activation::sigmoid: return y * (1 - y);
-    default: return 1;
-  }
-}
-
 StatisticsTiles tiles_in(Buffer& buffer, int64_t tiles, int64_t channels) {
   return {tiles, 1, buffer.floats(), buffer.floats() + tiles * channels, buffer.floats() + 2 * tiles * channels};
 }

@@ -73,27 +73,6 @@ Values convolve(const Case& c, Conv4x4Direction direction, const Values& input, 
   return output;
 }
 
-double act(ActivationSpec a, double z) {
-  switch (a.kind) {
-    case Activation::relu: return z > 0 ? z : 0;
-    case Activation::leaky_relu: return z > 0 ? z : z * double{a.negative_slope};
-    case Activation::tanh: return std::tanh(z);
-    case Activation::sigmoid: return 1 / (1 + std::exp(-z));
-    default: return z;
-  }
-}
-
-double act_derivative(ActivationSpec a, double z) {
-  const double y = act(a, z);
-  switch (a.kind) {
-    case Activation::relu: return z > 0;
-    case Activation::leaky_relu: return z > 0 ? 1 : double{a.negative_slope};
-    case Activation::tanh: return 1 - y * y;
-    case Activation::sigmoid: return y * (1 - y);
-    default: return 1;
-  }
-}
-
 // The same weight [small, large, 16] in the order of a layout.
 Values in_layout(const Case& c, Conv4x4WeightLayout layout, const Values& weight) {
   if (layout == Conv4x4WeightLayout::contiguous) return weight;

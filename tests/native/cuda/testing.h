@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "../../../csrc/cuda/bn_act.h"
 #include "../../../csrc/cuda/host/convert.h"
 #include "../../../csrc/cuda/runtime.h"
 
@@ -186,6 +187,28 @@ inline void expect_success(const std::string& what, cudaError_t error) {
 inline int report(const char* kernels, int cases) {
   std::printf("%s: %d cases, each in 3 thread orders, %d failures\n", kernels, cases, failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
+
+// What the activations' kernels compute.
+inline double act(ActivationSpec a, double z) {
+  switch (a.kind) {
+    case Activation::relu: return z > 0 ? z : 0;
+    case Activation::leaky_relu: return z > 0 ? z : z * double{a.negative_slope};
+    case Activation::tanh: return std::tanh(z);
+    case Activation::sigmoid: return 1 / (1 + std::exp(-z));
+    default: return z;
+  }
+}
+
+inline double act_derivative(ActivationSpec a, double z) {
+  const double y = act(a, z);
+  switch (a.kind) {
+    case Activation::relu: return z > 0;
+    case Activation::leaky_relu: return z > 0 ? 1 : double{a.negative_slope};
+    case Activation::tanh: return 1 - y * y;
+    case Activation::sigmoid: return y * (1 - y);
+    default: return 1;
+  }
 }
 
 }  // namespace fastgan::cuda::testing
