@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy
 import pytest
 import torch
 from conv_cases import OPS, TENSORS, dcgan_case, lay_out, random_case
@@ -176,6 +177,12 @@ def test_empty_batch_gives_empty_output_zero_gradients_and_no_update(op, device)
     assert all((gradient == 0).all() for gradient in gradients.values())
     before = case.make(torch.float32, device)[1]
     assert all(torch.equal(running[name], before[name]) for name in running)
+
+
+def test_integers_of_numpy_are_integers():
+    x, w, two = torch.randn(2, 3, 7, 6), torch.randn(4, 3, 3, 3), numpy.int64(2)
+    y = ops.conv2d_act(x, w, stride=two, padding=(two, 1), dilation=two)
+    torch.testing.assert_close(y, ops.conv2d_act(x, w, stride=2, padding=(2, 1), dilation=2))
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
