@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm
 
 import fastgan
@@ -225,6 +226,21 @@ def test_not_in_place_leaves_the_module_as_it_was_and_shares_its_parameters():
     fused(torch.randn(4, 16, 1, 1)).sum().backward()
     optimizer.step()
     assert all(not torch.equal(a, b) for a, b in zip(before, fused.parameters()))
+
+
+@pytest.mark.parametrize("change", [
+    lambda conv: nn.utils.weight_norm(conv), lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+], ids=["weight_norm", "prune"])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_not_in_place_takes_weights_that_hooks_compute(change):
+    plain = networks()[1].eval()
+    change(plain.main[2])
+    fused = fastgan.fuse(plain)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(1.5)
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
 def test_in_place_returns_the_module_itself_and_twice_is_once():

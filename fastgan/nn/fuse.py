@@ -83,6 +83,9 @@ def fuse(module, inplace=False, report=False):
         raise TypeError(f"fuse: module must be a torch.nn.Module, got {type(module).__name__}")
     if not inplace:
         tensors = [*module.parameters(), *module.buffers()]
+        # weight_norm and prune keep computed weights, which cannot be copied; at every call a hook computes them anew.
+        attributes = [value for child in module.modules() for value in vars(child).values()]
+        tensors += [value for value in attributes if isinstance(value, torch.Tensor) and not value.is_leaf]
         module = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
     found = {}
     for name, child in module.named_modules():
