@@ -281,6 +281,17 @@ def test_compiles_without_graph_breaks(device):
     assert_same(plain, fused, torch.randn(4, 3, 32, 32, device=device))
 
 
+@pytest.mark.parametrize("width", [8, 16])  # layer by layer, and as one operator
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_is_traced_or_exported_needs_no_fastgan(width, monkeypatch):
+    fused, x = fastgan.fuse(Discriminator(width)).eval(), torch.randn(2, 3, 32, 32)
+    traced = torch.jit.trace(fused, x)
+    assert "fastgan::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), fused(x), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert fused_calls(fused, x) == []
+
+
 def test_gradient_penalty_through_a_fused_discriminator():
     plain = networks()[1].double()
     fused = fastgan.fuse(copy.deepcopy(plain))
