@@ -333,6 +333,16 @@ def test_resume_from_an_unfit_file_is_one_line(tmp_path, content, message, capsy
     assert message in error and error.count("\n") == 1
 
 
+def test_resume_from_a_checkpoint_with_a_changed_byte_is_refused(tmp_path, tiny, capsys):
+    run(DCGANConfig, [*tiny, "--output", str(tmp_path), "--max-steps", "1"])
+    content = bytearray((tmp_path / "checkpoint.pt").read_bytes())
+    weight = checkpoint(tmp_path)["networks"]["generator"]["main.0.weight"].numpy().tobytes()
+    content[content.index(weight)] ^= 1
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    assert run(DCGANConfig, ["--resume", str(tmp_path)]) == 1
+    assert "checkpoint.pt: damaged, or not a checkpoint (wrong checksum of" in capsys.readouterr().err
+
+
 # --- what goes wrong while running
 
 

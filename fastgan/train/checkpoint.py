@@ -2,6 +2,7 @@
 
 import io
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,11 @@ def load_checkpoint(path: Path, family: str | None = None) -> dict[str, Any]:
     if not path.is_file():
         raise TrainingError(f"{path}: no such file")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save writes
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    # torch.load raises RuntimeError, UnpicklingError, EOFError, OSError and more on damaged files.
+    # Both raise errors of many kinds on damaged files.
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise TrainingError(f"{path}: damaged, or not a checkpoint ({reason})") from error
