@@ -60,7 +60,7 @@ def test_marginal_weight_falls_to_one_at_the_middle_of_the_run(tmp_path, monkeyp
         return _real_categories_loss(*arguments)
 
     monkeypatch.setattr(fastgan.train.catgan, "_real_categories_loss", loss)
-    flags = "--labels 0 --epochs 1 --max-steps 8 --marginal-weight 3 --batch-size 20 --architecture mlp --device cpu"
+    flags = "--labels 0 --epochs 1 --marginal-weight 3 --batch-size 1250 --views 1 --image-size 4 --architecture mlp --device cpu"
     assert run(CatGANConfig, [*flags.split(), "--output", str(tmp_path)]) == 0
     assert weights == [3.0, 2.5, 2.0, 1.5, 1.0, 1.0, 1.0, 1.0]
 

@@ -190,7 +190,7 @@ def test_two_time_scales_reach_the_optimizers(tmp_path):
     run.train_step(next(run.batches.epoch(0)))
     rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in run.optimizers.items()}
     assert rates == {"generator": 1e-4, "discriminator": pytest.approx(2e-3)}
-    run.config.decay, run.step = 1.0, 2  # half of the run
+    run.config.decay, run.step = 1.0, run.planned_steps // 2
     run.train_step(next(run.batches.epoch(0)))
     rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in run.optimizers.items()}
     assert rates == {"generator": 5e-5, "discriminator": pytest.approx(1e-3)}

@@ -41,7 +41,7 @@ class CatGANConfig(TrainConfig):
                                     minimum=1)
     supervised_weight: float = option(1.0, "weight of the cross-entropy against the entropies", minimum=0)
     marginal_weight: float = option(1.0, "weight of the real images' marginal entropy at the start; it goes linearly to "
-                                    "1 at the middle of the run", minimum=0)
+                                    "1 at the middle of --epochs", minimum=0)
     architecture: str = option("conv", "perceptron or convolutions", choices=ARCHITECTURES)
     generator_loss: str = option("catgan", "loss of the generator", choices=GENERATOR_LOSSES)
     base_channels: int = option(16, "channels of the convolutions next to the image", minimum=1)
@@ -54,7 +54,7 @@ class CatGANConfig(TrainConfig):
     labeled_batch: int = option(50, "labeled images in a batch, beside the --batch-size others", minimum=1)
     validation: int = option(0, "training images to hold out; the error is then measured on them and the test set is "
                              "not read", minimum=0)
-    decay: float = option(0.5, "last part of the run in which the step size falls linearly to 0", minimum=0)
+    decay: float = option(0.5, "last part of --epochs in which the step size falls linearly to 0", minimum=0)
     image_size: int = option(28, "height and width of the images in pixels", minimum=1)
     epochs: int = option(10, "passes over the training images", minimum=1, may_change=True)
     batch_size: int = option(100, "images in a batch", minimum=1)

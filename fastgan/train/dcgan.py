@@ -28,7 +28,7 @@ class DCGANConfig(AdversarialConfig):
     discriminator_steps: int = option(1, "updates of the discriminator for each of the generator's, every one on "
                                       "images of its own (WGAN-GP: 5)", minimum=1)
     augment: bool = option(False, "change the images the discriminator sees, differentiably: for small sets")
-    decay: float = option(0.0, "last part of the run in which the step size falls linearly to 0; 0 for none", minimum=0)
+    decay: float = option(0.0, "last part of --epochs in which the step size falls linearly to 0; 0 for none", minimum=0)
     output: str = option("runs/dcgan", "folder the results are written to", may_change=True)
 
     def __post_init__(self):

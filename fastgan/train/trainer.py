@@ -182,10 +182,14 @@ class Trainer:
         self.ranks.on_main(lambda: self._prepare_output(anew=checkpoint is None))
 
     @property
+    def planned_steps(self) -> int:
+        """Updates in all epochs, over which what changes in the course of a run does so: also of one that ``max_steps`` stops."""
+        return self.config.epochs * len(self.batches)
+
+    @property
     def total_steps(self) -> int:
         """Updates of the whole run."""
-        steps = self.config.epochs * len(self.batches)
-        return min(steps, self.config.max_steps or steps)
+        return min(self.planned_steps, self.config.max_steps or self.planned_steps)
 
     def train(self) -> None:
         """Train up to the last step. SIGINT and SIGTERM end the run after the current step, with a checkpoint; of many
@@ -277,7 +281,7 @@ class Trainer:
         Returns:
             Figures for the log: ``loss_d``, ``loss_g`` and the objective's own.
         """
-        self.objective.progress = self.step / self.total_steps
+        self.objective.progress = self.step / self.planned_steps
         self._set_learning_rates()
         self._stopping = bool(self._signals)  # a replayed step does not ask
         latents = (self._latent(len(part.images)) for part in batch.split(self.config.discriminator_steps))
@@ -319,7 +323,7 @@ class Trainer:
         return None
 
     def _set_learning_rates(self) -> None:
-        rate = self.config.learning_rate_at(self.step / self.total_steps)
+        rate = self.config.learning_rate_at(self.step / self.planned_steps)
         own = self.config.discriminator_learning_rate
         ratio = own / self.config.learning_rate if own is not None else 1.0
         set_rate(self.optimizers["generator"], rate)
