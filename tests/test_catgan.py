@@ -16,6 +16,7 @@ from fastgan.losses import _real_categories_loss, catgan_discriminator_loss, cat
 from fastgan.models import catgan
 from fastgan.train import CatGANConfig, run
 from fastgan.train.catgan import choose_labeled, mix_views, random_affine
+from fastgan.train.outputs import FILES
 
 
 def logits(rows, classes=5, seed=0):
@@ -240,6 +241,7 @@ def test_a_run_trains_and_leaves_its_pictures(tmp_path, flags):
     assert 0 <= last["test_error_majority" if flags[1] == 0 else "test_error"] <= 100
     assert (tmp_path / "confusion.png").stat().st_size > 0
     assert (tmp_path / "categories.png").exists() == (flags[1] == 0)
+    assert {path.name for path in tmp_path.iterdir()} <= set(FILES)  # all of which a later run moves aside
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,14 @@ def test_command_writes_figures_and_numbers(tmp_path, capsys):
     assert last["step"] == 30 and last["epoch"] == 1 and 0 < last["d_real"] < 1 and 0 < last["d_fake"] < 1
 
 
+def test_a_second_run_keeps_all_files_of_the_first(tmp_path):
+    flags = ["--seeds", "1", "--max-steps", "2", "--output", str(tmp_path)]
+    assert run(flags) == 0
+    first = {path.name for path in tmp_path.iterdir()}
+    assert run(flags) == 0
+    assert {path.name for path in (tmp_path / "previous_1").iterdir()} == first
+
+
 @pytest.mark.parametrize("stop", [200, 250])
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path, stop):
     flags = ["--seeds", "2", "--epochs", "2"]

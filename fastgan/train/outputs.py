@@ -17,7 +17,7 @@ from fastgan.train.checkpoint import TrainingError, write_atomically
 
 # Everything a run writes; an earlier run's files are moved aside by these names.
 FILES = ("config.json", "metrics.jsonl", "losses.png", "samples", "samples.gif", "checkpoint.pt", "checkpoints", "alarms.jsonl",
-         "tensorboard")
+         "tensorboard", "categories.png", "confusion.png", "density.png", "gradients.png", "optimal.png", "summary.json")
 
 
 def prepare_folder(folder: Path) -> None:
