@@ -250,6 +250,7 @@ def test_a_run_trains_and_leaves_its_pictures(tmp_path, flags):
         (("--labels", "some"), "--labels must be 'all' or a number of images, got 'some'"),
         (("--labels", 20000), "--labels must be 0 or between 10, one a class, and 10000"),
         (("--labels", 100, "--categories", 5), "--categories must be at least the number of classes with labels, 10"),
+        (("--batch-size", 1), "--batch-size must be at least 2, got 1"),  # for batch norm
         (("--validation", 10000), "--validation must be below the number of training images, 10000"),
     ],
 )

@@ -57,7 +57,7 @@ class CatGANConfig(TrainConfig):
     decay: float = option(0.5, "last part of --epochs in which the step size falls linearly to 0", minimum=0)
     image_size: int = option(28, "height and width of the images in pixels", minimum=1)
     epochs: int = option(10, "passes over the training images", minimum=1, may_change=True)
-    batch_size: int = option(100, "images in a batch", minimum=1)
+    batch_size: int = option(100, "images in a batch", minimum=2)
     learning_rate: float = option(1e-3, "Adam's step size, of both networks", minimum=0)
     ema: float = option(0.999, "decay of the averaged weights that are evaluated and drawn from; 0 for none",
                         minimum=0, below=1)
