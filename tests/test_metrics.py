@@ -98,6 +98,12 @@ def test_appearance_tells_contrast_from_sharpness():
     assert appearance(smooth).sharpness < appearance(noise).sharpness
 
 
+@pytest.mark.parametrize("flag, value, least", [("--samples", 1, 2), ("--image-size", 0, 1), ("--threads", -1, 1)])
+def test_command_refuses_what_cannot_be_before_it_trains_an_extractor(flag, value, least, capsys):
+    assert main(["evaluate", flag, str(value)]) == 1
+    assert capsys.readouterr() == ("", f"error: {flag} must be at least {least}, got {value}\n")
+
+
 def test_command_scores_a_checkpoint_beside_held_out_images(tmp_path, monkeypatch, capsys):
     untrained = FeatureExtractor(LeNet(10).eval(), 0.5, "untrained")
     monkeypatch.setattr("fastgan.metrics.features.feature_extractor", lambda *_: untrained)

@@ -29,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print a line of JSON for the extractor, the held-out images and each path."""
+    for name, least in (("samples", 2), ("image_size", 1), ("threads", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if options.threads:
         torch.set_num_threads(options.threads)
     paths = [path / "checkpoint.pt" if (path / "checkpoint.pt").is_file() else path for path in map(Path, options.scored)]
