@@ -440,6 +440,7 @@ def test_learning_rate_that_explodes_is_reported_in_one_line(tmp_path, tiny, cap
     "arguments, message",
     [
         (["--batch-size", "41"], "batch_size must be between 1 and the number of images, 40"),
+        (["--batch-size", "25", "--discriminator-steps", "2"], "got 2 parts of 25"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--beta1", "1"], "--beta1 must be below 1, got 1.0"),
         (["--image-size", "30"], "image_size must be 4 * 2**n"),

@@ -44,9 +44,9 @@ class Batches:
     def __init__(self, dataset: ImageDataset, batch_size: int, seed: int, device: torch.device | str = "cpu", *,
                  parts: int = 1):
         if not 1 <= batch_size <= len(dataset):
+            got = batch_size if parts == 1 else f"{parts} parts of {batch_size // parts}"
             raise DataError(
-                f"batch_size must be between 1 and the number of images, {len(dataset)} in {dataset.name!r}, "
-                f"got {batch_size}"
+                f"batch_size must be between 1 and the number of images, {len(dataset)} in {dataset.name!r}, got {got}"
             )
         self.images = dataset.images.to(device)
         self.labels = None if dataset.labels is None else dataset.labels.to(device)
