@@ -361,6 +361,14 @@ def test_truncated_checkpoint_write_leaves_the_previous_one(tmp_path, monkeypatc
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_curves_that_cannot_be_drawn_cost_no_step(tmp_path, images):
+    trainer = trainer_in(tmp_path, images, max_steps=7)
+    (tmp_path / "losses.png").mkdir()
+    with pytest.raises(TrainingError, match="losses.png"):
+        trainer.train()
+    assert checkpoint(tmp_path)["step"] == 7
+
+
 def test_disk_that_fills_up_during_training_keeps_the_last_checkpoint(tmp_path, images):
     trainer = trainer_in(tmp_path, images, epochs=2)
     before = checkpoint(tmp_path)

@@ -245,13 +245,13 @@ class Trainer:
                     self._raise(self.alarms.drawn(self.step, samples, batch.images))
                     if self.board:
                         self.board.draw(path, self.step)
-                if run_ends or epoch_ends and time.monotonic() - drawn > DRAWING_INTERVAL:
-                    self._draw()
-                    drawn = time.monotonic()
                 if run_ends or self.step % checkpoint_every == 0:
                     self.save()
                 if epoch_ends and self.config.keeps_checkpoint(epoch + 1):
                     self.save(self.output / "checkpoints" / f"epoch_{epoch + 1:04d}.pt")
+                if run_ends or epoch_ends and time.monotonic() - drawn > DRAWING_INTERVAL:
+                    self._draw()
+                    drawn = time.monotonic()
                 if run_ends:
                     break
             # No process leaves before the results are written: torchrun would end the others.
