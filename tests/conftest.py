@@ -1,10 +1,14 @@
 """Fixtures shared by all tests."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+
+from fastgan import _extension
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICES = ["cpu", "cuda"]
@@ -36,3 +40,33 @@ def setup_script():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+CUDA_HOST_OPERATORS = [
+    "conv_act_forward", "conv_act_backward", "conv_bn_act_forward", "conv_bn_act_backward",
+    "conv_stack_forward", "conv_stack_backward",
+]  # fmt: skip
+CUDA_HOST_SOURCES = [
+    "csrc/ops/cuda_conv_bn_act.cpp", "csrc/ops/convolution.cpp", "csrc/ops/conv_bn_act_checks.cpp",
+    "csrc/ops/cuda_conv_stack.cpp", "csrc/ops/cuda_conv_stack_plan.cpp", "csrc/ops/conv_stack_layers.cpp",
+    "csrc/cuda/conv4x4s2.cu", "csrc/cuda/bn_act.cu", "csrc/cuda/host/fibers.cpp", "tests/native/cuda/conv_ops.cpp",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def cuda_host(tmp_path_factory):
+    """torch.ops.fastgan_cuda_host: the convolutions' operators on CUDA for tensors on the CPU, with their kernels on the host
+    shim and the schemas of torch.ops.fastgan. Under pytest-xdist the first worker compiles them for all."""
+    from test_cuda_host import load_operators
+
+    if not _extension.has_kernels("cpu"):
+        pytest.skip("needs the compiled extension")
+    library = torch.library.Library("fastgan_cuda_host", "FRAGMENT")
+    for name in CUDA_HOST_OPERATORS:
+        library.define(str(getattr(torch.ops.fastgan, name).default._schema).removeprefix("fastgan::"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with FileLock(folder / "cuda_host.lock"):
+        load_operators(CUDA_HOST_SOURCES, folder / "cuda_host")
+    yield torch.ops.fastgan_cuda_host

@@ -6,26 +6,15 @@ import copy
 import pytest
 import torch
 from test_conv_stack import down, stack_call, up
-from test_cuda_host import ROOT, load_operators, pytestmark  # noqa: F401
+from test_cuda_host import pytestmark  # noqa: F401
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from fastgan import _extension
 from fastgan.ops import conv_stack
 
-SOURCES = [
-    "csrc/ops/cuda_conv_stack.cpp", "csrc/ops/cuda_conv_stack_plan.cpp", "csrc/ops/conv_stack_layers.cpp",
-    "csrc/cuda/bn_act.cu",
-    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc/cuda").glob("conv4x4s2*.cu")),
-    "csrc/cuda/host/fibers.cpp", "tests/native/cuda/conv_stack.cpp",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def operators(tmp_path_factory):
-    """torch.ops.fastgan_cuda_host, compiled."""
-    load_operators(SOURCES, tmp_path_factory.mktemp("cuda_conv_stack"))
-    return torch.ops.fastgan_cuda_host
+@pytest.fixture
+def operators(cuda_host):
+    return cuda_host
 
 
 def from_pixel(c_in, c_out, bias=False):
@@ -190,7 +179,6 @@ def test_no_memory_is_read_before_it_is_written(operators, name, dtype):
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="no compiled kernels")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_fake_kernels_give_the_shapes_of_the_operators(operators, name, monkeypatch):
     monkeypatch.setattr(conv_stack, "_CUDA_SAVED_BYTES", 2 << 10)  # kSavedBytes where kernels run on the host

@@ -34,7 +34,8 @@ OPERATOR_FLAGS = (
 
 
 def load_operators(sources, folder):
-    """Compiles CUDA operators and their kernels (paths from ROOT) for the host, in `folder`, and loads them for tensors on the CPU."""
+    """Loads CUDA operators and their kernels (paths from ROOT) for tensors on the CPU, compiled for the host in `folder` unless
+    they are there."""
     compiler = os.environ.get("CXX", "g++").split()
     includes = [flag for path in include_paths() for flag in ("-isystem", path)]
 
@@ -46,13 +47,15 @@ def load_operators(sources, folder):
         assert run.returncode == 0, run.stderr
         return target
 
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(compile, sources))
     library = folder / "library.so"
-    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    subprocess.run(
-        [*compiler, "-shared", *objects, *libraries, "-lc10", "-ltorch", "-ltorch_cpu", "-o", library], check=True
-    )
+    if not library.exists():
+        folder.mkdir(exist_ok=True)
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            objects = list(pool.map(compile, sources))
+        libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+        subprocess.run(
+            [*compiler, "-shared", *objects, *libraries, "-lc10", "-ltorch", "-ltorch_cpu", "-o", library], check=True
+        )
     torch.ops.load_library(library)
 
 

@@ -62,7 +62,7 @@ cudaError_t dispatch_math(DataType type, const F& f) {
     case DataType::bfloat16: return f(Bfloat16Math{});
     case DataType::float16: return f(Float16Math{});
 #if defined(FASTGAN_CUDA_HOST)
-    case DataType::float32: return f(Float32Math{});
+    case DataType::float32: return host::float32_in_every_loop ? f(Float32Math{}) : cudaErrorInvalidValue;
 #endif
     default: return cudaErrorInvalidValue;
   }

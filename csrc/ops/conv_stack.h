@@ -62,17 +62,6 @@ WantedGradients wanted_gradients(const std::vector<Layer>& stack, at::IntArrayRe
   return wanted;
 }
 
-// The operators on CUDA, where they are compiled: cuda_conv_stack.cpp.
-std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cuda(const Tensor& input, at::TensorList parameters,
-                                                           at::TensorList running, at::IntArrayRef layers,
-                                                           at::ArrayRef<double> numbers, bool save_for_backward,
-                                                           c10::string_view process_group, int64_t processes);
-std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Tensor& input, at::TensorList parameters,
-                                             const Tensor& output, const Tensor& raw, const Tensor& statistics,
-                                             at::IntArrayRef layers, at::ArrayRef<double> numbers,
-                                             at::IntArrayRef output_mask, c10::string_view process_group,
-                                             int64_t processes);
-
 // One layer by conv_stack, for the single operators: nothing unless it runs on a loop of fastgan's own, float32 on the CPU, and the
 // input is in channels_last, as those loops are, or pixels. bn is null for a layer without batch norm.
 struct BatchNormArguments {

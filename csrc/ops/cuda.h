@@ -26,6 +26,9 @@ inline cuda::DataType cuda_type(at::ScalarType dtype) {
 
 #if defined(FASTGAN_CUDA_HOST)
 
+// A file's operators: TORCH_LIBRARY_IMPL of fastgan and CUDA, or of the tests' own library for tensors on the CPU.
+#define FASTGAN_CUDA_OPERATORS(m) TORCH_LIBRARY_IMPL(fastgan_cuda_host, CPU, m)
+
 #define C10_CUDA_CHECK(expression) TORCH_CHECK((expression) == cudaSuccess, #expression)
 
 struct DeviceGuard {
@@ -37,6 +40,8 @@ inline int multiprocessors() { return 4; }  // few, so that small tests reach th
 inline cudaStream_t current_stream() { return nullptr; }
 
 #else
+
+#define FASTGAN_CUDA_OPERATORS(m) TORCH_LIBRARY_IMPL(fastgan, CUDA, m)
 
 using DeviceGuard = c10::cuda::CUDAGuard;
 

@@ -56,6 +56,16 @@ std::vector<int64_t> output_sizes(const Tensor& input, const Tensor& weight, con
                                      layer.dilation, layer.groups);
 }
 
+// The memory format that F.conv2d gives its output.
+at::MemoryFormat output_format(const Tensor& input, const Tensor& weight) {
+#if defined(FASTGAN_CUDA_HOST)  // where PyTorch may be one without cuDNN, for which ATen's rule has another answer
+  const auto channels_last = [](const Tensor& tensor) { return tensor.suggest_memory_format() == kChannelsLast; };
+  return channels_last(input) || channels_last(weight) ? kChannelsLast : at::MemoryFormat::Contiguous;
+#else
+  return at::native::cudnn_conv_suggest_memory_format(input, weight);
+#endif
+}
+
 bool allows_tf32() { return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV); }
 
 // Whether the main loops take whatever layer they know. Of float32 they take some; by portable loops for any layer a whole step
@@ -71,7 +81,7 @@ std::optional<Conv4x4Geometry> known_geometry(const Tensor& input, const Tensor&
       weight.size(2) == 4 && weight.size(3) == 4 && layer.groups == 1 && both(layer.dilation, 1) &&
       ((both(layer.stride, 2) && both(layer.padding, 1)) || (both(layer.stride, 1) && both(layer.padding, 0)));
   if (!shape_known || input.scalar_type() == at::kDouble || input.numel() == 0) return std::nullopt;
-  if (!takes_every_layer(input) && at::native::cudnn_conv_suggest_memory_format(input, weight) != kChannelsLast) return std::nullopt;
+  if (!takes_every_layer(input) && output_format(input, weight) != kChannelsLast) return std::nullopt;
   const at::IntArrayRef small = layer.transposed ? input.sizes() : output;
   const at::IntArrayRef large = layer.transposed ? output : input.sizes();
   const Conv4x4Geometry geometry{small[0], small[2], small[3], small[1],
@@ -180,12 +190,11 @@ std::tuple<Tensor, Tensor> gradients_of_convolution(const Tensor& grad, const Te
   return {grad_input, grad_weight};
 }
 
-// The tensor in the memory format that F.conv2d gives its output.
 Tensor in_output_format(const Tensor& output, const Tensor& input, const Tensor& weight) {
-  const at::MemoryFormat format = at::native::cudnn_conv_suggest_memory_format(input, weight);
+  const at::MemoryFormat format = output_format(input, weight);
   const Tensor formatted = output.contiguous(format);
-  // With one channel the bytes are the same in both formats, and only the strides tell the next layer which one it is.
-  if (format == kChannelsLast || output.size(1) != 1) return formatted;
+  // With one channel or one pixel the bytes are the same in both formats, and only the strides tell the next layer which one it is.
+  if (format == kChannelsLast || !formatted.is_contiguous(kChannelsLast)) return formatted;
   return formatted.as_strided(output.sizes(), c10::contiguous_strides(output.sizes()));
 }
 
@@ -223,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cuda(
     const OptionalTensor& bn_bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding,
     int64_t groups, bool training, double momentum, double eps, c10::string_view activation_name, double negative_slope,
-    bool save_for_backward, c10::string_view process_group, int64_t processes) {
+    bool save_for_backward, c10::string_view process_group, int64_t) {
   refuse_process_group(process_group);
   const DeviceGuard device_guard(input.device());
   const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
@@ -232,6 +241,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cuda(
   const auto saved = [&](const Tensor& y) { return save_for_backward ? y : at::empty({0}, y.options()); };
   if (input.scalar_type() == at::kDouble) {
     const Tensor y = convolution(input, weight, bias, layer);
+    if (y.numel() == 0) return {y, saved(y), at::zeros({y.size(1)}, y.options()), at::zeros({y.size(1)}, y.options())};
     const double count = static_cast<double>(y.numel()) / static_cast<double>(y.size(1));
     const Tensor mean = training ? y.mean({0, 2, 3}) : running_mean->to(at::kDouble);
     const Tensor var = training ? (y - channels(mean)).square().mean({0, 2, 3}) : running_var->to(at::kDouble);
@@ -302,7 +312,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cuda(
     const Tensor& invstd, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, IntArrayRef stride,
     IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding, int64_t groups,
     bool training, c10::string_view activation_name, double negative_slope, std::array<bool, 5> output_mask,
-    c10::string_view process_group, int64_t processes) {
+    c10::string_view process_group, int64_t) {
   refuse_process_group(process_group);
   const DeviceGuard device_guard(input.device());
   const ConvLayer layer{stride, padding, dilation, transposed, output_padding, groups};
@@ -460,7 +470,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_act_backward_cuda(const Tensor& grad_out
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastgan, CUDA, m) {
+FASTGAN_CUDA_OPERATORS(m) {
   m.impl("conv_bn_act_forward", &conv_bn_act_forward_cuda);
   m.impl("conv_bn_act_backward", &conv_bn_act_backward_cuda);
   m.impl("conv_act_forward", &conv_act_forward_cuda);

@@ -161,8 +161,6 @@ Tensor empty_images(const Tensor& like, const LayerPlan& layer) {
   return at::empty(layer.sizes, like.options().memory_format(kChannelsLast));
 }
 
-}  // namespace
-
 // (output, raw and activated outputs, statistics); the last two have shape [0] unless save_for_backward.
 std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cuda(const Tensor& input, at::TensorList parameters,
                                                            at::TensorList running, at::IntArrayRef layers,
@@ -463,11 +461,11 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
   return results;
 }
 
-#if !defined(FASTGAN_CUDA_HOST)
-TORCH_LIBRARY_IMPL(fastgan, CUDA, m) {
+}  // namespace
+
+FASTGAN_CUDA_OPERATORS(m) {
   m.impl("conv_stack_forward", &conv_stack_forward_cuda);
   m.impl("conv_stack_backward", &conv_stack_backward_cuda);
 }
-#endif
 
 }  // namespace fastgan

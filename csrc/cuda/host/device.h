@@ -7,6 +7,10 @@
 
 namespace fastgan::cuda::host {
 
+// Whether conv4x4s2.cu has its loops for any layer in float32 too, which no GPU runs: float32 shows errors that the
+// rounding of 16 bits would hide. Without, it takes the float32 layers that it takes on a GPU before Hopper.
+inline bool float32_in_every_loop = true;
+
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes, cudaStream_t, const Args& args) {
   struct Context {
