@@ -55,8 +55,8 @@ CUDA_HOST_SOURCES = [
 
 @pytest.fixture(scope="session")
 def cuda_host(tmp_path_factory):
-    """torch.ops.fastgan_cuda_host: the convolutions' operators on CUDA for tensors on the CPU, with their kernels on the host
-    shim and the schemas of torch.ops.fastgan. Under pytest-xdist the first worker compiles them for all."""
+    """torch.ops.fastgan_cuda_host: the convolutions' operators on CUDA, for tensors on the CPU, with their kernels on the
+    host shim and the schemas of torch.ops.fastgan. Under pytest-xdist the first worker compiles them for all."""
     from test_cuda_host import load_operators
 
     if not _extension.has_kernels("cpu"):

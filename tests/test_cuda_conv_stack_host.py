@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from fastgan.ops import conv_stack
 
+
 @pytest.fixture
 def operators(cuda_host):
     return cuda_host

@@ -34,8 +34,8 @@ OPERATOR_FLAGS = (
 
 
 def load_operators(sources, folder):
-    """Loads CUDA operators and their kernels (paths from ROOT) for tensors on the CPU, compiled for the host in `folder` unless
-    they are there."""
+    """Loads CUDA operators and their kernels (paths from ROOT), compiled for the host, for tensors on the CPU; compiles them
+    in `folder` unless that has them."""
     compiler = os.environ.get("CXX", "g++").split()
     includes = [flag for path in include_paths() for flag in ("-isystem", path)]
 

@@ -127,7 +127,8 @@ fi
 cd "$work"
 wants pytest && step pytest 150 python3 -m pytest -o addopts= -q -k cuda -p no:cacheprovider "$here/tests" \
   --ignore="$here/tests/test_cuda_host.py" --ignore="$here/tests/test_cuda_conv_stack_host.py" \
-  --ignore="$here/tests/test_cuda_adam_host.py" --ignore="$here/tests/test_cuda_compile.py" \
+  --ignore="$here/tests/test_cuda_conv_ops_host.py" --ignore="$here/tests/test_cuda_adam_host.py" \
+  --ignore="$here/tests/test_cuda_compile.py" \
   --ignore="$here/tests/test_docs.py" --ignore="$here/tests/test_notebook.py"
 wants main_loops && shown_step main_loops 40 bash -c run_main_loops
 wants memory_kernels && shown_step memory_kernels 40 "$work/memory_kernels"

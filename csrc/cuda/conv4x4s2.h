@@ -11,9 +11,9 @@
 //
 // Activations are bfloat16 or float16, channels_last, dense: [batch, height, width, channels]; sums are float32. float32
 // activations are taken to and from one pixel of up to four channels and, with TF32 allowed, for images of as many, on
-// Hopper also up and down of more channels; the rest cuDNN does as well. (Built for the host all of it is there, which
-// tests compare with float64.) Weights are PyTorch's: [small_channels, large_channels, 4, 4] for both kinds of layer, in
-// either memory format. Per-channel arrays are float32.
+// Hopper also up and down of more channels; the rest cuDNN does as well. (Built for the host all of it is there, unless
+// host::float32_in_every_loop is off, and tests compare it with float64.) Weights are PyTorch's: [small_channels,
+// large_channels, 4, 4] for both kinds of layer, in either memory format. Per-channel arrays are float32.
 //
 // Every function launches on `stream`, allocates nothing, does not synchronise, and returns the launch's error.
 #pragma once

@@ -26,7 +26,8 @@ inline cuda::DataType cuda_type(at::ScalarType dtype) {
 
 #if defined(FASTGAN_CUDA_HOST)
 
-// A file's operators: TORCH_LIBRARY_IMPL of fastgan and CUDA, or of the tests' own library for tensors on the CPU.
+// TORCH_LIBRARY_IMPL of a file's operators on CUDA; compiled for the host they are in a library of the tests, since
+// fastgan has others for the CPU.
 #define FASTGAN_CUDA_OPERATORS(m) TORCH_LIBRARY_IMPL(fastgan_cuda_host, CPU, m)
 
 #define C10_CUDA_CHECK(expression) TORCH_CHECK((expression) == cudaSuccess, #expression)

@@ -193,7 +193,8 @@ std::tuple<Tensor, Tensor> gradients_of_convolution(const Tensor& grad, const Te
 Tensor in_output_format(const Tensor& output, const Tensor& input, const Tensor& weight) {
   const at::MemoryFormat format = output_format(input, weight);
   const Tensor formatted = output.contiguous(format);
-  // With one channel or one pixel the bytes are the same in both formats, and only the strides tell the next layer which one it is.
+  // With one channel or one pixel the bytes are the same in both formats, and only the strides tell the next layer
+  // which one it is.
   if (format == kChannelsLast || !formatted.is_contiguous(kChannelsLast)) return formatted;
   return formatted.as_strided(output.sizes(), c10::contiguous_strides(output.sizes()));
 }
