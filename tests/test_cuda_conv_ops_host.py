@@ -56,7 +56,10 @@ def arithmetic(request, cuda_host, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", arithmetic.tf32)
     cuda_host.set_float32_in_every_loop(arithmetic.every_loop)
     torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, waiting for others takes longer than these layers
     yield arithmetic
+    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
     cuda_host.set_float32_in_every_loop(True)
 
