@@ -5,7 +5,7 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-template <typename T, int kChannels, bool kToPlanes>
+template <typename T, int kChannels, bool kToPixels>
 void convert(const ImageFormatShape& s, const void* from, void* to) {
   parallel_for(s.images, [&](int64_t image) {
     const int64_t pixels = s.pixels;
@@ -13,28 +13,28 @@ void convert(const ImageFormatShape& s, const void* from, void* to) {
     T* __restrict dst = static_cast<T*>(to) + image * kChannels * pixels;
     for (int64_t p = 0; p < pixels; ++p)
       for (int c = 0; c < kChannels; ++c) {
-        if constexpr (kToPlanes)
-          dst[c * pixels + p] = src[p * kChannels + c];
-        else
+        if constexpr (kToPixels)
           dst[p * kChannels + c] = src[c * pixels + p];
+        else
+          dst[c * pixels + p] = src[p * kChannels + c];
       }
   });
 }
 
 template <typename T, int kChannels>
-void convert(const ImageFormatShape& s, bool to_planes, const void* from, void* to) {
-  (to_planes ? convert<T, kChannels, true> : convert<T, kChannels, false>)(s, from, to);
+void convert(const ImageFormatShape& s, bool to_pixels, const void* from, void* to) {
+  (to_pixels ? convert<T, kChannels, true> : convert<T, kChannels, false>)(s, from, to);
 }
 
 template <typename T>
-void convert(const ImageFormatShape& s, bool to_planes, const void* from, void* to) {
-  (s.channels == 2 ? convert<T, 2> : s.channels == 3 ? convert<T, 3> : convert<T, 4>)(s, to_planes, from, to);
+void convert(const ImageFormatShape& s, bool to_pixels, const void* from, void* to) {
+  (s.channels == 2 ? convert<T, 2> : s.channels == 3 ? convert<T, 3> : convert<T, 4>)(s, to_pixels, from, to);
 }
 
 }  // namespace
 
-void convert_image_format(const ImageFormatShape& shape, bool to_planes, const void* from, void* to) {
-  (shape.element_bytes == 2 ? convert<uint16_t> : convert<uint32_t>)(shape, to_planes, from, to);
+void convert_image_format(const ImageFormatShape& shape, bool to_pixels, const void* from, void* to) {
+  (shape.element_bytes == 2 ? convert<uint16_t> : convert<uint32_t>)(shape, to_pixels, from, to);
 }
 
 }  // namespace fastgan::cpu::FASTGAN_ISA

@@ -26,17 +26,22 @@ Tensor convert_images_cpu(const Tensor& input, bool channels_last) {
   TORCH_CHECK(cpu::image_format_supported(shape) && input.is_contiguous(format_of(!channels_last)),
               "convert_images: input must be dense images of 2 to 4 channels in the other memory format");
   const Tensor output = empty_kept(input.sizes(), input.scalar_type(), channels_last);
-  (channels_last ? cpu::planes_to_pixels : cpu::pixels_to_planes)(shape, input.const_data_ptr(), output.mutable_data_ptr());
+  cpu::convert_images(shape, channels_last, input.const_data_ptr(), output.mutable_data_ptr());
   return output;
+}
+
+// The operator
+Tensor convert_images(const Tensor& input, bool channels_last) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("fastgan::convert_images", "")
+                       .typed<decltype(convert_images_cpu)>();
+  return op.call(input, channels_last);
 }
 
 struct ConvertImages : torch::autograd::Function<ConvertImages> {
   static Tensor forward(torch::autograd::AutogradContext*, const Tensor& input, bool channels_last) {
-    static auto op = c10::Dispatcher::singleton()
-                         .findSchemaOrThrow("fastgan::convert_images", "")
-                         .typed<decltype(convert_images_cpu)>();
     const at::AutoDispatchBelowADInplaceOrView below;
-    return op.call(input, channels_last);
+    return convert_images(input, channels_last);
   }
   // As clone's: a gradient in any memory format is one.
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
@@ -58,10 +63,7 @@ Tensor contiguous_images(const Tensor& t, MemoryFormat format) {
   if (!t.is_cpu() || t.dim() != 4 || t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || t.is_contiguous(format) ||
       !t.is_contiguous(format_of(!channels_last)) || !cpu::image_format_supported(image_shape(t)))
     return t.contiguous(format);
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("fastgan::convert_images", "")
-                       .typed<decltype(convert_images_cpu)>();
-  return op.call(t, channels_last);
+  return convert_images(t, channels_last);
 }
 
 TORCH_LIBRARY_IMPL(fastgan, CompositeImplicitAutograd, m) {

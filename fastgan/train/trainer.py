@@ -323,7 +323,7 @@ class Trainer:
         return None
 
     def _set_learning_rates(self) -> None:
-        rate = self.config.learning_rate_at(self.step / self.planned_steps)
+        rate = self.config.learning_rate_at(self.objective.progress)
         own = self.config.discriminator_learning_rate
         ratio = own / self.config.learning_rate if own is not None else 1.0
         set_rate(self.optimizers["generator"], rate)
