@@ -12,21 +12,27 @@ constexpr int64_t kOutputBlock = 128;  // output channels of a task
 constexpr int kPairs = kPoints * kPoints;
 
 struct Geometry : LoopShape {
-  int64_t step;  // from an output to the next, in inputs
-
-  Geometry(const Conv4x4s2Shape& s, Conv4x4s2Loop loop) : LoopShape(s, loop), step(up ? 1 : 2) {}
+  Geometry(const Conv4x4s2Shape& s, Conv4x4s2Loop loop) : LoopShape(s, loop) {}
 
   int64_t row_phases() const { return up ? 2 : 1; }
 
   // Outputs of one phase along an axis; down has a single phase.
   int64_t phase_rows(int64_t phase) const { return up ? (output_height - phase + 1) / 2 : output_height; }
-  int64_t phase_columns(int64_t phase) const { return up ? (output_width - phase + 1) / 2 : output_width; }
 
-  Axis row_axis(int64_t parity, int64_t strip, int64_t strips) const {
-    const int64_t all = phase_rows(parity), first = part_start(all, strip, strips);
-    return Axis(first, part_start(all, strip + 1, strips) - first, step, parity, input_height);
+  // The first output row of a phase that a strip has
+  int64_t first_row(int64_t phase, int64_t strip, int64_t strips) const {
+    return up ? Axis::up_first(phase, strip, strips, input_height, output_height) : part_start(output_height, strip, strips);
   }
-  Axis column_axis(int64_t parity) const { return Axis(0, phase_columns(parity), step, parity, input_width); }
+
+  // down: those of an input parity. up: of both phases.
+  Axis row_axis(int64_t parity, int64_t strip, int64_t strips) const {
+    if (up) return Axis::up(strip, strips, input_height, output_height);
+    const int64_t first = first_row(0, strip, strips);
+    return Axis::down(first, first_row(0, strip + 1, strips) - first, parity, input_height);
+  }
+  Axis column_axis(int64_t parity) const {
+    return up ? Axis::up(0, 1, input_width, output_width) : Axis::down(0, output_width, parity, input_width);
+  }
 };
 
 int64_t output_blocks(const Geometry& g) { return ceil_div(g.output_channels, kOutputBlock); }
@@ -36,24 +42,24 @@ struct Blocks {
   int64_t strips;           // an image
   int64_t images, batches;  // most images a block, blocks a strip
   int64_t batch;
-  int64_t product_rows;     // most rows of all product matrices of a block, and those between them
+  int64_t product_rows;     // most rows of all product matrices of a block (up: with those of all phases), and those between them
   int64_t pixels;           // most outputs of a block between two epilogues
   int64_t stage_pixels;     // most inputs a row of tiles reads
 
   // tasks_each: how many tasks share a block. An odd number of tasks would leave one of two threads idle at the end.
   Blocks(const Geometry& g, int64_t target_rows, int64_t tasks_each = 1) {
-    const int64_t whole = image_rows(g, 1);
+    const int64_t whole = products(g, 1);
     strips = max64(1, min64(ceil_div(whole, target_rows), g.phase_rows(1) / 4));
-    const int64_t rows = strips == 1 ? whole : image_rows(g, strips);
+    const int64_t rows = strips == 1 ? whole : products(g, strips);
     images = max64(1, min64(g.batch, target_rows / rows));
     batches = ceil_div(g.batch, images);
     if (batches > 2 && batches < g.batch && strips * batches * tasks_each % 2 != 0) ++batches;
     images = ceil_div(g.batch, batches);
     batch = g.batch;
-    product_rows = images * rows + kPairs;
-    const int64_t height = ceil_div(g.phase_rows(0), strips), width = g.phase_columns(0);
+    product_rows = images * transformed(g) + kPairs;
+    const int64_t height = ceil_div(g.phase_rows(0), strips) + (g.up && strips > 1);
     pixels = images * height * g.output_width;
-    stage_pixels = kPoints * (width + 1);
+    stage_pixels = kPoints * max64(g.column_axis(0).inputs, g.column_axis(1).inputs);
   }
   int64_t count() const { return strips * batches; }
   int64_t first_image(int64_t block) const { return part_start(batch, block % batches, batches); }
@@ -63,14 +69,22 @@ struct Blocks {
   int64_t strip(int64_t block) const { return block / batches; }
 
  private:
-  static int64_t image_rows(const Geometry& g, int64_t strips) {
-    int64_t most = 0;
-    for (int64_t b = 0; b < 2; ++b) {
-      const int64_t columns = g.column_axis(b).multiplications();
-      for (int64_t a = 0; a < 2; ++a)
-        for (int64_t s = 0; s < strips; ++s) most = max64(most, g.row_axis(a, s, strips).multiplications() * columns);
+  // Most products of an image's strip, of one parity (down) or phase (up)
+  static int64_t products(const Geometry& g, int64_t strips) {
+    return most(g, strips, [&](const Axis& axis, int64_t phase) { return axis.multiplications(g.up ? static_cast<int>(phase) : 0); });
+  }
+  // Most inputs of them: up's phases share many
+  int64_t transformed(const Geometry& g) const {
+    return most(g, strips, [](const Axis& axis, int64_t) { return axis.transformed(); });
+  }
+  template <typename Count>
+  static int64_t most(const Geometry& g, int64_t strips, const Count& count) {
+    int64_t rows = 0, columns = 0;
+    for (int64_t a = 0; a < 2; ++a) {
+      columns = max64(columns, count(g.column_axis(a), a));
+      for (int64_t s = 0; s < strips; ++s) rows = max64(rows, count(g.row_axis(a, s, strips), a));
     }
-    return most;
+    return rows * columns;
   }
 };
 

@@ -1,7 +1,7 @@
 // The register-blocked matrix product all conv4x4s2 loops stand on.
 #pragma once
 
-#include "conv4x4s2_vec.h"
+#include "conv4x4s2_common.h"
 
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
@@ -25,7 +25,8 @@ inline void advance(Ahead& ahead) {
 inline void advance(NothingAhead&) {}
 
 // c[r][0, columns) (+)= sum over k of a[r * kARow + k * kADepth] * b[k * kBDepth + [0, columns)], r in [0, kRows),
-// columns = kVectors * kLanes. Strides are compile-time constants so that all row addresses share one base register.
+// columns = kVectors * kLanes. Strides are compile-time constants so that all row addresses share one base register. Where a row's
+// elements follow one another, the rows behind these, which the next call reads, are asked for, a line at each step of the depth.
 template <int kVectors, int kRows, int kARow, int kADepth, int kBDepth, typename After>
 void multiply_rows(const float* a, const float* b, int64_t depth, float* c, int64_t ldc, bool accumulate, const After& after) {
   Vec sum[kRows][kVectors];
@@ -36,8 +37,10 @@ void multiply_rows(const float* a, const float* b, int64_t depth, float* c, int6
       sum[r][v] = Vec{};
       __builtin_prefetch(c + r * ldc + v * kLanes, 1);
     }
+  [[maybe_unused]] const float* next_rows = a + kRows * kARow;
   for (int64_t k = 0; k < depth; ++k) {
     prefetch(after, k);
+    if constexpr (kADepth == 1) __builtin_prefetch(next_rows + k * kLineFloats);
     Vec right[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes);

@@ -4,8 +4,9 @@
 // operand with its prologue, transform, multiply, transform back, epilogue; what lies between stays in the core's cache.
 //
 //   down: for each of the four input parities: products += ..., result += transformed back; then the epilogue
-//   up:   for each of the four output phases: result = transformed back; the epilogue once the two phases that share
-//         image rows are there, so that it runs along whole rows (pixel by pixel alternating it took twice as long)
+//   up:   the inputs transformed once for all output phases; for each of the four: result = transformed back; the epilogue once
+//         the two phases that share image rows are there, so that it runs along whole rows (pixel by pixel alternating it took
+//         twice as long)
 //   weight_gradient: a task owns a block of the weight; for each input parity, sum over all tiles of (data side)^T
 //         (gradient side) in the transformed domain, then back to four taps. Where a weight has few blocks, a task takes one
 //         parity, and as many images as make enough tasks; their taps meet in a buffer.
@@ -20,6 +21,7 @@ namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
 constexpr int64_t kProductRows = 1664;   // rows of all 16 product matrices of a block, about 100 each
+constexpr int64_t kFewerProductRows = 1000;
 constexpr int64_t kFewTasks = 8;
 constexpr int64_t kGradientRows = 1024;  // the same for the weight gradient, which also holds its accumulators
 constexpr int64_t kGradientLarge = 64;   // block of the weight a weight_gradient task owns
@@ -28,14 +30,14 @@ constexpr int64_t kGradientMatrix = kGradientLarge * kGradientSmall + 16;  // fl
 constexpr int64_t kGradientTasks = 16;   // parities, then images, are split over tasks to reach about this many
 constexpr int64_t kRowsAhead = 3;        // prefetched: as many as a row of tiles is high
 
-// Rows [from, end) of one image's inputs of one parity, zero padded: stage[end - from][width + 1][kChunk]
-void stage_inputs(const ConvOperand& operand, const Geometry& g, const Axis& rows, const Axis& columns, int64_t row_parity,
-                  int64_t column_parity, int64_t image, int64_t from, int64_t end, int64_t c0, int64_t channels, float* stage) {
-  const int64_t ahead = kRowsAhead * g.step * g.input_width * g.input_channels;
+// Rows [from, end) of one image's inputs, zero padded: stage[end - from][columns.inputs][kChunk]
+void stage_inputs(const ConvOperand& operand, const Geometry& g, const Axis& rows, const Axis& columns, int64_t image, int64_t from,
+                  int64_t end, int64_t c0, int64_t channels, float* stage) {
+  const int64_t ahead = kRowsAhead * rows.step * g.input_width * g.input_channels;
   for (int64_t i = from; i < end; ++i) {
-    const int64_t y = g.step * (rows.first + i) - 1 + row_parity;
-    for (int64_t j = 0; j <= columns.length; ++j, stage += kChunk) {
-      const int64_t x = g.step * (columns.first + j) - 1 + column_parity;
+    const int64_t y = rows.origin + i * rows.step;
+    for (int64_t j = 0; j < columns.inputs; ++j, stage += kChunk) {
+      const int64_t x = columns.origin + j * columns.step;
       if (y < 0 || y >= g.input_height || x < 0 || x >= g.input_width)
         for (int64_t c = 0; c < channels; c += kLanes) store(stage + c, Vec{});
       else {
@@ -58,10 +60,9 @@ struct InputTile {
 
 // products[row][kChunk] = transformed inputs of all tiles of a block. The inputs of one row of tiles are staged at a time,
 // so that they stay in the first-level cache.
-void transform_inputs(const ConvOperand& operand, const Geometry& g, const ProductRows& at, int64_t row_parity,
-                      int64_t column_parity, int64_t first_image, int64_t c0, int64_t channels, float* stage,
-                      float* products) {
-  const int64_t row = (at.columns.length + 1) * kChunk;
+void transform_inputs(const ConvOperand& operand, const Geometry& g, const ProductRows& at, int64_t first_image, int64_t c0,
+                      int64_t channels, float* stage, float* products) {
+  const int64_t row = at.columns.inputs * kChunk;
   for (int64_t n = 0; n < at.images; ++n)
     for (int r = 0; r < at.rows.count; ++r) {
       const Segment& rs = at.rows.segments[r];
@@ -71,8 +72,7 @@ void transform_inputs(const ConvOperand& operand, const Geometry& g, const Produ
         if (last > 0) __builtin_memcpy(stage, stage + last * row, static_cast<size_t>(row) * sizeof(float));
         ++from;
       }
-      stage_inputs(operand, g, at.rows, at.columns, row_parity, column_parity, first_image + n, from, rs.end(), c0, channels,
-                   stage + (from - rs.input) * row);
+      stage_inputs(operand, g, at.rows, at.columns, first_image + n, from, rs.end(), c0, channels, stage + (from - rs.input) * row);
       for (int c = 0; c < at.columns.count; ++c) {
         const Segment& cs = at.columns.segments[c];
         float* dst[kPairs];
@@ -91,35 +91,54 @@ struct OutputTile {
   void run() const { output_tile<kR, kC>(src, dst, row, column, channels, accumulate); }
 };
 
-// Products transformed back into, or added to, result[images][rows][...]; row and column are its strides in floats.
-void transform_outputs(const ProductRows& at, float* products, int64_t ld, float* result, int64_t row, int64_t column,
-                       bool accumulate) {
-  for (int64_t n = 0; n < at.images; ++n, result += at.rows.length * row)
-    for (int r = 0; r < at.rows.count; ++r)
+// The products of a phase of either axis transformed back into, or added to, result[images][rows][...]; row and column are its strides in
+// floats.
+void transform_outputs(const ProductRows& at, int row_phase, int column_phase, float* products, int64_t ld, float* result, int64_t row,
+                       int64_t column, bool accumulate) {
+  for (int64_t n = 0; n < at.images; ++n, result += at.rows.length[row_phase] * row)
+    for (int r = 0; r < at.rows.count; ++r) {
+      const Segment& rs = at.rows.segments[r];
+      if ((rs.phases >> row_phase & 1) == 0) continue;
       for (int c = 0; c < at.columns.count; ++c) {
-        const Segment &rs = at.rows.segments[r], &cs = at.columns.segments[c];
+        const Segment& cs = at.columns.segments[c];
+        if ((cs.phases >> column_phase & 1) == 0) continue;
         float* src[kPairs];
         at.addresses(products, ld, n, rs, cs, src);
-        for_tile_shape(rs.points, cs.points,
-                       OutputTile{src, result + rs.output * row + cs.output * column, row, column, ld, accumulate});
+        for_tile_shape(rs.points, cs.points, OutputTile{src, result + rs.output[row_phase] * row + cs.output[column_phase] * column, row,
+                                                        column, ld, accumulate || rs.add || cs.add});
       }
+    }
 }
 
 // ---- down and up
 
-Blocks forward_blocks(const Geometry& g) { return Blocks(g, kProductRows, output_blocks(g)); }
+// up: the phases read the same inputs, so a task does all of them, unless that would leave too few tasks even with smaller blocks: then
+// they find the inputs transformed before.
+bool inputs_first(const Geometry& g, const Blocks& blocks) { return g.up && output_blocks(g) * blocks.count() < kFewTasks; }
+
+Blocks forward_blocks(const Geometry& g) {
+  const Blocks blocks(g, kProductRows, output_blocks(g));
+  if (!inputs_first(g, blocks)) return blocks;
+  const Blocks smaller(g, kFewerProductRows, output_blocks(g));
+  return inputs_first(g, smaller) ? blocks : smaller;
+}
 
 struct ForwardScratch {
-  int64_t inputs, taps, weights, products, result, stage;  // floats
+  int64_t common;  // floats of the inputs of all blocks, where they are transformed first
+  int64_t inputs, taps, weights, products, result, stage;  // floats of a thread
   ForwardScratch(const WeightTaps& source, const Blocks& blocks) {
+    const Geometry& g = source.g;
     const int64_t ld = min64(kOutputBlock, source.packed.output_channels);
-    inputs = blocks.product_rows * kChunk;
+    const int64_t chunk = blocks.product_rows * kChunk, block = ceil_div(g.input_channels, kChunk) * chunk;
+    common = inputs_first(g, blocks) ? blocks.count() * block : 0;
+    inputs = !g.up ? chunk : common > 0 ? 0 : block;
     taps = source.memory();
     weights = kPoints * (min64(kChunk, source.packed.input_channels) * kPanel + kLineFloats);
     products = blocks.product_rows * ld;
     result = blocks.pixels * ld;
     stage = blocks.stage_pixels * kChunk;
   }
+  int64_t common_bytes() const { return round_up(common * static_cast<int64_t>(sizeof(float)), ScratchSlots::kAlignment); }
   int64_t bytes() const { return (inputs + taps + weights + products + result + stage) * static_cast<int64_t>(sizeof(float)); }
 };
 
@@ -135,9 +154,22 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
   const WeightTaps weights(g, blocks, weight);
   const ForwardScratch sizes(weights, blocks);
   float* partials = static_cast<float*>(workspace);
-  const ScratchSlots slots(static_cast<char*>(workspace) + partials_bytes(g, blocks), threads, sizes.bytes());
-  // up: the phases read the same inputs, so a task does all of them, unless that would leave too few tasks
-  const int64_t phase_tasks = output_blocks(g) * blocks.count() < kFewTasks ? g.row_phases() : 1;
+  char* const after_partials = static_cast<char*>(workspace) + partials_bytes(g, blocks);
+  float* common = reinterpret_cast<float*>(after_partials);
+  const ScratchSlots slots(after_partials + sizes.common_bytes(), threads, sizes.bytes());
+  const int64_t chunks = ceil_div(g.input_channels, kChunk), chunk_floats = blocks.product_rows * kChunk;
+
+  const auto transform = [&](int64_t block, int64_t chunk, const ProductRows& at, float* stage, float* inputs) {
+    transform_inputs(input, g, at, blocks.first_image(block), chunk * kChunk, weights.packed.chunk_channels(chunk * kChunk), stage, inputs);
+  };
+  if (sizes.common > 0)
+    parallel_for(blocks.count() * chunks, [&](int64_t task) {
+      const int64_t block = task / chunks;
+      const ScratchSlots::Lease lease(slots);
+      const Axis rows = g.row_axis(0, blocks.strip(block), blocks.strips), columns = g.column_axis(0);
+      transform(block, task % chunks, ProductRows(rows, columns, blocks.image_count(block)), lease.memory(), common + task * chunk_floats);
+    });
+  const int64_t phase_tasks = sizes.common > 0 ? g.row_phases() : 1;
 
   // Blocks of images run innermost, so that consecutive tasks of a thread read the same weights.
   parallel_for(phase_tasks * output_blocks(g) * blocks.count(), [&](int64_t task) {
@@ -153,45 +185,51 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
     float* products = transformed + sizes.weights;
     float* result = products + sizes.products;
     float* stage = result + sizes.result;
+    if (sizes.common > 0) inputs = common + block * chunks * chunk_floats;
 
     for (int64_t a = first_parity; a < end_parity; ++a) {
       const Axis rows = g.row_axis(a, blocks.strip(block), blocks.strips);
+      const int row_phase = g.up ? static_cast<int>(a) : 0;
       for (int64_t b = 0; b < 2; ++b) {
         const Axis columns = g.column_axis(b);
+        const int column_phase = g.up ? static_cast<int>(b) : 0;
         const ProductRows at(rows, columns, images);
-        for (int64_t c0 = 0; c0 < g.input_channels; c0 += kChunk) {
-          const int64_t chunk = weights.packed.chunk_channels(c0);
-          transform_inputs(input, g, at, a, b, first_image, c0, chunk, stage, inputs);
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          const int64_t c0 = chunk * kChunk, channels = weights.packed.chunk_channels(c0);
+          float* operand = g.up ? inputs + chunk * chunk_floats : inputs;
+          if (!g.up || (sizes.common == 0 && a + b == 0)) transform(block, chunk, at, stage, operand);
           for (int64_t k = 0; k < ld; k += kPanel) {
             const float* taps = weights.panel(a, b, k0, k, c0, gathered);
             Ahead ahead = weights.after(a, b, k0, k, c0);
             for (int row = 0; row < kPoints; ++row) {
-              transform_weights(taps, chunk, row, transformed);
+              transform_weights(taps, channels, row, transformed);
               const float* u = transformed;
-              for (int p = row * kPoints; p < (row + 1) * kPoints; ++p, u += chunk * kPanel + kLineFloats)
-                multiply<2, kChunk, 1, kPanel>(inputs + at.base[p] * kChunk, u, chunk, products + at.base[p] * ld + k, ld,
-                                               at.count(p), c0 > 0, ahead);
+              for (int p = row * kPoints; p < (row + 1) * kPoints; ++p, u += channels * kPanel + kLineFloats) {
+                const int64_t first = at.first(p, row_phase);
+                multiply<2, kChunk, 1, kPanel>(operand + first * kChunk, u, channels, products + first * ld + k, ld,
+                                               at.count(p, row_phase, column_phase), c0 > 0, ahead);
+              }
             }
           }
         }
         if (g.up)
-          transform_outputs(at, products, ld, result + b * ld, g.output_width * ld, 2 * ld, false);
+          transform_outputs(at, row_phase, column_phase, products, ld, result + b * ld, g.output_width * ld, 2 * ld, false);
         else
-          transform_outputs(at, products, ld, result, g.output_width * ld, ld, a + b > 0);
+          transform_outputs(at, 0, 0, products, ld, result, g.output_width * ld, ld, a + b > 0);
       }
       if (!g.up && a == 0) continue;  // down: the four parities add up to one result
       float* partial = partials + 2 * ((g.up ? a * blocks.count() : 0) + block) * g.output_channels;
       const OutputBox box{g.output_height, g.output_width, g.output_channels, first_image, images,
-                          g.up ? 2 * rows.first + a : rows.first, rows.length, g.row_phases(), k0,
+                          g.up ? 2 * rows.first[a] + a : rows.first[0], rows.length[row_phase], g.row_phases(), k0,
                           min64(kOutputBlock, g.output_channels - k0)};
-      finish_box<float>(epilogue, box, result, {rows.length * g.output_width * ld, ld}, {partial, partial + g.output_channels});
+      finish_box<float>(epilogue, box, result, {box.rows * g.output_width * ld, ld}, {partial, partial + g.output_channels});
     }
   });
 
   merge_partials(epilogue, partials, g.row_phases() * blocks.count(), g.output_channels, [&](int64_t part) {
-    const int64_t block = part % blocks.count(), strip = blocks.strip(block), rows = g.phase_rows(part / blocks.count());
+    const int64_t block = part % blocks.count(), phase = part / blocks.count(), strip = blocks.strip(block);
     return blocks.image_count(block) * g.output_width *
-           (part_start(rows, strip + 1, blocks.strips) - part_start(rows, strip, blocks.strips));
+           (g.first_row(phase, strip + 1, blocks.strips) - g.first_row(phase, strip, blocks.strips));
   });
 }
 
@@ -209,13 +247,13 @@ struct GradientTile {
 // products[row][kGradientSmall] = transformed output gradients of all tiles of a block
 void transform_gradients(const ConvOperand& operand, const Geometry& g, const ProductRows& at, int64_t first_image,
                          int64_t c0, int64_t channels, float* stage, float* products) {
-  const int64_t row = at.columns.length * kGradientSmall;
+  const int64_t row = at.columns.length[0] * kGradientSmall;
   for (int64_t n = 0; n < at.images; ++n)
     for (int r = 0; r < at.rows.count; ++r) {
       const Segment& rs = at.rows.segments[r];
       for (int64_t i = 0; i < outputs_of(rs.points); ++i)
-        for (int64_t j = 0; j < at.columns.length; ++j) {
-          const int64_t y = at.rows.first + rs.output + i, pixel = ((first_image + n) * g.output_height + y) * g.output_width + j;
+        for (int64_t j = 0; j < at.columns.length[0]; ++j) {
+          const int64_t y = at.rows.first[0] + rs.output[0] + i, pixel = ((first_image + n) * g.output_height + y) * g.output_width + j;
           prefetch_operand<float>(operand, (pixel + kRowsAhead * g.output_width) * g.output_channels + c0, channels);
           read_operand<float>(operand, pixel * g.output_channels + c0, c0, channels, stage + i * row + j * kGradientSmall);
         }
@@ -223,7 +261,7 @@ void transform_gradients(const ConvOperand& operand, const Geometry& g, const Pr
         const Segment& cs = at.columns.segments[c];
         float* dst[kPairs];
         at.addresses(products, kGradientSmall, n, rs, cs, dst);
-        for_tile_shape(rs.points, cs.points, GradientTile{stage + cs.output * kGradientSmall, row, kGradientSmall, dst, channels});
+        for_tile_shape(rs.points, cs.points, GradientTile{stage + cs.output[0] * kGradientSmall, row, kGradientSmall, dst, channels});
       }
     }
 }
@@ -362,11 +400,11 @@ void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large,
         transform_gradients(small, g, at, first_image, w.small, w.small_channels, stage, gradients);
         for (int64_t c = 0; c < w.large_channels; c += kChunk) {
           const int64_t chunk = min64(kChunk, w.large_channels - c);
-          transform_inputs(large, g, at, a, b, first_image, w.large + c, chunk, stage, inputs);
+          transform_inputs(large, g, at, first_image, w.large + c, chunk, stage, inputs);
           for (int p = 0; p < kPairs; ++p)
             for (int64_t k = 0; k < w.small_channels; k += kPanel)
-              multiply<2, 1, kChunk, kGradientSmall>(inputs + at.base[p] * kChunk, gradients + at.base[p] * kGradientSmall + k,
-                                                  at.count(p),
+              multiply<2, 1, kChunk, kGradientSmall>(inputs + at.first(p, 0) * kChunk, gradients + at.first(p, 0) * kGradientSmall + k,
+                                                  at.count(p, 0, 0),
                                                   sums + p * kGradientMatrix + c * kGradientSmall + k, kGradientSmall, chunk,
                                                   block > first_block);
         }
@@ -406,7 +444,8 @@ int64_t conv4x4s2_workspace_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loo
   }
   const Geometry g(shape, loop);
   const Blocks blocks = forward_blocks(g);
-  return partials_bytes(g, blocks) + ScratchSlots::bytes(threads, ForwardScratch(WeightTaps(g, blocks, nullptr), blocks).bytes());
+  const ForwardScratch sizes(WeightTaps(g, blocks, nullptr), blocks);
+  return partials_bytes(g, blocks) + sizes.common_bytes() + ScratchSlots::bytes(threads, sizes.bytes());
 }
 
 void conv4x4s2_forward(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand& input, const void* packed,

@@ -26,52 +26,110 @@ constexpr int kPoints = 4;         // an axis
 constexpr int kMaxSegments = 128;  // an axis: up to 3 * 127 outputs
 
 struct Segment {
-  int points;         // 4, 3 or 1 multiplications for 3, 2 or 1 outputs
-  int input, output;  // where they start
+  int points;          // 4, 3 or 1 multiplications for 3, 2 or 1 outputs
+  int input;           // where its inputs start
+  int output[2];       // where its outputs start, for each phase
+  int phases;          // bit i: phase i has these outputs
+  bool edge;           // one of an axis' two single products for an output that meets padding, which not all phases have
+  bool add;            // its output is another segment's as well
   int point[kPoints];  // which transformed weights
-  int rank[kPoints];   // how many earlier segments of the axis use that point
+  int rank[kPoints];   // how many earlier segments of the axis, edges apart, use that point
 
   int end() const { return input + points; }  // of its inputs: as many as points
 };
 
-// `length` outputs from `first` on. Input element j of the axis lies at step * (first + j) - 1 + parity in the tensor,
-// j in [0, length].
+// An axis, or a strip of it, cut into segments.
+//
+// down: one phase, the outputs; `inputs` of them lie at origin, origin + 2, ..., those outside of the tensor are padding.
+// up: two phases, of which output j of phase p has inputs j - 1 + p and j + p: both have the outputs between two neighbouring inputs, so
+// these inputs are transformed once for both; an output with one neighbour only, the edge, is a single product.
 struct Axis {
-  int64_t first, length;
+  int64_t origin, step, inputs;
+  int64_t first[2] = {}, length[2] = {};  // a phase's outputs, counted from the tensor's first of that phase
   int count = 0;
   Segment segments[kMaxSegments];
-  int uses[kPoints] = {};  // segments that use a point
+  int uses[kPoints] = {};   // segments, edges apart, that use a point
+  int edges[kPoints] = {};  // phases that have an edge of that point
 
-  Axis(int64_t first_output, int64_t outputs, int64_t step, int64_t parity, int64_t input_size)
-      : first(first_output), length(outputs) {
-    const bool low_is_padding = step * first - 1 + parity < 0;
-    const bool high_is_padding = step * (first + length) - 1 + parity >= input_size;
-    int64_t pairs = length % 3 == 2 ? 1 : 0, at = 0;
+  static Axis down(int64_t first_output, int64_t outputs, int64_t parity, int64_t input_size) {
+    Axis axis(2 * first_output - 1 + parity, 2, outputs + 1);
+    axis.first[0] = first_output;
+    axis.length[0] = outputs;
+    const bool low_is_padding = axis.origin < 0, high_is_padding = axis.origin + 2 * outputs >= input_size;
+    int64_t pairs = outputs % 3 == 2 ? 1 : 0, at = 0;
     bool low = false, high = false;
-    if (length % 3 == 1) {
+    if (outputs % 3 == 1) {
       low = low_is_padding;
       high = !low && high_is_padding;
       if (!low && !high) pairs = 2;
     }
-    if (low) add(1, 1, at++, 3);
-    const int64_t triples = (length - 2 * pairs - (low || high)) / 3;
-    for (int64_t i = 0; i < triples; ++i, at += 3) add(4, at, at, 0);
-    for (int64_t i = 0; i < pairs; ++i, at += 2) add(3, at, at, 0);
-    if (high) add(1, at, at, 0);
+    if (low) axis.add(1, 1, at++, kLast);
+    at = axis.add_tiles(at, outputs - (low || high), pairs);
+    if (high) axis.add(1, at, at, 0);
+    return axis;
   }
 
-  int64_t multiplications() const { return uses[0] + uses[1] + uses[2] + uses[3]; }
+  // The first output of a phase of up that strip number `strip` has; strip `strips` would begin behind the last one.
+  static int64_t up_first(int64_t phase, int64_t strip, int64_t strips, int64_t input_size, int64_t output_size) {
+    if (strip == 0) return 0;
+    return strip == strips ? (output_size - phase + 1) / 2 : part_start(input_size - 1, strip, strips) + 1 - phase;
+  }
+
+  // Strip number `strip` of the outputs between neighbours, and what edges lie next to it.
+  static Axis up(int64_t strip, int64_t strips, int64_t input_size, int64_t output_size) {
+    const int64_t between = part_start(input_size - 1, strip, strips), end = part_start(input_size - 1, strip + 1, strips);
+    const bool low = strip == 0, high = strip == strips - 1;
+    Axis axis(between, 1, end - between + 1);
+    for (int phase = 0; phase < 2; ++phase) {
+      axis.first[phase] = up_first(phase, strip, strips, input_size, output_size);
+      axis.length[phase] = up_first(phase, strip + 1, strips, input_size, output_size) - axis.first[phase];
+    }
+    const int64_t tiles = end - between;
+    if (low) axis.add_edge(0, kLast, 1, 0);
+    axis.shift = low ? 1 : 0;
+    if (tiles == 1) {
+      axis.add(1, 0, 0, 0);
+      axis.add(1, 1, 0, kLast);
+      axis.segments[axis.count - 1].add = true;
+    } else {
+      axis.add_tiles(0, tiles, tiles % 3 == 2 ? 1 : tiles % 3 == 1 ? 2 : 0);
+    }
+    if (high) axis.add_edge(tiles, 0, output_size % 2 == 0 ? 2 : 3, tiles);
+    return axis;
+  }
+
+  // Of a phase
+  int64_t multiplications(int phase) const { return uses[0] + uses[1] + uses[2] + uses[3] + has_edge(0, phase) + has_edge(kLast, phase); }
+  // Of all phases together
+  int64_t transformed() const { return uses[0] + uses[1] + uses[2] + uses[3] + (edges[0] != 0) + (edges[kLast] != 0); }
+  int has_edge(int point, int phase) const { return edges[point] >> phase & 1; }
 
  private:
+  static constexpr int kLast = kPoints - 1;
+  int shift = 0;  // up: outputs of phase 0 before the first between two neighbours
+
+  Axis(int64_t first_input, int64_t input_step, int64_t input_count) : origin(first_input), step(input_step), inputs(input_count) {}
+
   void add(int points, int64_t input, int64_t output, int single_point) {
     Segment& s = segments[count++];
-    s.points = points;
-    s.input = static_cast<int>(input);
-    s.output = static_cast<int>(output);
+    s = {points, static_cast<int>(input), {static_cast<int>(output) + shift, static_cast<int>(output)}, 3, false, false, {}, {}};
     for (int i = 0; i < points; ++i) {
-      s.point[i] = points == 4 ? i : points == 3 ? (i == 2 ? 3 : i) : single_point;
+      s.point[i] = points == 4 ? i : points == 3 ? (i == 2 ? kLast : i) : single_point;
       s.rank[i] = uses[s.point[i]]++;
     }
+  }
+
+  // Tiles of three outputs, and then some of two, from `at` on
+  int64_t add_tiles(int64_t at, int64_t outputs, int64_t pairs) {
+    for (const int64_t end = at + outputs - 2 * pairs; at < end; at += 3) add(4, at, at, 0);
+    for (int64_t i = 0; i < pairs; ++i, at += 2) add(3, at, at, 0);
+    return at;
+  }
+
+  void add_edge(int64_t input, int point, int phases, int64_t output) {
+    edges[point] = phases;
+    Segment& s = segments[count++];
+    s = {1, static_cast<int>(input), {static_cast<int>(output) + shift, static_cast<int>(output)}, phases, true, false, {point}, {}};
   }
 };
 
@@ -195,38 +253,57 @@ inline void for_tile_shape(int row_points, int column_points, const F& f) {
   }
 }
 
-// Where the products of a block of images lie: one matrix a point pair, its rows ordered (image, row segment, column
-// segment), the matrices one after the other with an unused row between them: without it the 16 rows of a tile would
-// often lie a multiple of 4 KiB apart and fight for the same few lines of the first-level cache.
+// Where the products of a block of images lie: one matrix a point pair, the matrices one after the other with an unused row between
+// them: without it the 16 rows of a tile would often lie a multiple of 4 KiB apart and fight for the same few lines of the
+// first-level cache. A matrix' rows are ordered (image, row segment, column segment), and where the axes have edges, so that those of
+// any phase follow one another: (edge row, column segments), (row segments, column segments), (row segments, edge column), (edge row,
+// edge column).
 struct ProductRows {
   const Axis& rows;
   const Axis& columns;
   int64_t images;
-  int64_t base[kPoints * kPoints];  // first row of each point pair's matrix
 
   ProductRows(const Axis& row_axis, const Axis& column_axis, int64_t image_count)
       : rows(row_axis), columns(column_axis), images(image_count) {
     int64_t at = 0;
     for (int pair = 0; pair < kPoints * kPoints; ++pair) {
-      base[pair] = at;
-      at += count(pair) + 1;
+      const int p = pair / kPoints, q = pair % kPoints;
+      const bool edge_row = rows.edges[p] != 0, edge_column = columns.edges[q] != 0;
+      base_[1][0][pair] = at;
+      at += edge_row ? images * columns.uses[q] : 0;
+      base_[0][0][pair] = at;
+      at += images * rows.uses[p] * columns.uses[q];
+      base_[0][1][pair] = at;
+      at += edge_column ? images * rows.uses[p] : 0;
+      base_[1][1][pair] = at;
+      at += edge_row && edge_column ? images : 0;
+      ++at;
     }
   }
 
-  // Rows of a point pair's matrix
-  int64_t count(int pair) const { return images * rows.uses[pair / kPoints] * columns.uses[pair % kPoints]; }
+  // The rows of a point pair's matrix that two phases have: the first of them, and how many
+  int64_t first(int pair, int row_phase) const {
+    return base_[rows.has_edge(pair / kPoints, row_phase)][0][pair];
+  }
+  int64_t count(int pair, int row_phase, int column_phase) const {
+    const int p = pair / kPoints, q = pair % kPoints;
+    return images * (rows.uses[p] + rows.has_edge(p, row_phase)) * (columns.uses[q] + columns.has_edge(q, column_phase));
+  }
 
   // The addresses, in a buffer of rows of `ld` floats, of the products of one tile.
   void addresses(float* buffer, int64_t ld, int64_t image, const Segment& r, const Segment& c, float** out) const {
     for (int i = 0; i < r.points; ++i) {
       const int p = r.point[i];
-      const int64_t row = image * rows.uses[p] + r.rank[i];
+      const int64_t row = r.edge ? image : image * rows.uses[p] + r.rank[i];
       for (int j = 0; j < c.points; ++j) {
         const int q = c.point[j];
-        *out++ = buffer + (base[p * kPoints + q] + row * columns.uses[q] + c.rank[j]) * ld;
+        *out++ = buffer + (base_[r.edge][c.edge][p * kPoints + q] + (c.edge ? row : row * columns.uses[q] + c.rank[j])) * ld;
       }
     }
   }
+
+ private:
+  int64_t base_[2][2][kPoints * kPoints];  // where the rows of a matrix start, by whether the row and the column segments are edges
 };
 
 }  // namespace

@@ -403,7 +403,8 @@ void check_all(const std::vector<Layer>& layers, const std::vector<Layer>& layer
       for (Mode small : {Mode::plain, Mode::activated, Mode::batch_norm_backward}) check_weight_gradient(layer, large, small, 1);
   }
   for (Conv4x4s2Loop loop : {Conv4x4s2Loop::down, Conv4x4s2Loop::up, Conv4x4s2Loop::weight_gradient})
-    for (int64_t channels : {64, 3}) check_thread_independence(Layer(20, 16, 16, channels, 48, dtype), loop);
+    for (int64_t batch : {20, 90})  // few and many tasks
+      for (int64_t channels : {64, 3}) check_thread_independence(Layer(batch, 16, 16, channels, 48, dtype), loop);
 }
 
 // The ways that weights take to the products: packed, within the cache and past it; read as they lie. And that of their gradients
@@ -470,6 +471,7 @@ void run_all() {
   // small sides 2 to 9, 16, odd large sides, channel counts with partial panels, chunks and blocks
   const std::vector<Layer> layers = {{3, 8, 8, 16, 32},  {2, 4, 6, 32, 16},   {2, 5, 7, 16, 16},  {1, 10, 12, 16, 16}, {5, 14, 14, 16, 48},
                           {2, 16, 18, 80, 16}, {2, 32, 32, 16, 16}, {1, 8, 8, 144, 80}, {20, 8, 8, 16, 16},  {1, 128, 96, 16, 16},
+                          {3, 129, 97, 16, 32}, {70, 16, 18, 80, 16},
                           {3, 8, 8, 3, 64},   {2, 14, 14, 1, 16},  {2, 7, 9, 3, 32},    {18, 4, 6, 2, 80},   {1, 96, 128, 4, 64}};
   check_all(layers, {layers[0], layers[12]}, ConvDType::float32);
 
