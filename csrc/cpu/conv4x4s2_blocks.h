@@ -9,10 +9,23 @@ namespace {
 
 constexpr int64_t kChunk = 64;         // reduction channels transformed and multiplied at a time
 constexpr int64_t kOutputBlock = 128;  // output channels of a task
-constexpr int kPairs = kPoints * kPoints;
+constexpr int kMostPairs = kMostPoints * kMostPoints;
+
+constexpr int64_t kLeastOutputs = 128;
 
 struct Geometry : LoopShape {
-  Geometry(const Conv4x4s2Shape& s, Conv4x4s2Loop loop) : LoopShape(s, loop) {}
+  int row_points = 4, column_points = 4;  // of the axes
+
+  Geometry(const Conv4x4s2Shape& s, Conv4x4s2Loop loop) : LoopShape(s, loop) {
+    if (up) return;
+    row_points = five_points(output_height) ? 5 : 4;
+    column_points = five_points(output_width) ? 5 : 4;
+  }
+
+  // Larger tiles, and more transformed weights for them: with few outputs these would take longer than they save.
+  bool five_points(int64_t outputs) const {
+    return outputs >= 8 && outputs % 4 == 0 && batch * output_height * output_width >= kLeastOutputs;
+  }
 
   int64_t row_phases() const { return up ? 2 : 1; }
 
@@ -21,17 +34,19 @@ struct Geometry : LoopShape {
 
   // The first output row of a phase that a strip has
   int64_t first_row(int64_t phase, int64_t strip, int64_t strips) const {
-    return up ? Axis::up_first(phase, strip, strips, input_height, output_height) : part_start(output_height, strip, strips);
+    if (up) return Axis::up_first(phase, strip, strips, input_height, output_height);
+    const int64_t together = row_points == 5 ? 4 : 1;
+    return together * part_start(output_height / together, strip, strips);
   }
 
   // down: those of an input parity. up: of both phases.
   Axis row_axis(int64_t parity, int64_t strip, int64_t strips) const {
     if (up) return Axis::up(strip, strips, input_height, output_height);
     const int64_t first = first_row(0, strip, strips);
-    return Axis::down(first, first_row(0, strip + 1, strips) - first, parity, input_height);
+    return Axis::down(row_points, first, first_row(0, strip + 1, strips) - first, parity, input_height);
   }
   Axis column_axis(int64_t parity) const {
-    return up ? Axis::up(0, 1, input_width, output_width) : Axis::down(0, output_width, parity, input_width);
+    return up ? Axis::up(0, 1, input_width, output_width) : Axis::down(column_points, 0, output_width, parity, input_width);
   }
 };
 
@@ -56,10 +71,10 @@ struct Blocks {
     if (batches > 2 && batches < g.batch && strips * batches * tasks_each % 2 != 0) ++batches;
     images = ceil_div(g.batch, batches);
     batch = g.batch;
-    product_rows = images * transformed(g) + kPairs;
-    const int64_t height = ceil_div(g.phase_rows(0), strips) + (g.up && strips > 1);
+    product_rows = images * transformed(g) + kMostPairs;
+    const int64_t height = ceil_div(g.phase_rows(0), strips) + (strips > 1 ? 4 : 0);
     pixels = images * height * g.output_width;
-    stage_pixels = kPoints * max64(g.column_axis(0).inputs, g.column_axis(1).inputs);
+    stage_pixels = g.row_points * max64(g.column_axis(0).inputs, g.column_axis(1).inputs);
   }
   int64_t count() const { return strips * batches; }
   int64_t first_image(int64_t block) const { return part_start(batch, block % batches, batches); }

@@ -75,7 +75,7 @@ void transform_inputs(const ConvOperand& operand, const Geometry& g, const Produ
       stage_inputs(operand, g, at.rows, at.columns, first_image + n, from, rs.end(), c0, channels, stage + (from - rs.input) * row);
       for (int c = 0; c < at.columns.count; ++c) {
         const Segment& cs = at.columns.segments[c];
-        float* dst[kPairs];
+        float* dst[kMostPairs];
         at.addresses(products, kChunk, n, rs, cs, dst);
         for_tile_shape(rs.points, cs.points, InputTile{stage + cs.input * kChunk, row, dst, channels});
       }
@@ -102,7 +102,7 @@ void transform_outputs(const ProductRows& at, int row_phase, int column_phase, f
       for (int c = 0; c < at.columns.count; ++c) {
         const Segment& cs = at.columns.segments[c];
         if ((cs.phases >> column_phase & 1) == 0) continue;
-        float* src[kPairs];
+        float* src[kMostPairs];
         at.addresses(products, ld, n, rs, cs, src);
         for_tile_shape(rs.points, cs.points, OutputTile{src, result + rs.output[row_phase] * row + cs.output[column_phase] * column, row,
                                                         column, ld, accumulate || rs.add || cs.add});
@@ -133,7 +133,7 @@ struct ForwardScratch {
     common = inputs_first(g, blocks) ? blocks.count() * block : 0;
     inputs = !g.up ? chunk : common > 0 ? 0 : block;
     taps = source.memory();
-    weights = kPoints * (min64(kChunk, source.packed.input_channels) * kPanel + kLineFloats);
+    weights = g.column_points * (min64(kChunk, source.packed.input_channels) * kPanel + kLineFloats);
     products = blocks.product_rows * ld;
     result = blocks.pixels * ld;
     stage = blocks.stage_pixels * kChunk;
@@ -201,10 +201,10 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
           for (int64_t k = 0; k < ld; k += kPanel) {
             const float* taps = weights.panel(a, b, k0, k, c0, gathered);
             Ahead ahead = weights.after(a, b, k0, k, c0);
-            for (int row = 0; row < kPoints; ++row) {
-              transform_weights(taps, channels, row, transformed);
+            for (int row = 0; row < rows.points; ++row) {
+              transform_weights(taps, channels, rows.points, row, columns.points, transformed);
               const float* u = transformed;
-              for (int p = row * kPoints; p < (row + 1) * kPoints; ++p, u += channels * kPanel + kLineFloats) {
+              for (int p = row * columns.points; p < (row + 1) * columns.points; ++p, u += channels * kPanel + kLineFloats) {
                 const int64_t first = at.first(p, row_phase);
                 multiply<2, kChunk, 1, kPanel>(operand + first * kChunk, u, channels, products + first * ld + k, ld,
                                                at.count(p, row_phase, column_phase), c0 > 0, ahead);
@@ -259,7 +259,7 @@ void transform_gradients(const ConvOperand& operand, const Geometry& g, const Pr
         }
       for (int c = 0; c < at.columns.count; ++c) {
         const Segment& cs = at.columns.segments[c];
-        float* dst[kPairs];
+        float* dst[kMostPairs];
         at.addresses(products, kGradientSmall, n, rs, cs, dst);
         for_tile_shape(rs.points, cs.points, GradientTile{stage + cs.output[0] * kGradientSmall, row, kGradientSmall, dst, channels});
       }
@@ -281,7 +281,7 @@ struct GradientPlan {
     splits = min64(blocks.count(), max64(1, kGradientTasks / (weight_blocks() * parities)));
     inputs = blocks.product_rows * kChunk;
     gradients = blocks.product_rows * kGradientSmall;
-    accumulators = kPairs * kGradientMatrix;
+    accumulators = g.row_points * g.column_points * kGradientMatrix;
     taps = 16 * kGradientMatrix;
     stage = blocks.stage_pixels * max64(kChunk, kGradientSmall);
   }
@@ -297,21 +297,31 @@ struct GradientPlan {
   }
 };
 
-// Four taps of each weight from its 16 transformed sums: rows [large][kGradientSmall] of sums and taps
+// The sum of m[points] times what their transformed weights have of a tap
+template <int kPoints>
+inline Vec combine(const Vec* m, const float (&taps)[kPoints][2], int tap) {
+  Vec sum = tap == 0 ? m[0] : kPoints == 4 ? m[3] : Vec{};
+#pragma GCC unroll 5
+  for (int p = 1; p + 1 < kPoints; p += 2) sum += (tap == 0 ? m[p] + m[p + 1] : m[p] - m[p + 1]) * taps[p][tap];
+  return sum;
+}
+
+// Four taps of each weight from the sums of its transformed products: rows [large][kGradientSmall] of sums and taps
+template <int kRows, int kColumns>
 void transform_weight_gradients(const float* sums, int64_t large, int64_t row_parity, int64_t column_parity, float* taps) {
+  constexpr const float(&row_taps)[kRows][2] = taps_of<kRows>();
+  constexpr const float(&column_taps)[kColumns][2] = taps_of<kColumns>();
   for (int64_t at = 0; at < large * kGradientSmall; at += kLanes) {
-    Vec rows[2][kPoints];
-    for (int q = 0; q < kPoints; ++q) {
-      Vec m[kPoints];
-      for (int p = 0; p < kPoints; ++p) m[p] = load(sums + (p * kPoints + q) * kGradientMatrix + at);
-      rows[0][q] = m[0] + (m[1] + m[2]) * 0.5f;
-      rows[1][q] = m[3] + (m[1] - m[2]) * 0.5f;
+    Vec rows[2][kColumns];
+#pragma GCC unroll 5
+    for (int q = 0; q < kColumns; ++q) {
+      Vec m[kRows];
+      for (int p = 0; p < kRows; ++p) m[p] = load(sums + (p * kColumns + q) * kGradientMatrix + at);
+      for (int r = 0; r < 2; ++r) rows[r][q] = combine<kRows>(m, row_taps, r);
     }
     for (int r = 0; r < 2; ++r) {
-      const Vec* m = rows[r];
       float* out = taps + ((row_parity + 2 * r) * 4 + column_parity) * kGradientMatrix + at;
-      store(out, m[0] + (m[1] + m[2]) * 0.5f);
-      store(out + 2 * kGradientMatrix, m[3] + (m[1] - m[2]) * 0.5f);
+      for (int c = 0; c < 2; ++c) store(out + 2 * c * kGradientMatrix, combine<kColumns>(rows[r], column_taps, c));
     }
   }
 }
@@ -401,7 +411,7 @@ void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large,
         for (int64_t c = 0; c < w.large_channels; c += kChunk) {
           const int64_t chunk = min64(kChunk, w.large_channels - c);
           transform_inputs(large, g, at, first_image, w.large + c, chunk, stage, inputs);
-          for (int p = 0; p < kPairs; ++p)
+          for (int p = 0; p < at.pairs(); ++p)
             for (int64_t k = 0; k < w.small_channels; k += kPanel)
               multiply<2, 1, kChunk, kGradientSmall>(inputs + at.first(p, 0) * kChunk, gradients + at.first(p, 0) * kGradientSmall + k,
                                                   at.count(p, 0, 0),
@@ -409,7 +419,9 @@ void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large,
                                                   block > first_block);
         }
       }
-      transform_weight_gradients(sums, w.large_channels, a, b, taps);
+      const auto transform = g.row_points == 5 ? g.column_points == 5 ? transform_weight_gradients<5, 5> : transform_weight_gradients<5, 4>
+                             : g.column_points == 5 ? transform_weight_gradients<4, 5> : transform_weight_gradients<4, 4>;
+      transform(sums, w.large_channels, a, b, taps);
     }
     if (plan.tasks_finish()) store_taps(taps, 1, 0, w, 0, w.small_channels, g.input_channels, result);
   });

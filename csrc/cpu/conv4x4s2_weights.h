@@ -214,9 +214,11 @@ struct WeightTaps {
   }
 };
 
-// One row of four transformed weights: taps[channels][4][kPanel] -> transformed[4][channels][kPanel] with a line between the
-// four. A row of one panel at a time stays in the first-level cache until its products are done.
-void transform_weights(const float* taps, int64_t channels, int row, float* transformed) {
+// One row of transformed weights: taps[channels][4][kPanel] -> transformed[kColumns][channels][kPanel] with a line between them. A
+// row of one panel at a time stays in the first-level cache until its products are done.
+template <int kColumns>
+void transform_weights(const float* taps, int64_t channels, const float (&row)[2], float* transformed) {
+  constexpr const float(&columns)[kColumns][2] = taps_of<kColumns>();
   const int64_t next = channels * kPanel + kLineFloats;
   for (int64_t i = 0; i < channels; ++i, taps += 4 * kPanel, transformed += kPanel)
     for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
@@ -224,14 +226,21 @@ void transform_weights(const float* taps, int64_t channels, int row, float* tran
 #pragma GCC unroll 2
       for (int s = 0; s < 2; ++s) {
         const Vec g0 = load(taps + s * kPanel + lane), g1 = load(taps + (2 + s) * kPanel + lane);
-        g[s] = row == 0 ? g0 : row == 1 ? (g0 + g1) * 0.5f : row == 2 ? (g0 - g1) * 0.5f : g1;
+        g[s] = row[1] == 0 ? g0 : row[0] == 0 ? g1 : g0 * row[0] + g1 * row[1];
       }
-      float* out = transformed + lane;
-      store(out, g[0]);
-      store(out + next, (g[0] + g[1]) * 0.5f);
-      store(out + 2 * next, (g[0] - g[1]) * 0.5f);
-      store(out + 3 * next, g[1]);
+#pragma GCC unroll 5
+      for (int q = 0; q < kColumns; ++q)
+        store(transformed + q * next + lane,
+              columns[q][1] == 0 ? g[0] : columns[q][0] == 0 ? g[1] : g[0] * columns[q][0] + g[1] * columns[q][1]);
     }
+}
+
+inline void transform_weights(const float* taps, int64_t channels, int row_points, int row, int column_points, float* transformed) {
+  const float(&factors)[2] = row_points == 5 ? kTapsOfFive[row] : kTapsOfFour[row];
+  if (column_points == 5)
+    transform_weights<5>(taps, channels, factors, transformed);
+  else
+    transform_weights<4>(taps, channels, factors, transformed);
 }
 
 }  // namespace
