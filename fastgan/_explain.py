@@ -133,13 +133,18 @@ def _minimal_filtering(arguments):
             "the transforms of minimal filtering would cost more than they save"
         )
     height, width = (side if transposed else side // 2 for side in input.shape[2:])
-    # Only a convolution's input can have an odd side; its last output then meets no padding.
-    padded = [(True, transposed or side % 2 == 0) for side in input.shape[2:]]
-    products = [sum(_products(length, edge) for edge in edges) for length, edges in zip((height, width), padded)]
-    share = products[0] * products[1] / (16 * height * width)
+    # Geometry in csrc/cpu/conv4x4s2_blocks.h
+    fours = min(height, width) >= 8 and height % 4 == width % 4 == 0
+    if fours and input.shape[0] * height * width >= (512 if transposed else 128):
+        tiles, share = "F(4, 2)", 25 / 64
+    else:
+        # Only a convolution's input can have an odd side; its last output then meets no padding.
+        padded = [(True, transposed or side % 2 == 0) for side in input.shape[2:]]
+        products = [sum(_products(length, edge) for edge in edges) for length, edges in zip((height, width), padded)]
+        tiles, share = "F(3, 2) and F(2, 2)", products[0] * products[1] / (16 * height * width)
     return (
         "fastgan's minimal filtering for kernel 4, stride 2, padding 1, batch norm and activation fused in: tiles of "
-        f"F(3, 2) and F(2, 2) a side take about {share:.0%} of direct convolution's multiplications for {height}x{width} pixels"
+        f"{tiles} a side take about {share:.0%} of direct convolution's multiplications for {height}x{width} pixels"
     )
 
 
@@ -158,7 +163,7 @@ def _bfloat16_loop(arguments):
 
 
 def _products(length, padded):
-    """Multiplications of `length` outputs of two taps along an axis: Axis in csrc/cpu/conv4x4s2_tiles.h."""
+    """Multiplications of `length` outputs of two taps along an axis of four points: Axis in csrc/cpu/conv4x4s2_tiles.h."""
     triples, left = divmod(length, 3)
     if left == 1 and not padded:
         return 4 * (triples - 1) + 2 * 3

@@ -6,9 +6,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import fastgan
-from fastgan import _extension
+from fastgan import _extension, ops
 from fastgan.nn.fuse import _match, images_in_channels_last
 from fastgan.nn.modules import BatchNormCall
 from fastgan.ops._gradients import gradients_added_in_place
@@ -111,6 +112,31 @@ def test_error_against_float64_is_at_most_four_times_pytorchs(name, training, de
         assert error <= 4 * theirs + 1e-6 * largest[min(i, 1)], (i, error, theirs)
     for ours_buffer, buffer in zip(fused.buffers(), network.buffers(), strict=True):
         torch.testing.assert_close(ours_buffer, buffer, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="compares fastgan's CPU kernels with PyTorch's")
+@pytest.mark.parametrize("side, large, small", [(4, 128, 256), (7, 64, 128), (8, 128, 256), (16, 64, 128)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_error_of_a_layer_and_its_gradients_is_at_most_three_times_pytorchs(side, large, small, transposed):
+    generator = torch.Generator().manual_seed(side)
+    sizes = [(16, large, 2 * side, 2 * side), (16, small, side, side)]
+    x, gradient = (torch.randn(size, generator=generator).relu() for size in sizes[:: -1 if transposed else 1])
+    weight = torch.randn(small, large, 4, 4, generator=generator) / 50
+
+    def outputs(convolution, dtype=torch.float32, **options):
+        tensors = [t.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, weight)]
+        y = convolution(*tensors, None, stride=2, padding=1, **options)
+        return [t.double() for t in (y.detach(), *torch.autograd.grad(y, tensors, gradient.to(y)))]
+
+    plain = F.conv_transpose2d if transposed else F.conv2d
+    ours = ops.conv_transpose2d_act if transposed else ops.conv2d_act
+    # PyTorch's of contiguous tensors: in channels_last its errors are larger.
+    tensors = [t.clone().requires_grad_() for t in (x, weight)]
+    y = plain(*tensors, None, stride=2, padding=1)
+    theirs = [t.double() for t in (y.detach(), *torch.autograd.grad(y, tensors, gradient))]
+    for exact, found, other in zip(outputs(plain, torch.float64), outputs(ours, activation="identity"), theirs):
+        assert (found - exact).norm() <= 3 * (other - exact).norm()
+        assert (found - exact).abs().max() <= 3 * (other - exact).abs().max()
 
 
 @pytest.mark.parametrize("name", ["generator", "discriminator", "other kernels between"])

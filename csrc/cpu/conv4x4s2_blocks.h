@@ -11,20 +11,16 @@ constexpr int64_t kChunk = 64;         // reduction channels transformed and mul
 constexpr int64_t kOutputBlock = 128;  // output channels of a task
 constexpr int kMostPairs = kMostPoints * kMostPoints;
 
-constexpr int64_t kLeastOutputs = 128;
+constexpr int64_t kLeastPixels = 128, kLeastPixelsUp = 512;
 
 struct Geometry : LoopShape {
-  int row_points = 4, column_points = 4;  // of the axes
+  int points;  // of both axes
 
   Geometry(const Conv4x4s2Shape& s, Conv4x4s2Loop loop) : LoopShape(s, loop) {
-    if (up) return;
-    row_points = five_points(output_height) ? 5 : 4;
-    column_points = five_points(output_width) ? 5 : 4;
-  }
-
-  // Larger tiles, and more transformed weights for them: with few outputs these would take longer than they save.
-  bool five_points(int64_t outputs) const {
-    return outputs >= 8 && outputs % 4 == 0 && batch * output_height * output_width >= kLeastOutputs;
+    // The small side's. With few of them the transformed weights of more points would take longer than larger tiles save.
+    const int64_t height = s.small_height, width = s.small_width;
+    const bool fours = height >= 8 && width >= 8 && height % 4 == 0 && width % 4 == 0;
+    points = !fours || batch * height * width < (up ? kLeastPixelsUp : kLeastPixels) ? 4 : up ? 6 : 5;
   }
 
   int64_t row_phases() const { return up ? 2 : 1; }
@@ -34,19 +30,19 @@ struct Geometry : LoopShape {
 
   // The first output row of a phase that a strip has
   int64_t first_row(int64_t phase, int64_t strip, int64_t strips) const {
-    if (up) return Axis::up_first(phase, strip, strips, input_height, output_height);
-    const int64_t together = row_points == 5 ? 4 : 1;
+    if (up) return Axis::up_first(points, phase, strip, strips, input_height, output_height);
+    const int64_t together = points == 5 ? 4 : 1;
     return together * part_start(output_height / together, strip, strips);
   }
 
   // down: those of an input parity. up: of both phases.
   Axis row_axis(int64_t parity, int64_t strip, int64_t strips) const {
-    if (up) return Axis::up(strip, strips, input_height, output_height);
+    if (up) return Axis::up(points, strip, strips, input_height, output_height);
     const int64_t first = first_row(0, strip, strips);
-    return Axis::down(row_points, first, first_row(0, strip + 1, strips) - first, parity, input_height);
+    return Axis::down(points, first, first_row(0, strip + 1, strips) - first, parity, input_height);
   }
   Axis column_axis(int64_t parity) const {
-    return up ? Axis::up(0, 1, input_width, output_width) : Axis::down(column_points, 0, output_width, parity, input_width);
+    return up ? Axis::up(points, 0, 1, input_width, output_width) : Axis::down(points, 0, output_width, parity, input_width);
   }
 };
 
@@ -71,10 +67,10 @@ struct Blocks {
     if (batches > 2 && batches < g.batch && strips * batches * tasks_each % 2 != 0) ++batches;
     images = ceil_div(g.batch, batches);
     batch = g.batch;
-    product_rows = images * transformed(g) + kMostPairs;
+    product_rows = images * transformed(g) + g.points * g.points;
     const int64_t height = ceil_div(g.phase_rows(0), strips) + (strips > 1 ? 4 : 0);
     pixels = images * height * g.output_width;
-    stage_pixels = g.row_points * max64(g.column_axis(0).inputs, g.column_axis(1).inputs);
+    stage_pixels = g.points * max64(g.column_axis(0).inputs, g.column_axis(1).inputs);
   }
   int64_t count() const { return strips * batches; }
   int64_t first_image(int64_t block) const { return part_start(batch, block % batches, batches); }

@@ -20,7 +20,7 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-constexpr int64_t kProductRows = 1664;   // rows of all 16 product matrices of a block, about 100 each
+constexpr int64_t kProductRows = 2496;  // rows of all product matrices of a block, of 16 about 150 each
 constexpr int64_t kFewerProductRows = 1000;
 constexpr int64_t kFewTasks = 8;
 constexpr int64_t kGradientRows = 1024;  // the same for the weight gradient, which also holds its accumulators
@@ -54,8 +54,8 @@ struct InputTile {
   int64_t row;
   float* const* dst;
   int64_t channels;
-  template <int kR, int kC>
-  void run() const { input_tile<kR, kC>(src, row, kChunk, dst, channels); }
+  template <Tile kRow, Tile kColumn>
+  void run() const { input_tile<kRow, kColumn>(src, row, kChunk, dst, channels); }
 };
 
 // products[row][kChunk] = transformed inputs of all tiles of a block. The inputs of one row of tiles are staged at a time,
@@ -77,7 +77,7 @@ void transform_inputs(const ConvOperand& operand, const Geometry& g, const Produ
         const Segment& cs = at.columns.segments[c];
         float* dst[kMostPairs];
         at.addresses(products, kChunk, n, rs, cs, dst);
-        for_tile_shape(rs.points, cs.points, InputTile{stage + cs.input * kChunk, row, dst, channels});
+        for_tiles(rs, cs, InputTile{stage + cs.input * kChunk, row, dst, channels});
       }
     }
 }
@@ -87,8 +87,8 @@ struct OutputTile {
   float* dst;
   int64_t row, column, channels;
   bool accumulate;
-  template <int kR, int kC>
-  void run() const { output_tile<kR, kC>(src, dst, row, column, channels, accumulate); }
+  template <Tile kRow, Tile kColumn>
+  void run() const { output_tile<kRow, kColumn>(src, dst, row, column, channels, accumulate); }
 };
 
 // The products of a phase of either axis transformed back into, or added to, result[images][rows][...]; row and column are its strides in
@@ -104,7 +104,7 @@ void transform_outputs(const ProductRows& at, int row_phase, int column_phase, f
         if ((cs.phases >> column_phase & 1) == 0) continue;
         float* src[kMostPairs];
         at.addresses(products, ld, n, rs, cs, src);
-        for_tile_shape(rs.points, cs.points, OutputTile{src, result + rs.output[row_phase] * row + cs.output[column_phase] * column, row,
+        for_tiles(rs, cs, OutputTile{src, result + rs.output[row_phase] * row + cs.output[column_phase] * column, row,
                                                         column, ld, accumulate || rs.add || cs.add});
       }
     }
@@ -120,22 +120,23 @@ Blocks forward_blocks(const Geometry& g) {
   const Blocks blocks(g, kProductRows, output_blocks(g));
   if (!inputs_first(g, blocks)) return blocks;
   const Blocks smaller(g, kFewerProductRows, output_blocks(g));
-  return inputs_first(g, smaller) ? blocks : smaller;
+  return g.points == 6 || !inputs_first(g, smaller) ? smaller : blocks;
 }
 
 struct ForwardScratch {
-  int64_t common;  // floats of the inputs of all blocks, where they are transformed first
+  int64_t common;         // floats of the inputs of all blocks, where they are transformed first
+  int64_t task_channels;  // outputs of a task: half a block of them then, nothing being transformed twice for that
   int64_t inputs, taps, weights, products, result, stage;  // floats of a thread
   ForwardScratch(const WeightTaps& source, const Blocks& blocks) {
     const Geometry& g = source.g;
-    const int64_t ld = min64(kOutputBlock, source.packed.output_channels);
     const int64_t chunk = blocks.product_rows * kChunk, block = ceil_div(g.input_channels, kChunk) * chunk;
     common = inputs_first(g, blocks) ? blocks.count() * block : 0;
+    task_channels = min64(common > 0 ? kOutputBlock / 2 : kOutputBlock, source.packed.output_channels);
     inputs = !g.up ? chunk : common > 0 ? 0 : block;
     taps = source.memory();
-    weights = g.column_points * (min64(kChunk, source.packed.input_channels) * kPanel + kLineFloats);
-    products = blocks.product_rows * ld;
-    result = blocks.pixels * ld;
+    weights = g.points * (min64(kChunk, source.packed.input_channels) * kPanel + kLineFloats);
+    products = blocks.product_rows * task_channels;
+    result = blocks.pixels * task_channels;
     stage = blocks.stage_pixels * kChunk;
   }
   int64_t common_bytes() const { return round_up(common * static_cast<int64_t>(sizeof(float)), ScratchSlots::kAlignment); }
@@ -170,13 +171,15 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
       transform(block, task % chunks, ProductRows(rows, columns, blocks.image_count(block)), lease.memory(), common + task * chunk_floats);
     });
   const int64_t phase_tasks = sizes.common > 0 ? g.row_phases() : 1;
+  const int64_t output_tasks = ceil_div(g.output_channels, sizes.task_channels);
 
   // Blocks of images run innermost, so that consecutive tasks of a thread read the same weights.
-  parallel_for(phase_tasks * output_blocks(g) * blocks.count(), [&](int64_t task) {
-    const int64_t block = task % blocks.count(), k0 = task / blocks.count() % output_blocks(g) * kOutputBlock;
-    const int64_t ld = weights.packed.block_channels(k0), first_image = blocks.first_image(block);
-    const int64_t images = blocks.image_count(block);
-    const int64_t first_parity = phase_tasks == 1 ? 0 : task / blocks.count() / output_blocks(g);
+  parallel_for(phase_tasks * output_tasks * blocks.count(), [&](int64_t task) {
+    const int64_t block = task % blocks.count(), first_output = task / blocks.count() % output_tasks * sizes.task_channels;
+    const int64_t k0 = first_output / kOutputBlock * kOutputBlock;  // block of the packed weights
+    const int64_t ld = min64(sizes.task_channels, k0 + weights.packed.block_channels(k0) - first_output);
+    const int64_t first_image = blocks.first_image(block), images = blocks.image_count(block);
+    const int64_t first_parity = phase_tasks == 1 ? 0 : task / blocks.count() / output_tasks;
     const int64_t end_parity = phase_tasks == 1 ? 2 : first_parity + 1;
     const ScratchSlots::Lease lease(slots);
     float* inputs = lease.memory();
@@ -199,12 +202,12 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
           float* operand = g.up ? inputs + chunk * chunk_floats : inputs;
           if (!g.up || (sizes.common == 0 && a + b == 0)) transform(block, chunk, at, stage, operand);
           for (int64_t k = 0; k < ld; k += kPanel) {
-            const float* taps = weights.panel(a, b, k0, k, c0, gathered);
-            Ahead ahead = weights.after(a, b, k0, k, c0);
-            for (int row = 0; row < rows.points; ++row) {
-              transform_weights(taps, channels, rows.points, row, columns.points, transformed);
+            const float* taps = weights.panel(a, b, k0, first_output - k0 + k, c0, gathered);
+            Ahead ahead = weights.after(a, b, k0, first_output - k0 + k, c0);
+            for (int row = 0; row < g.points; ++row) {
+              transform_weights(taps, channels, g.points, row, transformed);
               const float* u = transformed;
-              for (int p = row * columns.points; p < (row + 1) * columns.points; ++p, u += channels * kPanel + kLineFloats) {
+              for (int p = row * g.points; p < (row + 1) * g.points; ++p, u += channels * kPanel + kLineFloats) {
                 const int64_t first = at.first(p, row_phase);
                 multiply<2, kChunk, 1, kPanel>(operand + first * kChunk, u, channels, products + first * ld + k, ld,
                                                at.count(p, row_phase, column_phase), c0 > 0, ahead);
@@ -220,8 +223,8 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
       if (!g.up && a == 0) continue;  // down: the four parities add up to one result
       float* partial = partials + 2 * ((g.up ? a * blocks.count() : 0) + block) * g.output_channels;
       const OutputBox box{g.output_height, g.output_width, g.output_channels, first_image, images,
-                          g.up ? 2 * rows.first[a] + a : rows.first[0], rows.length[row_phase], g.row_phases(), k0,
-                          min64(kOutputBlock, g.output_channels - k0)};
+                          g.up ? 2 * rows.first[a] + a : rows.first[0], rows.length[row_phase], g.row_phases(), first_output,
+                          min64(ld, g.output_channels - first_output)};
       finish_box<float>(epilogue, box, result, {box.rows * g.output_width * ld, ld}, {partial, partial + g.output_channels});
     }
   });
@@ -240,8 +243,8 @@ struct GradientTile {
   int64_t row, column;
   float* const* dst;
   int64_t channels;
-  template <int kR, int kC>
-  void run() const { gradient_tile<kR, kC>(src, row, column, dst, channels); }
+  template <Tile kRow, Tile kColumn>
+  void run() const { gradient_tile<kRow, kColumn>(src, row, column, dst, channels); }
 };
 
 // products[row][kGradientSmall] = transformed output gradients of all tiles of a block
@@ -251,7 +254,7 @@ void transform_gradients(const ConvOperand& operand, const Geometry& g, const Pr
   for (int64_t n = 0; n < at.images; ++n)
     for (int r = 0; r < at.rows.count; ++r) {
       const Segment& rs = at.rows.segments[r];
-      for (int64_t i = 0; i < outputs_of(rs.points); ++i)
+      for (int64_t i = 0; i < outputs_of(rs.tile); ++i)
         for (int64_t j = 0; j < at.columns.length[0]; ++j) {
           const int64_t y = at.rows.first[0] + rs.output[0] + i, pixel = ((first_image + n) * g.output_height + y) * g.output_width + j;
           prefetch_operand<float>(operand, (pixel + kRowsAhead * g.output_width) * g.output_channels + c0, channels);
@@ -261,7 +264,7 @@ void transform_gradients(const ConvOperand& operand, const Geometry& g, const Pr
         const Segment& cs = at.columns.segments[c];
         float* dst[kMostPairs];
         at.addresses(products, kGradientSmall, n, rs, cs, dst);
-        for_tile_shape(rs.points, cs.points, GradientTile{stage + cs.output[0] * kGradientSmall, row, kGradientSmall, dst, channels});
+        for_tiles(rs, cs, GradientTile{stage + cs.output[0] * kGradientSmall, row, kGradientSmall, dst, channels});
       }
     }
 }
@@ -281,7 +284,7 @@ struct GradientPlan {
     splits = min64(blocks.count(), max64(1, kGradientTasks / (weight_blocks() * parities)));
     inputs = blocks.product_rows * kChunk;
     gradients = blocks.product_rows * kGradientSmall;
-    accumulators = g.row_points * g.column_points * kGradientMatrix;
+    accumulators = g.points * g.points * kGradientMatrix;
     taps = 16 * kGradientMatrix;
     stage = blocks.stage_pixels * max64(kChunk, kGradientSmall);
   }
@@ -307,21 +310,20 @@ inline Vec combine(const Vec* m, const float (&taps)[kPoints][2], int tap) {
 }
 
 // Four taps of each weight from the sums of its transformed products: rows [large][kGradientSmall] of sums and taps
-template <int kRows, int kColumns>
+template <int kPoints>
 void transform_weight_gradients(const float* sums, int64_t large, int64_t row_parity, int64_t column_parity, float* taps) {
-  constexpr const float(&row_taps)[kRows][2] = taps_of<kRows>();
-  constexpr const float(&column_taps)[kColumns][2] = taps_of<kColumns>();
+  constexpr const float(&factors)[kPoints][2] = taps_of<kPoints>();
   for (int64_t at = 0; at < large * kGradientSmall; at += kLanes) {
-    Vec rows[2][kColumns];
+    Vec rows[2][kPoints];
 #pragma GCC unroll 5
-    for (int q = 0; q < kColumns; ++q) {
-      Vec m[kRows];
-      for (int p = 0; p < kRows; ++p) m[p] = load(sums + (p * kColumns + q) * kGradientMatrix + at);
-      for (int r = 0; r < 2; ++r) rows[r][q] = combine<kRows>(m, row_taps, r);
+    for (int q = 0; q < kPoints; ++q) {
+      Vec m[kPoints];
+      for (int p = 0; p < kPoints; ++p) m[p] = load(sums + (p * kPoints + q) * kGradientMatrix + at);
+      for (int r = 0; r < 2; ++r) rows[r][q] = combine<kPoints>(m, factors, r);
     }
     for (int r = 0; r < 2; ++r) {
       float* out = taps + ((row_parity + 2 * r) * 4 + column_parity) * kGradientMatrix + at;
-      for (int c = 0; c < 2; ++c) store(out + 2 * c * kGradientMatrix, combine<kColumns>(rows[r], column_taps, c));
+      for (int c = 0; c < 2; ++c) store(out + 2 * c * kGradientMatrix, combine<kPoints>(rows[r], factors, c));
     }
   }
 }
@@ -419,9 +421,7 @@ void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large,
                                                   block > first_block);
         }
       }
-      const auto transform = g.row_points == 5 ? g.column_points == 5 ? transform_weight_gradients<5, 5> : transform_weight_gradients<5, 4>
-                             : g.column_points == 5 ? transform_weight_gradients<4, 5> : transform_weight_gradients<4, 4>;
-      transform(sums, w.large_channels, a, b, taps);
+      (g.points == 5 ? transform_weight_gradients<5> : transform_weight_gradients<4>)(sums, w.large_channels, a, b, taps);
     }
     if (plan.tasks_finish()) store_taps(taps, 1, 0, w, 0, w.small_channels, g.input_channels, result);
   });

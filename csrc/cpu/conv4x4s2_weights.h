@@ -214,11 +214,11 @@ struct WeightTaps {
   }
 };
 
-// One row of transformed weights: taps[channels][4][kPanel] -> transformed[kColumns][channels][kPanel] with a line between them. A
+// One row of transformed weights: taps[channels][4][kPanel] -> transformed[kPoints][channels][kPanel] with a line between them. A
 // row of one panel at a time stays in the first-level cache until its products are done.
-template <int kColumns>
+template <int kPoints>
 void transform_weights(const float* taps, int64_t channels, const float (&row)[2], float* transformed) {
-  constexpr const float(&columns)[kColumns][2] = taps_of<kColumns>();
+  constexpr const float(&columns)[kPoints][2] = taps_of<kPoints>();
   const int64_t next = channels * kPanel + kLineFloats;
   for (int64_t i = 0; i < channels; ++i, taps += 4 * kPanel, transformed += kPanel)
     for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
@@ -228,19 +228,17 @@ void transform_weights(const float* taps, int64_t channels, const float (&row)[2
         const Vec g0 = load(taps + s * kPanel + lane), g1 = load(taps + (2 + s) * kPanel + lane);
         g[s] = row[1] == 0 ? g0 : row[0] == 0 ? g1 : g0 * row[0] + g1 * row[1];
       }
-#pragma GCC unroll 5
-      for (int q = 0; q < kColumns; ++q)
+#pragma GCC unroll 6
+      for (int q = 0; q < kPoints; ++q)
         store(transformed + q * next + lane,
               columns[q][1] == 0 ? g[0] : columns[q][0] == 0 ? g[1] : g[0] * columns[q][0] + g[1] * columns[q][1]);
     }
 }
 
-inline void transform_weights(const float* taps, int64_t channels, int row_points, int row, int column_points, float* transformed) {
-  const float(&factors)[2] = row_points == 5 ? kTapsOfFive[row] : kTapsOfFour[row];
-  if (column_points == 5)
-    transform_weights<5>(taps, channels, factors, transformed);
-  else
-    transform_weights<4>(taps, channels, factors, transformed);
+inline void transform_weights(const float* taps, int64_t channels, int points, int row, float* transformed) {
+  if (points == 4) return transform_weights<4>(taps, channels, kTapsOfFour[row], transformed);
+  if (points == 5) return transform_weights<5>(taps, channels, kTapsOfFive[row], transformed);
+  return transform_weights<6>(taps, channels, kTapsOfSix[row], transformed);
 }
 
 }  // namespace

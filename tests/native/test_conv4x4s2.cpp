@@ -160,19 +160,21 @@ void for_products(const Conv4x4s2Shape& s, const F& f) {
 }
 
 // Largest difference relative to the largest value.
-double error(const Floats& got, const Doubles& want) {
+// Relative to the largest value. `allowed`: differences of its elements that are none.
+double error(const Floats& got, const Doubles& want, const Doubles& allowed) {
   double worst = 0, largest = 1e-30;
   for (size_t i = 0; i < want.size(); ++i) {
-    const double difference = std::abs(got[i] - want[i]);
+    const double difference = std::abs(got[i] - want[i]) - (allowed.empty() ? 0 : allowed[i]);
     if (!(difference <= worst)) worst = difference;  // keeps a NaN
     largest = std::max(largest, std::abs(want[i]));
   }
   return worst / largest;
 }
 
-void expect_close(const Floats& got, const Doubles& want, const char* what, const Conv4x4s2Shape& s, double tolerance) {
+void expect_close(const Floats& got, const Doubles& want, const char* what, const Conv4x4s2Shape& s, double tolerance,
+                  const Doubles& allowed = {}) {
   char detail[200];
-  const double e = error(got, want);
+  const double e = error(got, want, allowed);
   std::snprintf(detail, sizeof detail, "%s batch %d large %dx%dx%d small channels %d: error %.2e",
                 s.dtype == ConvDType::float32 ? "float32" : "bfloat16", int(s.batch), int(s.large_height),
                 int(s.large_width), int(s.large_channels), int(s.small_channels), e);
@@ -234,7 +236,7 @@ struct Layer {
   // Half a unit in the last place of a bfloat16 is at most 2^-8 of it. Where a prologue computes the operand, some of its elements
   // round the other way in the kernel than here; in filtered products all differences are rounded, too.
   double sum_tolerance(bool prologue) const {
-    if (shape.dtype == ConvDType::float32 || !prologue) return 3e-6;
+    if (shape.dtype == ConvDType::float32 || !prologue) return 1.5e-6;
     const bool filtered = active_isa() == Isa::avx512_bf16 && shape.large_channels > 4 && !direct_bfloat16;
     return filtered ? 0x1p-7 : 5e-4;
   }
@@ -276,7 +278,7 @@ void check_loop(const Layer& layer, Conv4x4s2Loop loop, ConvOperand::Mode mode, 
   layer.run(loop, input.operand, e, threads);
   expect_close(out.values(), result, down ? "down, store" : "up, store", s, tolerance);
 
-  Doubles want(result.size());
+  Doubles want(result.size()), allowed(result.size());
   e.bias = bias.data();
   e.mode = ConvEpilogue::Mode::activate;
   const Floats factors = random_floats(channels, 0.5, 2);
@@ -284,10 +286,15 @@ void check_loop(const Layer& layer, Conv4x4s2Loop loop, ConvOperand::Mode mode, 
     for (bool scaled : {false, true}) {
       e.activation = a;
       e.scale = scaled ? factors.data() : nullptr;
-      for (size_t i = 0; i < want.size(); ++i)
-        want[i] = act((scaled ? factors[i % channels] : 1) * result[i] + bias[i % channels], a, e.negative_slope);
+      double largest = 0;  // result: what an error is relative to before it goes through the activation
+      for (double value : result) largest = std::max(largest, std::abs(value));
+      for (size_t i = 0; i < want.size(); ++i) {
+        const double factor = scaled ? factors[i % channels] : 1, z = factor * result[i] + bias[i % channels];
+        want[i] = act(z, a, e.negative_slope);
+        allowed[i] = tolerance * largest * factor * act_derivative(z, a, e.negative_slope);
+      }
       layer.run(loop, input.operand, e, threads);
-      expect_close(out.values(), want, down ? "down, activate" : "up, activate", s, tolerance);
+      expect_close(out.values(), want, down ? "down, activate" : "up, activate", s, tolerance, allowed);
     }
   e.scale = nullptr;
 
@@ -418,7 +425,7 @@ void check_weights() {
     }
   };
   check(Layer(2, 4, 6, 144, 144), active_isa() >= Isa::avx512 || !gathers);  // 144 is a multiple of an AVX2 panel only
-  check(Layer(2, 96, 64, 32, 64), true);                                     // several blocks
+  check(Layer(4, 96, 64, 32, 64), true);                                     // several blocks
   check(Layer(3, 8, 8, 160, 192), !gathers);  // several blocks of outputs, chunks of inputs
   for (const Layer& layer : {Layer(2, 6, 4, 256, 400), Layer(3, 7, 5, 208, 144), Layer(5, 48, 40, 32, 80)})
     check_weight_gradient(layer, ConvOperand::Mode::plain, ConvOperand::Mode::plain, 2);
@@ -471,7 +478,7 @@ void run_all() {
   // small sides 2 to 9, 16, odd large sides, channel counts with partial panels, chunks and blocks
   const std::vector<Layer> layers = {{3, 8, 8, 16, 32},  {2, 4, 6, 32, 16},   {2, 5, 7, 16, 16},  {1, 10, 12, 16, 16}, {5, 14, 14, 16, 48},
                           {2, 16, 18, 80, 16}, {2, 32, 32, 16, 16}, {1, 8, 8, 144, 80}, {20, 8, 8, 16, 16},  {1, 128, 96, 16, 16},
-                          {3, 129, 97, 16, 32}, {70, 16, 18, 16, 80},
+                          {3, 129, 97, 16, 32}, {70, 16, 18, 16, 80}, {40, 16, 24, 16, 80},
                           {3, 8, 8, 3, 64},   {2, 14, 14, 1, 16},  {2, 7, 9, 3, 32},    {18, 4, 6, 2, 80},   {1, 96, 128, 4, 64}};
   check_all(layers, {layers[0], layers[12]}, ConvDType::float32);
 
