@@ -21,7 +21,7 @@ namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
 constexpr int64_t kProductRows = 2496;  // rows of all product matrices of a block, of 16 about 150 each
-constexpr int64_t kFewerProductRows = 1000;
+constexpr int64_t kFewerProductRows = 1000;  // where up would have fewer than kFewTasks tasks
 constexpr int64_t kFewTasks = 8;
 constexpr int64_t kGradientRows = 1024;  // the same for the weight gradient, which also holds its accumulators
 constexpr int64_t kGradientLarge = 64;   // block of the weight a weight_gradient task owns
@@ -104,8 +104,8 @@ void transform_outputs(const ProductRows& at, int row_phase, int column_phase, f
         if ((cs.phases >> column_phase & 1) == 0) continue;
         float* src[kMostPairs];
         at.addresses(products, ld, n, rs, cs, src);
-        for_tiles(rs, cs, OutputTile{src, result + rs.output[row_phase] * row + cs.output[column_phase] * column, row,
-                                                        column, ld, accumulate || rs.add || cs.add});
+        for_tiles(rs, cs, OutputTile{src, result + rs.output[row_phase] * row + cs.output[column_phase] * column, row, column, ld,
+                                     accumulate || rs.add || cs.add});
       }
     }
 }
