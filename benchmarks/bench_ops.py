@@ -5,7 +5,8 @@ CatGAN's loss, and what a perceptron's layer does after its matrix product.
     pytest benchmarks/bench_ops.py --benchmark-enable -k 'conv2d_bn_act and backward' --benchmark-json=results.json
 
 A group is one operator, layer, dtype and direction; in it fastgan is timed next to PyTorch (a convolution in both
-memory formats), after its result was compared with theirs. `backward` is forward and backward together. pytest-benchmark
+memory formats), after its result was compared with theirs. `backward` is forward and backward together. bfloat16 is autocast's: of
+a convolution the images, with parameters in float32. pytest-benchmark
 writes the machine and the date into its JSON, and with every convolution GFLOP/s (of direct convolution), its share of the
 machine's peak (the best float32 matrix product), the bytes that have to move and GB/s. `python benchmarks/suite.py` makes
 a table of it.
@@ -66,17 +67,18 @@ class Layer:
         elements += 16 * self.channels_in * self.channels_out
         return (1 if direction == "forward" else 3) * elements * itemsize
 
-    def tensors(self, dtype, memory_format):
+    def tensors(self, dtype, memory_format, weight_format):
         torch.manual_seed(0)
         transposed = "transpose" in self.op.__name__
         channels = (self.channels_in, self.channels_out) if transposed else (self.channels_out, self.channels_in)
         tensors = {
             "input": torch.randn(BATCH, self.channels_in, self.size, self.size).to(memory_format=memory_format),
-            "weight": (torch.randn(*channels, 4, 4) * 0.02).to(memory_format=memory_format),
+            "weight": (torch.randn(*channels, 4, 4) * 0.02).to(memory_format=weight_format),
         }
         if self.op.__name__.endswith("bn_act"):
             tensors |= {"bn_weight": torch.ones(self.channels_out), "bn_bias": torch.zeros(self.channels_out)}
-        return {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
+        tensors["input"] = tensors["input"].to(dtype)
+        return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
 
 
 LAYERS = [
@@ -99,18 +101,24 @@ def make_call(layer, peer, dtype, direction):
     """A function that makes the call and returns what it computed."""
     memory_format = torch.contiguous_format if peer == "pytorch" else torch.channels_last
     function = layer.op if peer == "fastgan" else REFERENCES[layer.op]
-    tensors = layer.tensors(dtype, memory_format)
-    options = {"stride": layer.stride, "padding": layer.padding}
+    # fastgan's modules keep weights in the default format; PyTorch's in channels_last take them in that.
+    weight_format = torch.channels_last if peer == "pytorch_channels_last" else torch.contiguous_format
+    tensors = layer.tensors(dtype, memory_format, weight_format)
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return function(**tensors, stride=layer.stride, padding=layer.padding)
+
     if direction == "forward":
 
         @torch.no_grad()
         def call():
-            return [function(**tensors, **options)]
+            return [forward()]
     else:
-        gradient = torch.randn_like(function(**tensors, **options), memory_format=torch.contiguous_format)
+        gradient = torch.randn_like(forward(), memory_format=torch.contiguous_format)
 
         def call():
-            output = function(**tensors, **options)
+            output = forward()
             return [output, *torch.autograd.grad(output, list(tensors.values()), gradient)]
 
     return call

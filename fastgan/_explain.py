@@ -105,10 +105,10 @@ def _convolution_loop(arguments):
     if device == "cpu":
         if _has_minimal_filtering(arguments) and dtype == torch.float32:
             return _minimal_filtering(arguments)
-        if dtype == torch.float32 and (loop := _pixel_loop(arguments)):
+        if dtype in (torch.float32, torch.bfloat16) and (loop := _pixel_loop(arguments)):
             return loop
         if dtype == torch.bfloat16 and _fits_minimal_filtering(arguments):
-            return f"ATen's (oneDNN) {in_dtype}; {_bfloat16_loop(arguments)}"
+            return _bfloat16_loop(arguments)
         return (
             f"ATen's (oneDNN) {in_dtype}; fastgan's minimal filtering takes float32 in channels_last (or any layout "
             "inside a Sequential given to fastgan.fuse), kernel 4, stride 2, padding 1, and channels in multiples of "
@@ -129,8 +129,9 @@ def _minimal_filtering(arguments):
     transposed = "output_padding" in arguments
     if weight.shape[1] <= 4:
         return (
-            "fastgan's direct products of 4x4 patches, batch norm and activation fused in: with 4 image channels or fewer "
-            "the transforms of minimal filtering would cost more than they save"
+            "fastgan's for images of up to 4 channels, batch norm and activation fused in: from the image minimal filtering "
+            "along its rows, F(2, 2), 75% of direct convolution's multiplications; to it, and for the weight's gradient, "
+            "direct products, since with so few channels transforms would cost more than they save"
         )
     height, width = (side if transposed else side // 2 for side in input.shape[2:])
     # Geometry in csrc/cpu/conv4x4s2_blocks.h
@@ -149,17 +150,26 @@ def _minimal_filtering(arguments):
 
 
 def _bfloat16_loop(arguments):
-    """Where the bfloat16 loops of csrc/cpu/conv4x4s2.h take a layer: the rest of conv4x4s2_supported()."""
-    where = "inside a Sequential given to fastgan.fuse, under autocast, fastgan's loops take a layer like this"
-    isa = _extension.CPU_ISA
+    """Which loop takes a layer that has the shape for the bfloat16 loops of csrc/cpu/conv4x4s2.h: the rest of
+    conv4x4s2_supported() and of conv_stack_single()."""
+    isa, image = _extension.CPU_ISA, arguments["weight"].shape[1] <= 4
+    direct = isa == "amx" or image
     if isa not in ("avx512_bf16", "amx"):
-        return f"{where} on processors with AVX512-BF16 or AMX, which this is not"
-    image = arguments["weight"].shape[1] <= 4
-    if not image and arguments["input"].shape[0] < 16:
-        return f"{where} from a batch of 16 on"
-    if isa == "amx" or image:
-        return f"{where}, with direct products"
-    return f"{where}, with minimal filtering along the rows: F(2, 2), 75% of direct convolution's multiplications"
+        why = "run on processors with AVX512-BF16 or AMX, which this is not"
+    elif not image and arguments["input"].shape[0] < 16:
+        why = "take a layer like this from a batch of 16 on"
+    elif not _is_channels_last(arguments["input"]):
+        why = "take this in channels_last (or any layout inside a Sequential given to fastgan.fuse)"
+    elif not direct and arguments["weight"].dtype != torch.float32:
+        why = "take a layer like this with float32 weights, under autocast: they would add to the error of bfloat16 ones"
+    elif direct:
+        return "fastgan's in bfloat16, with direct products, batch norm and activation fused in"
+    else:
+        return (
+            "fastgan's in bfloat16, batch norm and activation fused in: minimal filtering along the rows, F(2, 2), 75% of "
+            "direct convolution's multiplications"
+        )
+    return f"ATen's (oneDNN) in bfloat16; fastgan's loops {why}"
 
 
 def _products(length, padded):
@@ -189,11 +199,12 @@ def _pixel_loop(arguments):
 
 
 def _has_minimal_filtering(arguments):
-    """The rule of conv_stack_single() in csrc/ops/conv_stack.cpp."""
-    input = arguments["input"]
-    if input.dim() != 4 or input.is_contiguous() or not input.is_contiguous(memory_format=torch.channels_last):
-        return False
-    return _fits_minimal_filtering(arguments)
+    """The rule of conv_stack_single() in csrc/ops/conv_stack.cpp, in float32."""
+    return _is_channels_last(arguments["input"]) and _fits_minimal_filtering(arguments)
+
+
+def _is_channels_last(input):
+    return input.dim() == 4 and not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
 
 
 def _fits_minimal_filtering(arguments):

@@ -221,6 +221,25 @@ def test_batch_norm_parameters_may_stay_float32_beside_bfloat16_input(device):
     assert output.dtype == torch.bfloat16 and mean.dtype == torch.float32 and mean.abs().sum() > 0
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("op", OPS)
+def test_arrays_may_have_any_strides(op, layout, device):
+    if device.type == "cuda":
+        pytest.skip("float32 main loops are cuDNN's")
+    tensors, _ = dcgan_case(op, 16, 32, 8).make(torch.float32, device)
+    tensors["input"] = lay_out(tensors["input"].detach(), layout)
+    arrays = {name: tensors[name] for name in tensors if name not in ("input", "weight")}
+    for strided in (lambda t: torch.stack([t, t + 1], 1)[:, 0], lambda t: t.mean().expand(len(t))):
+        given = {name: strided(array.detach()).requires_grad_() for name, array in arrays.items()}
+        assert not any(t.is_contiguous() for t in given.values())
+        results = []  # PyTorch's own batch norm leaves a gradient unset where arrays have strides of 0: it gets dense ones
+        for function, arrays in zip(OPS[op], (given, {name: array.contiguous() for name, array in given.items()})):
+            output = function(**tensors | arrays, stride=2, padding=1, activation="tanh")
+            results.append([output, *torch.autograd.grad(output.pow(2).sum(), list(arrays.values()))])
+        for ours, theirs in zip(*results):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-3)
+
+
 def test_large_mean_does_not_spoil_the_variance(device):
     # E[x^2] - E[x]^2 in float32 would be off by 100% here.
     x = (torch.randn(8, 1, 16, 16) + 3000).to(device)

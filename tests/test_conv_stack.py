@@ -214,8 +214,9 @@ def test_gradients_added_in_place(autocast):
 
     weight = network[2].weight
     before, seen = weight.grad.clone(), []
-    with gradients_added_in_place():  # of the first weights as well: a gradient that goes no further is never rounded to bfloat16
-        _, alone = torch.autograd.grad(loss(), [network[0].weight, weight])
+    with gradients_added_in_place():  # of all weights: one that only one loop reads would not be rounded to bfloat16 before it
+        weights = {name: tensor for name, tensor in network.named_parameters() if tensor.requires_grad}
+        alone = dict(zip(weights, torch.autograd.grad(loss(), weights.values())))["2.weight"]
     assert torch.equal(weight.grad, before) and alone.abs().sum() > 0
     with weight.register_hook(seen.append), gradients_added_in_place():
         loss().backward()
@@ -465,6 +466,49 @@ def test_single_operators_take_the_same_loops_in_channels_last(transposed, bn):
     scale = max(g.abs().max().item() for g in results[0])
     for ours, theirs in zip(*reversed(results)):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("loop", ["conv4x4s2_down", "conv4x4s2_up", "from_pixel", "to_pixel"])
+@pytest.mark.parametrize("bn", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_single_operators_take_the_same_loops_in_bfloat16(loop, bn, autocast):
+    """With parameters in float32 under autocast, or all in bfloat16: at most twice PyTorch's error against float64."""
+    own = loop.endswith("pixel") or runs_own_loops(autocast) and (autocast or _extension.CPU_ISA == "amx")
+    layer, shape = {
+        "conv4x4s2_down": (lambda: down(32, 64, True), (32, 8, 8)), "conv4x4s2_up": (lambda: up(64, 32, True), (64, 8, 8)),
+        "from_pixel": (lambda: nn.ConvTranspose2d(24, 64, 4), (24, 1, 1)), "to_pixel": (lambda: nn.Conv2d(32, 2, 4), (32, 4, 4)),
+    }[loop]  # fmt: skip
+    dtype = torch.float32 if autocast else torch.bfloat16
+
+    def run(function, modules, x):
+        inputs = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and x.dtype != torch.float64):
+            output = function(inputs)
+        weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
+        return [output, *torch.autograd.grad((output * weights).sum(), [inputs, *modules.parameters()])]
+
+    squares = []  # of the errors of output and gradients, PyTorch's and ours, as in test_autocast_error_is_at_most_twice_pytorchs
+    for seed in range(8):
+        torch.manual_seed(seed)
+        conv = layer()
+        network = nn.Sequential(conv, *([nn.BatchNorm2d(conv.out_channels)] if bn else []), nn.LeakyReLU(0.2)).to(dtype)
+        x = torch.randn(20, *shape).to(dtype, memory_format=torch.channels_last)
+        name = ("conv_transpose2d" if isinstance(conv, nn.ConvTranspose2d) else "conv2d") + ("_bn_act" if bn else "_act")
+        arguments = dict(stride=conv.stride, padding=conv.padding, activation="leaky_relu", negative_slope=0.2)
+
+        def ours(x):
+            state = (network[1].weight, network[1].bias) if bn else ()
+            return getattr(ops, name)(x, conv.weight, conv.bias, *state, **arguments)
+
+        assert (loop in kernels_of(lambda: run(ours, network, x))) == own
+        exact = run(doubled := copy.deepcopy(network).double(), doubled, x.double())
+        theirs, found = run(network, network, x), run(ours, network, x)
+        assert found[0].dtype == torch.bfloat16 and all(t.dtype == dtype for t in found[1:])
+        squares.append([[(t.double() - e).norm() ** 2 for t in (a, b, 2 * e)] for e, a, b in zip(exact, theirs, found)])
+    for i, of_seeds in enumerate(zip(*squares)):
+        theirs, error, size = (sum(values) ** 0.5 for values in zip(*of_seeds))
+        if not (bn and i == 3):  # the bias's, which batch norm cancels
+            assert error <= 2 * theirs + 1e-6 * size, (i, error, theirs)
 
 
 @pytest.mark.parametrize("name", ["generator", "odd sizes 28 to 7", "other kernels between"])

@@ -40,6 +40,8 @@ bool conv4x4s2_supported(const Conv4x4s2Shape& s, Conv4x4s2Loop) {
          (is_image(s) || s.large_channels % 16 == 0);
 }
 
+bool conv4x4s2_rounds_sums(const Conv4x4s2Shape& shape) { return is_bfloat16(shape) && !is_image(shape) && is_filtered(); }
+
 size_t conv4x4s2_packed_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop) {
   return static_cast<size_t>(FASTGAN_CONV4X4S2_CALL(shape, packed_bytes, shape, loop));
 }

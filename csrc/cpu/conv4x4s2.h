@@ -105,6 +105,10 @@ struct ConvWeightGradient {
 // where the large tensor is not an image.
 bool conv4x4s2_supported(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop);
 
+// Whether the loops multiply differences and sums rounded to bfloat16: their error is twice that of bfloat16 operands and weights
+// which are multiplied as they are, and not more than the usual one where weights are float.
+bool conv4x4s2_rounds_sums(const Conv4x4s2Shape& shape);
+
 // Bytes for the packed weights of down or up, aligned to 64 bytes or more by the caller. 0 where nothing is packed: the loop then
 // takes the weight itself in place of `packed` (weight_gradient takes neither).
 size_t conv4x4s2_packed_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop);

@@ -1,5 +1,6 @@
-// The loops of conv4x4s2.h for bfloat16 images of 1 to 4 channels: the same three ways as conv4x4s2_image_kernel.cpp, with
-// tiles of bfloat16 products. On AMX the products are a small part; most of the time goes to patches and epilogues.
+// The loops of conv4x4s2.h for bfloat16 images of 1 to 4 channels: direct products of patches (conv4x4s2_image.h), in tiles. On
+// AMX the products are a small part; most of the time goes to patches and epilogues. Without it `down` takes the patches' rows from
+// where the image's rows are staged.
 #include "conv4x4s2_image.h"
 #include "conv4x4s2_kernel.h"
 
@@ -14,7 +15,6 @@ namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
 constexpr int64_t kBlock = 32;            // pixels multiplied at once, and columns
-constexpr int64_t kDownFloats = 16384;    // results a task of down holds before its epilogue
 constexpr int64_t kUpFloats = 49152;      // products a task of up holds before it adds them up
 constexpr int64_t kGradientPixels = 512;  // pixels multiplied at a time for the weight gradient
 constexpr int64_t kGradientTasks = 16;    // the batch is split into up to this many sums
@@ -36,13 +36,15 @@ void multiply_pixels(ProductBlock& block, const bfloat16* left, const bfloat16* 
 
 // ---- down
 
-struct DownPlan {
+#if defined(__AMX_BF16__)
+
+struct TiledDownPlan {
   Image g;
   int64_t columns;  // small channels rounded up to whole blocks
   Strips strips;
   int64_t depth, pixels;
   int64_t parameters, rows;  // elements
-  explicit DownPlan(const Conv4x4s2Shape& shape)
+  explicit TiledDownPlan(const Conv4x4s2Shape& shape)
       : g(shape), columns(round_up(g.small_channels, kBlock)), strips(g, g.small_width * columns, kDownFloats) {
     depth = kPatch;
     pixels = round_up(strips.rows * g.small_width, kBlock);
@@ -53,10 +55,9 @@ struct DownPlan {
   int64_t partials_bytes() const {
     return round_up(2 * g.batch * strips.count * g.small_channels * static_cast<int64_t>(sizeof(float)), ScratchSlots::kAlignment);
   }
-  int64_t packed_elements() const { return columns * depth; }
 };
 
-void image_down(const DownPlan& plan, const ConvOperand& large, const bfloat16* packed, const ConvEpilogue& epilogue,
+void image_down(const TiledDownPlan& plan, const ConvOperand& large, const bfloat16* packed, const ConvEpilogue& epilogue,
                 void* workspace, int threads) {
   const Image& g = plan.g;
   float* partials = static_cast<float*>(workspace);
@@ -85,6 +86,76 @@ void image_down(const DownPlan& plan, const ConvOperand& large, const bfloat16* 
     return g.small_width * min64(plan.strips.rows, g.small_height - part % plan.strips.count * plan.strips.rows);
   });
 }
+
+TiledDownPlan down_plan(const Conv4x4s2Shape& shape) { return TiledDownPlan(shape); }
+
+#else
+
+static_assert(kBlock == kPanel);
+
+// Patches of kPixels pixels times a panel's tiles, a pair of elements at a time: `rows` is where the first one's begins in the first
+// of its four rows.
+template <int kChannels, int kPixels, typename Store>
+void multiply_pixels(const bfloat16* rows, int64_t padded_row, const bfloat16* packed, int64_t pixel, const Store& store_output) {
+  __m512 sums[kPixels][2] = {};
+  for (int64_t r = 0; r < 4; ++r)
+    for (int64_t pair = 0; pair < 2 * kChannels; ++pair) {
+      const bfloat16* left = rows + r * padded_row + 2 * pair;
+      const int64_t d = 2 * (r * 2 * kChannels + pair);  // of the patch
+      const bfloat16* tiles = packed + d / kTileDepth * 2 * kTile + d % kTileDepth * kTileRows;
+      __m512bh right[2];
+      __builtin_memcpy(&right[0], tiles, sizeof right[0]);
+      __builtin_memcpy(&right[1], tiles + kTile, sizeof right[1]);
+#pragma GCC unroll 16
+      for (int p = 0; p < kPixels; ++p) {
+        int32_t both;
+        __builtin_memcpy(&both, left + p * 2 * kChannels, sizeof both);
+        const __m512bh element = (__m512bh)_mm512_set1_epi32(both);
+        sums[p][0] = _mm512_dpbf16_ps(sums[p][0], element, right[0]);
+        sums[p][1] = _mm512_dpbf16_ps(sums[p][1], element, right[1]);
+      }
+    }
+#pragma GCC unroll 16
+  for (int p = 0; p < kPixels; ++p)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) store_output(pixel + p, v, sums[p][v]);
+}
+
+// A row of outputs for a panel of channels.
+template <int kChannels, typename Store>
+void multiply_row(const Image& g, const bfloat16* rows, const bfloat16* packed, const Store& store_output) {
+  const int64_t groups = ceil_div(g.small_width, kMaxRows);
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t first = part_start(g.small_width, group, groups), end = part_start(g.small_width, group + 1, groups);
+    const bfloat16* from = rows + first * 2 * kChannels;
+    store_output.prefetch(first, end);
+    switch (end - first) {
+#define FASTGAN_PIXELS(n) \
+  case n: multiply_pixels<kChannels, n>(from, g.padded_row(), packed, first, store_output); break;
+      FASTGAN_PIXELS(1) FASTGAN_PIXELS(2) FASTGAN_PIXELS(3) FASTGAN_PIXELS(4) FASTGAN_PIXELS(5) FASTGAN_PIXELS(6) FASTGAN_PIXELS(7)
+      FASTGAN_PIXELS(8) FASTGAN_PIXELS(9) FASTGAN_PIXELS(10) FASTGAN_PIXELS(11) FASTGAN_PIXELS(12) FASTGAN_PIXELS(13)
+      FASTGAN_PIXELS(14)
+#undef FASTGAN_PIXELS
+    }
+  }
+}
+
+DownPlan down_plan(const Conv4x4s2Shape& shape) { return {shape, sizeof(bfloat16)}; }
+
+void image_down(const DownPlan& plan, const ConvOperand& large, const bfloat16* packed, const ConvEpilogue& epilogue,
+                void* workspace, int threads) {
+  const Image& g = plan.g;
+  const auto stage = [&](const RowParameters& parameters, int64_t image, int64_t y0, int64_t count, void* memory) {
+    stage_rows<bfloat16>(large, parameters, g, image, y0, count, static_cast<bfloat16*>(memory));
+  };
+  const auto multiply = [&](const void* memory, int64_t i, int64_t panel, const auto& store_output) {
+    const bfloat16* rows = static_cast<const bfloat16*>(memory) + 2 * i * g.padded_row();
+    with_channels(g, [&](auto channels) { multiply_row<channels.value>(g, rows, packed + panel * kBlock * kPatch, store_output); });
+  };
+  run_down<bfloat16>(plan, large, epilogue, workspace, threads, stage, multiply);
+}
+
+#endif
 
 // ---- up
 
@@ -245,7 +316,7 @@ void image_weight_gradient(const GradientPlan& plan, const ConvOperand& large, c
 
 int64_t conv4x4s2_bf16_image_packed_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop) {
   if (loop == Conv4x4s2Loop::weight_gradient) return 0;
-  return 2 * (loop == Conv4x4s2Loop::down ? DownPlan(shape).packed_elements() : UpPlan(shape).packed_elements());
+  return 2 * (loop == Conv4x4s2Loop::down ? round_up(shape.small_channels, kBlock) * kPatch : UpPlan(shape).packed_elements());
 }
 
 // Right tiles: [columns / 32][depth / 32][2 tiles]. down: depth is the patch, columns the small channels; up: the reverse.
@@ -268,7 +339,7 @@ void conv4x4s2_bf16_image_pack(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, 
 int64_t conv4x4s2_bf16_image_workspace_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, int threads) {
   const auto bytes = [&](const auto& plan) { return plan.partials_bytes() + ScratchSlots::bytes(threads, plan.slot_bytes()); };
   switch (loop) {
-    case Conv4x4s2Loop::down: return bytes(DownPlan(shape));
+    case Conv4x4s2Loop::down: return bytes(down_plan(shape));
     case Conv4x4s2Loop::up: return bytes(UpPlan(shape));
     default: return bytes(GradientPlan(shape));
   }
@@ -278,7 +349,7 @@ void conv4x4s2_bf16_image_forward(const Conv4x4s2Shape& shape, Conv4x4s2Loop loo
                                   const void* packed, const ConvEpilogue& output, void* workspace, int threads) {
   const bfloat16* weights = static_cast<const bfloat16*>(packed);
   if (loop == Conv4x4s2Loop::down)
-    image_down(DownPlan(shape), input, weights, output, workspace, threads);
+    image_down(down_plan(shape), input, weights, output, workspace, threads);
   else
     image_up(UpPlan(shape), input, weights, output, workspace, threads);
 }

@@ -1,11 +1,11 @@
 // What the image kernels of conv4x4s2 share: 1 to 4 large channels, float32 and bfloat16.
 //
-// Direct products, not minimal filtering: with so few channels the transforms would cost more than they save. A patch is
-// the 4x4 window an output of `down` sees: 16 * channels elements, ordered (row, column, channel), so that in NHWC each of
-// its four rows is one contiguous run of the image.
+// With so few channels minimal filtering pays in `down` alone, along rows, in float32: what it transforms is the image. A patch
+// is the 4x4 window an output of `down` sees: 16 * channels elements, ordered (row, column, channel), so that in NHWC each of its
+// four rows is one contiguous run of the image.
 #pragma once
 
-#include "conv4x4s2_common.h"
+#include "conv4x4s2_gemm.h"
 
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
@@ -28,6 +28,22 @@ struct Image {
   int64_t padded_row() const { return round_up((2 * small_width + 3) * channels, kLanes) + kLanes; }
   int64_t image_row() const { return width * channels; }
 };
+
+template <int kValue>
+struct Channels {
+  static constexpr int value = kValue;
+};
+
+// Calls f with the Channels of the image.
+template <typename F>
+inline void with_channels(const Image& g, const F& f) {
+  switch (g.channels) {
+    case 1: return f(Channels<1>());
+    case 2: return f(Channels<2>());
+    case 3: return f(Channels<3>());
+    default: return f(Channels<4>());
+  }
+}
 
 // How the small rows of an image are cut into strips.
 struct Strips {
@@ -118,12 +134,105 @@ void copy_patches(const E* rows, int64_t padded_row, int64_t width, E* patches) 
 
 template <typename E>
 void copy_patches(const Image& g, const E* rows, E* patches) {
-  switch (g.channels) {
-    case 1: return copy_patches<1>(rows, g.padded_row(), g.small_width, patches);
-    case 2: return copy_patches<2>(rows, g.padded_row(), g.small_width, patches);
-    case 3: return copy_patches<3>(rows, g.padded_row(), g.small_width, patches);
-    default: return copy_patches<4>(rows, g.padded_row(), g.small_width, patches);
+  with_channels(g, [&](auto channels) { copy_patches<channels.value>(rows, g.padded_row(), g.small_width, patches); });
+}
+
+// ---- down: staged rows times panels of weights
+
+constexpr int64_t kDownFloats = 16384;  // results a task holds before its epilogue
+
+struct DownPlan {
+  Image g;
+  int64_t columns;  // small channels rounded up to whole panels
+  Strips strips;
+  int64_t staged_rows;         // of the image, for a strip
+  int64_t parameters, result;  // floats
+  int64_t staged_bytes;
+
+  // element_bytes: what is kept of an element of the image.
+  DownPlan(const Conv4x4s2Shape& shape, int64_t element_bytes)
+      : g(shape), columns(round_up(g.small_channels, kPanel)), strips(g, g.small_width * columns, kDownFloats) {
+    staged_rows = 2 * strips.rows + 2;
+    parameters = RowParameters::floats(g);
+    result = strips.rows * g.small_width * columns;
+    staged_bytes = staged_rows * g.padded_row() * element_bytes + kLineBytes;  // whole vectors are read
   }
+  int64_t slot_bytes() const { return (parameters + result) * static_cast<int64_t>(sizeof(float)) + staged_bytes; }
+  int64_t partials_bytes() const {
+    return round_up(2 * g.batch * strips.count * g.small_channels * static_cast<int64_t>(sizeof(float)), ScratchSlots::kAlignment);
+  }
+};
+
+// Where the sums of a row and a panel go: to out[pixel * stride + [0, kPanel)].
+template <typename T>
+struct PanelStore {
+  T* out;
+  int64_t stride;
+
+  void prefetch(int64_t pixel, int64_t end) const {
+    for (; pixel < end; ++pixel)
+      for (int64_t at = 0; at < kPanel; at += kLineBytes / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(out + pixel * stride + at, 1);
+  }
+  void operator()(int64_t pixel, int v, Vec sum) const { store(out + pixel * stride + v * kLanes, sum); }
+};
+
+// The same with the epilogues `store` and `activate`, of which it takes leaky ReLU and no activation.
+template <typename T>
+struct FinishedPanelStore : PanelStore<T> {
+  Vec scale[2], bias[2];
+  float slope;
+
+  static bool takes(const ConvEpilogue& e, const Image& g) {
+    const bool known = e.activation == Activation::leaky_relu || e.activation == Activation::identity;
+    return g.small_channels % kPanel == 0 && (e.mode == ConvEpilogue::Mode::store || (e.mode == ConvEpilogue::Mode::activate && known));
+  }
+  // c: the panel's first channel
+  FinishedPanelStore(const ConvEpilogue& e, T* row, int64_t stride, int64_t c) : PanelStore<T>{row + c, stride} {
+    const bool activated = e.mode == ConvEpilogue::Mode::activate;
+    for (int v = 0; v < 2; ++v, c += kLanes) {
+      scale[v] = activated && e.scale != nullptr ? load(e.scale + c) : splat(1.0f);
+      bias[v] = e.bias != nullptr ? load(e.bias + c) : Vec{};
+    }
+    slope = activated && e.activation == Activation::leaky_relu ? e.negative_slope : 1.0f;
+  }
+  void operator()(int64_t pixel, int v, Vec sum) const {
+    PanelStore<T>::operator()(pixel, v, activate(scale[v] * sum + bias[v], Activation::leaky_relu, slope));
+  }
+};
+
+// T is the storage type. Per task stage(parameters, image, first row, rows, memory) reads rows of the image, and
+// multiply(memory, row of the strip, panel, store) calls store(pixel, vector of the panel, sums) for every pixel of the row, and
+// store.prefetch(first pixel, end) before.
+template <typename T, typename Stage, typename Multiply>
+void run_down(const DownPlan& plan, const ConvOperand& large, const ConvEpilogue& epilogue, void* workspace, int threads,
+              const Stage& stage, const Multiply& multiply) {
+  const Image& g = plan.g;
+  float* partials = static_cast<float*>(workspace);
+  const ScratchSlots slots(static_cast<char*>(workspace) + plan.partials_bytes(), threads, plan.slot_bytes());
+
+  parallel_for(g.batch * plan.strips.count, [&](int64_t task) {
+    const int64_t image = task / plan.strips.count, first = task % plan.strips.count * plan.strips.rows;
+    const int64_t count = min64(plan.strips.rows, g.small_height - first);
+    const ScratchSlots::Lease lease(slots);
+    float *result = lease.memory() + plan.parameters, *staged = result + plan.result;
+    stage(RowParameters(large, g, lease.memory()), image, 2 * first - 1, 2 * count + 2, staged);
+    const OutputBox box{g.small_height, g.small_width, g.small_channels, image, 1, first, count, 1, 0, g.small_channels};
+    if (FinishedPanelStore<T>::takes(epilogue, g)) {
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t c = 0; c < plan.columns; c += kPanel)
+          multiply(staged, i, c / kPanel, FinishedPanelStore<T>(epilogue, static_cast<T*>(epilogue.out) + box.offset(0, i), g.small_channels, c));
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t c = 0; c < plan.columns; c += kPanel)
+        multiply(staged, i, c / kPanel, PanelStore<float>{result + i * g.small_width * plan.columns + c, plan.columns});
+    float* partial = partials + 2 * task * g.small_channels;
+    finish_box<T>(epilogue, box, result, {0, plan.columns}, {partial, partial + g.small_channels});
+  });
+
+  merge_partials(epilogue, partials, g.batch * plan.strips.count, g.small_channels, [&](int64_t part) {
+    return g.small_width * min64(plan.strips.rows, g.small_height - part % plan.strips.count * plan.strips.rows);
+  });
 }
 
 // ---- results of up
@@ -145,12 +254,7 @@ void add_patch_row(const float* products, int64_t stride, int64_t width, float* 
 }
 
 inline void add_patch_row(const Image& g, const float* products, int64_t stride, float* row) {
-  switch (g.channels) {
-    case 1: return add_patch_row<1>(products, stride, g.small_width, row);
-    case 2: return add_patch_row<2>(products, stride, g.small_width, row);
-    case 3: return add_patch_row<3>(products, stride, g.small_width, row);
-    default: return add_patch_row<4>(products, stride, g.small_width, row);
-  }
+  with_channels(g, [&](auto channels) { add_patch_row<channels.value>(products, stride, g.small_width, row); });
 }
 
 // Writes rows [y0, y0 + count) of an image: padded rows in `rows`, whose first pixel is padding.

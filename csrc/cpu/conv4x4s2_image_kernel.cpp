@@ -1,10 +1,11 @@
 // The three loops of conv4x4s2.h where the large side is an image of 1 to 4 channels: the discriminator's first and the
-// generator's last layer; float32. Direct products of patches (conv4x4s2_image.h):
+// generator's last layer; float32.
 //
-//   down: copy patches, multiply by the weights
+//   down: two neighbouring outputs of a row at a time, from three products in place of four: F(2, 2) along the row
 //   up:   multiply pixels by the weights to patches, add the patches up where they overlap
 //   weight_gradient: copy patches, multiply patches^T by the gradient, summed over pixels
-#include "conv4x4s2_gemm.h"
+//
+// The latter two are direct products of patches (conv4x4s2_image.h).
 #include "conv4x4s2_image.h"
 #include "conv4x4s2_kernel.h"
 
@@ -12,62 +13,96 @@ namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
 constexpr int64_t kChunk = 64;             // channels of the small side handled at a time
-constexpr int64_t kDownFloats = 16384;     // results a task of down holds before its epilogue
 constexpr int64_t kUpFloats = 49152;       // products a task of up holds before it adds them up
 constexpr int64_t kGradientPixels = 128;   // pixels multiplied at a time for the weight gradient
 constexpr int64_t kGradientTasks = 16;     // the batch is split into up to this many sums
 
-// Small channels rounded up to whole panels
-int64_t packed_columns(const Image& g) { return round_up(g.small_channels, kPanel); }
-
 // ---- down
+//
+// Outputs j and j + 1 see pixels x = 2 j to x + 5 of a padded row. Every tap t of the first two goes with tap t + 2:
+//
+//   (p[x + t] - p[x + t + 2]) w[t],  p[x + t + 2] (w[t] + w[t + 2]),  (p[x + t + 2] - p[x + t + 4]) w[t + 2]
+//
+// The first output is the sum of the first two products over t, channels and rows, the second one the difference of the others.
 
-struct DownPlan {
-  Image g;
-  Strips strips;
-  int64_t parameters, rows, patches, result;  // floats
-  explicit DownPlan(const Conv4x4s2Shape& shape) : g(shape), strips(g, g.small_width * packed_columns(g), kDownFloats) {
-    parameters = RowParameters::floats(g);
-    rows = (2 * strips.rows + 2) * g.padded_row();
-    patches = g.small_width * kPatch;
-    result = strips.rows * g.small_width * packed_columns(g);
+constexpr int kMostPairs = kMaxRows / 3;  // pairs of outputs at a time: three products of each are held in registers
+
+// Both outputs of kPairs pairs for a panel of channels: finish(pair, vector of the panel, first output, second output).
+// pixels: the first that the first pair sees, in the first of four padded rows; differences: between pixels and the ones two behind
+// them, in the same places; packed: [row][pixel of two][channel][product][kPanel].
+template <int kChannels, int kPairs, typename Finish>
+void multiply_pairs(const float* pixels, const float* differences, int64_t padded_row, const float* packed, const Finish& finish) {
+  constexpr int kDepth = 2 * kChannels, kNext = 2 * kDepth;  // floats that a product sums up a row, and from a pair to the next
+  Vec sums[3][kPairs][2] = {};
+  for (int64_t r = 0; r < 4; ++r) {
+    const float* sources[3] = {differences + r * padded_row, pixels + r * padded_row + kDepth, differences + r * padded_row + kDepth};
+    for (int64_t d = 0; d < kDepth; ++d)
+#pragma GCC unroll 3
+      for (int m = 0; m < 3; ++m) {
+        const Vec right[2] = {load(packed), load(packed + kLanes)};
+        packed += kPanel;
+#pragma GCC unroll 4
+        for (int pair = 0; pair < kPairs; ++pair) {
+          const Vec left = splat(sources[m][d + pair * kNext]);
+          sums[m][pair][0] += left * right[0];
+          sums[m][pair][1] += left * right[1];
+        }
+      }
   }
-  int64_t slot_bytes() const { return (parameters + rows + patches + result) * static_cast<int64_t>(sizeof(float)); }
-  int64_t partials_bytes() const {
-    return round_up(2 * g.batch * strips.count * g.small_channels * static_cast<int64_t>(sizeof(float)), ScratchSlots::kAlignment);
+#pragma GCC unroll 4
+  for (int pair = 0; pair < kPairs; ++pair)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v)
+      finish(pair, v, sums[0][pair][v] + sums[1][pair][v], sums[1][pair][v] - sums[2][pair][v]);
+}
+
+// A row of outputs for a panel of channels: store_output(pixel, vector of the panel, sums).
+template <int kChannels, typename Store>
+void multiply_row(const Image& g, const float* pixels, const float* differences, const float* packed, const Store& store_output) {
+  const int64_t pairs = ceil_div(g.small_width, 2), groups = ceil_div(pairs, kMostPairs);
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t first = part_start(pairs, group, groups), count = part_start(pairs, group + 1, groups) - first;
+    const int64_t x = first * 4 * kChannels, begin = 2 * first, end = min64(g.small_width, 2 * (first + count));
+    store_output.prefetch(begin, end);
+    const auto finish = [&](int pair, int v, Vec even, Vec odd) {
+      store_output(begin + 2 * pair, v, even);
+      if (begin + 2 * pair + 1 < end) store_output(begin + 2 * pair + 1, v, odd);
+    };
+    switch (count) {
+#define FASTGAN_PAIRS(n)                                                                                            \
+  case n:                                                                                                           \
+    if constexpr (n <= kMostPairs)                                                                                  \
+      multiply_pairs<kChannels, n>(pixels + x, differences + x, g.padded_row(), packed, finish);                    \
+    break;
+      FASTGAN_PAIRS(1) FASTGAN_PAIRS(2) FASTGAN_PAIRS(3) FASTGAN_PAIRS(4)
+#undef FASTGAN_PAIRS
+    }
   }
-};
+}
+
+// A panel's weights: three products for each of the patch's first two columns.
+int64_t panel_floats(const Image& g) { return 4 * 2 * g.channels * 3 * kPanel; }
+
+DownPlan down_plan(const Conv4x4s2Shape& shape) { return {shape, 2 * static_cast<int64_t>(sizeof(float))}; }
 
 void image_down(const Conv4x4s2Shape& shape, const ConvOperand& large, const float* packed, const ConvEpilogue& epilogue,
                 void* workspace, int threads) {
-  const DownPlan plan(shape);
+  const DownPlan plan = down_plan(shape);
   const Image& g = plan.g;
-  float* partials = static_cast<float*>(workspace);
-  const ScratchSlots slots(static_cast<char*>(workspace) + plan.partials_bytes(), threads, plan.slot_bytes());
-
-  parallel_for(g.batch * plan.strips.count, [&](int64_t task) {
-    const int64_t image = task / plan.strips.count, first = task % plan.strips.count * plan.strips.rows;
-    const int64_t count = min64(plan.strips.rows, g.small_height - first);
-    const ScratchSlots::Lease lease(slots);
-    float* rows = lease.memory() + plan.parameters;
-    float* patches = rows + plan.rows;
-    float* result = patches + plan.patches;
-    const RowParameters parameters(large, g, lease.memory());
-    stage_rows<float>(large, parameters, g, image, 2 * first - 1, 2 * count + 2, rows);
-    for (int64_t i = 0; i < count; ++i) {
-      copy_patches(g, rows + 2 * i * g.padded_row(), patches);
-      for (int64_t k = 0; k < packed_columns(g); k += kPanel)
-        multiply<2, kPatch, 1, kPanel>(patches, packed + k * g.patch, g.patch,
-                                       result + i * g.small_width * packed_columns(g) + k, packed_columns(g), g.small_width, false);
-    }
-    float* partial = partials + 2 * task * g.small_channels;
-    const OutputBox box{g.small_height, g.small_width, g.small_channels, image, 1, first, count, 1, 0, g.small_channels};
-    finish_box<float>(epilogue, box, result, {0, packed_columns(g)}, {partial, partial + g.small_channels});
-  });
-
-  merge_partials(epilogue, partials, g.batch * plan.strips.count, g.small_channels, [&](int64_t part) {
-    return g.small_width * min64(plan.strips.rows, g.small_height - part % plan.strips.count * plan.strips.rows);
-  });
+  const int64_t all_rows = plan.staged_rows * g.padded_row();  // floats to the differences
+  const auto stage = [&](const RowParameters& parameters, int64_t image, int64_t y0, int64_t count, void* memory) {
+    float *rows = static_cast<float*>(memory), *differences = rows + all_rows;
+    stage_rows<float>(large, parameters, g, image, y0, count, rows);
+    for (int64_t x = 0; x < count * g.padded_row() - 2 * g.channels; x += kLanes)
+      store(differences + x, load(rows + x) - load(rows + x + 2 * g.channels));
+  };
+  const auto multiply = [&](const void* memory, int64_t i, int64_t panel, const auto& store_output) {
+    const float* row = static_cast<const float*>(memory) + 2 * i * g.padded_row();
+    with_channels(g, [&](auto channels) {
+      multiply_row<channels.value>(g, row, row + all_rows, packed + panel * panel_floats(g), store_output);
+    });
+  };
+  run_down<float>(plan, large, epilogue, workspace, threads, stage, multiply);
 }
 
 // ---- up
@@ -218,31 +253,43 @@ void image_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large
 int64_t conv4x4s2_image_packed_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop) {
   const Image g(shape);
   if (loop == Conv4x4s2Loop::weight_gradient) return 0;
-  const int64_t floats = loop == Conv4x4s2Loop::down ? g.patch * packed_columns(g) : round_up(g.patch, kLanes) * g.small_channels;
+  const int64_t floats = loop == Conv4x4s2Loop::down ? down_plan(shape).columns / kPanel * panel_floats(g)
+                                                     : round_up(g.patch, kLanes) * g.small_channels;
   return floats * static_cast<int64_t>(sizeof(float));
 }
 
-// down: [panel of small channels][patch][kPanel]; up: [panel of the patch][small channels][kPanel, or kLanes for the last]
+// down: [panel of small channels][row][column, channel of two][three products][kPanel];
+// up: [panel of the patch][small channels][kPanel, or kLanes for the last]
 void conv4x4s2_image_pack(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* weight, void* packed) {
   const Image g(shape);
   float* out = static_cast<float*>(packed);
-  const bool down = loop == Conv4x4s2Loop::down;
-  const int64_t columns = down ? packed_columns(g) : round_up(g.patch, kLanes), depth = down ? g.patch : g.small_channels;
+  const auto element = [&](int64_t small, int64_t p) {
+    return small < g.small_channels && p < g.patch ? weight[(small * g.channels + p % g.channels) * 16 + p / g.channels] : 0;
+  };
+  if (loop == Conv4x4s2Loop::down) {
+    const int64_t half = 2 * g.channels;  // of a row of the patch
+    for (int64_t k = 0; k < down_plan(shape).columns; k += kPanel)
+      for (int64_t p = 0; p < g.patch; p = p % (2 * half) + 1 == half ? p + half + 1 : p + 1, out += 3 * kPanel)
+        for (int64_t lane = 0; lane < kPanel; ++lane) {
+          const float near = element(k + lane, p), far = element(k + lane, p + half);
+          out[lane] = near;
+          out[kPanel + lane] = near + far;
+          out[2 * kPanel + lane] = far;
+        }
+    return;
+  }
+  const int64_t columns = round_up(g.patch, kLanes);
   for (int64_t k = 0; k < columns; k += kPanel) {
     const int64_t panel = min64(kPanel, columns - k);
-    for (int64_t d = 0; d < depth; ++d)
-      for (int64_t lane = 0; lane < panel; ++lane, ++out) {
-        const int64_t small = down ? k + lane : d, p = down ? d : k + lane;
-        const bool inside = small < g.small_channels && p < g.patch;
-        *out = inside ? weight[(small * g.channels + p % g.channels) * 16 + p / g.channels] : 0;
-      }
+    for (int64_t small = 0; small < g.small_channels; ++small)
+      for (int64_t lane = 0; lane < panel; ++lane, ++out) *out = element(small, k + lane);
   }
 }
 
 int64_t conv4x4s2_image_workspace_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, int threads) {
   const auto bytes = [&](const auto& plan) { return plan.partials_bytes() + ScratchSlots::bytes(threads, plan.slot_bytes()); };
   switch (loop) {
-    case Conv4x4s2Loop::down: return bytes(DownPlan(shape));
+    case Conv4x4s2Loop::down: return bytes(down_plan(shape));
     case Conv4x4s2Loop::up: return bytes(UpPlan(shape));
     default: return bytes(GradientPlan(shape));
   }

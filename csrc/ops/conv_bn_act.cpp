@@ -415,19 +415,17 @@ class ConvAct : public torch::autograd::Function<ConvAct> {
   }
 };
 
-// Under autocast the convolution's own tensors are cast as ATen casts a convolution's; batch norm stays as it is.
-struct AutocastTensors {
-  AutocastTensors(const Tensor& input_, const Tensor& weight_, const OptionalTensor& bias_)
-      : input(input_), weight(weight_), bias(or_undefined(bias_)) {
-    const auto device = input.device().type();
-    if (!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device)) return;
-    const auto dtype = at::autocast::get_autocast_dtype(device);
-    input = at::autocast::cached_cast(dtype, input, device);
-    weight = at::autocast::cached_cast(dtype, weight, device);
-    if (bias.defined()) bias = at::autocast::cached_cast(dtype, bias, device);
-  }
-  Tensor input, weight, bias;
-};
+// Under autocast the convolution's own tensors are cast as ATen casts a convolution's; batch norm stays as it is. Parameters only
+// where they are used in that dtype: conv_stack rounds them where it reads them.
+std::optional<at::ScalarType> autocast_dtype(const Tensor& input) {
+  const auto device = input.device().type();
+  if (!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device)) return std::nullopt;
+  return at::autocast::get_autocast_dtype(device);
+}
+
+Tensor autocast(const Tensor& tensor, std::optional<at::ScalarType> dtype) {
+  return dtype && tensor.defined() ? at::autocast::cached_cast(*dtype, tensor, tensor.device().type()) : tensor;
+}
 
 bool any_requires_grad(std::initializer_list<Tensor> tensors) {
   if (!at::GradMode::is_enabled()) return false;
@@ -443,17 +441,17 @@ Tensor conv_bn_act(const char* op, const Tensor& input, const Tensor& weight, co
                    const OptionalTensor& running_var, const ConvLayer& layer, bool training, double momentum,
                    double eps, std::string_view activation, double negative_slope, const ProcessGroup& group) {
   const Activation kind = parse_activation(op, activation);
-  const AutocastTensors t(input, weight, bias);
-  check_conv(op, t.input, t.weight, optional(t.bias), layer);
-  check_batch_norm(op, t.input, t.weight, bn_weight, bn_bias, running_mean, running_var, layer, training, momentum,
+  const auto dtype = autocast_dtype(input);
+  const Tensor images = autocast(input, dtype);
+  check_conv(op, images, weight, bias, layer, dtype);
+  check_batch_norm(op, images, weight, bn_weight, bn_bias, running_mean, running_var, layer, training, momentum,
                    eps, group);
   const BatchNormArguments bn{bn_weight, bn_bias, running_mean, running_var, training, momentum, eps, group};
-  if (auto output = conv_stack_single(t.input, t.weight, optional(t.bias), &bn, layer, kind, negative_slope))
-    return *output;
-  const bool batched = t.input.dim() == 4;
-  const bool save = any_requires_grad({t.input, t.weight, t.bias, or_undefined(bn_weight), or_undefined(bn_bias)});
-  const Tensor output = ConvBnAct::apply(batched ? t.input : t.input.unsqueeze(0), t.weight, optional(t.bias),
-                                         bn_weight, bn_bias, running_mean, running_var, layer, training, momentum, eps,
+  if (auto output = conv_stack_single(images, weight, bias, &bn, layer, kind, negative_slope)) return *output;
+  const bool batched = images.dim() == 4;
+  const Tensor x = batched ? images : images.unsqueeze(0), w = autocast(weight, dtype), b = autocast(or_undefined(bias), dtype);
+  const bool save = any_requires_grad({x, w, b, or_undefined(bn_weight), or_undefined(bn_bias)});
+  const Tensor output = ConvBnAct::apply(x, w, optional(b), bn_weight, bn_bias, running_mean, running_var, layer, training, momentum, eps,
                                          activation, negative_slope, save, group);
   return batched ? output : output.squeeze(0);
 }
@@ -461,16 +459,16 @@ Tensor conv_bn_act(const char* op, const Tensor& input, const Tensor& weight, co
 Tensor conv_act(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                 const ConvLayer& layer, std::string_view activation, double negative_slope) {
   const Activation kind = parse_activation(op, activation);
-  const AutocastTensors t(input, weight, bias);
-  check_conv(op, t.input, t.weight, optional(t.bias), layer);
-  if (auto output = conv_stack_single(t.input, t.weight, optional(t.bias), nullptr, layer, kind, negative_slope))
-    return *output;
-  const bool batched = t.input.dim() == 4;
-  const Tensor x = batched ? t.input : t.input.unsqueeze(0);
+  const auto dtype = autocast_dtype(input);
+  const Tensor images = autocast(input, dtype);
+  check_conv(op, images, weight, bias, layer, dtype);
+  if (auto output = conv_stack_single(images, weight, bias, nullptr, layer, kind, negative_slope)) return *output;
+  const bool batched = images.dim() == 4;
+  const Tensor x = batched ? images : images.unsqueeze(0), w = autocast(weight, dtype), b = autocast(or_undefined(bias), dtype);
   // With a negative slope below 0 the output does not tell the sign of its argument, which the fused backward needs.
   const bool composed = kind == Activation::leaky_relu && !(negative_slope >= 0);
-  const Tensor output = composed ? at::leaky_relu(convolution(x, t.weight, optional(t.bias), layer), negative_slope)
-                                 : ConvAct::apply(x, t.weight, optional(t.bias), layer, activation, negative_slope);
+  const Tensor output = composed ? at::leaky_relu(convolution(x, w, optional(b), layer), negative_slope)
+                                 : ConvAct::apply(x, w, optional(b), layer, activation, negative_slope);
   return batched ? output : output.squeeze(0);
 }
 

@@ -34,8 +34,9 @@ Activation parse_activation(const char* op, std::string_view name);
 
 // Every check of shapes, dtypes, devices and numbers. Throws with the name of the argument at fault.
 void check_floating(const char* op, const Tensor& input);
+// autocast: the dtype that weight and bias will be cast to, as input was.
 void check_conv(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                const ConvLayer& layer);
+                const ConvLayer& layer, std::optional<at::ScalarType> autocast);
 void check_batch_norm(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bn_weight,
                       const OptionalTensor& bn_bias, const OptionalTensor& running_mean,
                       const OptionalTensor& running_var, const ConvLayer& layer, bool training, double momentum,

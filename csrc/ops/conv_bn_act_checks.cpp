@@ -1,5 +1,6 @@
 // Checks of the convolution family. They run before dispatch, for real and for traced (fake) tensors alike, so a
 // call with bad input changes nothing and torch.compile reports the same sentence as eager mode.
+#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -10,11 +11,14 @@ namespace {
 
 using c10::SymInt;
 
-void check_same(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
+void check_same(const char* op, const char* name, const Tensor& tensor, const Tensor& input,
+                std::optional<at::ScalarType> autocast) {
   TORCH_CHECK(tensor.device() == input.device(), op, ": ", name, " must be on the device of input (", input.device(),
               "), got ", tensor.device());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == input.scalar_type(), op, ": ", name, " must have the dtype of input (",
-                   input.scalar_type(), "), got ", tensor.scalar_type());
+  const bool casts = autocast && at::autocast::is_eligible(tensor, tensor.device().type());
+  const auto dtype = casts ? *autocast : tensor.scalar_type();
+  TORCH_CHECK_TYPE(dtype == input.scalar_type(), op, ": ", name, " must have the dtype of input (", input.scalar_type(),
+                   "), got ", dtype);
 }
 
 void check_pair(const char* op, const char* name, IntArrayRef pair, int64_t least) {
@@ -22,12 +26,17 @@ void check_pair(const char* op, const char* name, IntArrayRef pair, int64_t leas
                     " must be one or two integers of at least ", least, ", got ", pair);
 }
 
+void check_shape_of_channels(const char* op, const char* name, const Tensor& array, const SymInt& channels,
+                             const char* channels_are) {
+  TORCH_CHECK_VALUE(array.dim() == 1 && array.sym_size(0) == channels, op, ": ", name, " must have shape [", channels, "] (",
+                    channels_are, "), got ", array.sym_sizes());
+}
+
 // The per-channel arrays of batch norm may keep float32 beside a lower precision input, as in PyTorch.
 void check_channel_array(const char* op, const char* name, const OptionalTensor& array, const SymInt& channels,
                          const char* channels_are, const Tensor& input) {
   if (!array.has_value() || !array->defined()) return;
-  TORCH_CHECK_VALUE(array->dim() == 1 && array->sym_size(0) == channels, op, ": ", name, " must have shape [",
-                    channels, "] (", channels_are, "), got ", array->sym_sizes());
+  check_shape_of_channels(op, name, *array, channels, channels_are);
   TORCH_CHECK(array->device() == input.device(), op, ": ", name, " must be on the device of input (", input.device(),
               "), got ", array->device());
   const bool low_precision = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
@@ -73,9 +82,9 @@ Activation parse_activation(const char* op, std::string_view name) {
 }
 
 void check_conv(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                const ConvLayer& layer) {
+                const ConvLayer& layer, std::optional<at::ScalarType> autocast) {
   check_floating(op, input);
-  check_same(op, "weight", weight, input);
+  check_same(op, "weight", weight, input, autocast);
   TORCH_CHECK_VALUE(input.dim() == 3 || input.dim() == 4, op,
                     ": input must have shape [N, C, H, W] or [C, H, W], got ", input.sym_sizes());
   const char* weight_shape = layer.transposed ? "[C_in, C_out / groups, kH, kW]" : "[C_out, C_in / groups, kH, kW]";
@@ -99,8 +108,8 @@ void check_conv(const char* op, const Tensor& input, const Tensor& weight, const
                     layer.groups, "), got ", weight.sym_size(0));
   TORCH_CHECK_VALUE(weight.sym_numel() != 0, op, ": weight must not be empty, got shape ", weight.sym_sizes());
   if (bias.has_value() && bias->defined()) {
-    check_same(op, "bias", *bias, input);
-    check_channel_array(op, "bias", bias, out_channels(weight, layer), out_channels_are(layer), input);
+    check_same(op, "bias", *bias, input, autocast);
+    check_shape_of_channels(op, "bias", *bias, out_channels(weight, layer), out_channels_are(layer));
   }
   for (int dim = 0; dim < 2; ++dim)
     TORCH_CHECK_VALUE(output_size(input, weight, layer, dim) >= 0, op, ": input of height and width [",

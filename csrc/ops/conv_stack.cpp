@@ -9,7 +9,8 @@
 // torch.profiler sees the parts by the names given to RECORD_FUNCTION.
 //
 // Images (inputs, raw outputs, their gradients) are float32 or bfloat16; parameters, statistics and sums are float32
-// either way. bfloat16 images are what autocast asks for: weights are rounded where a loop reads them.
+// either way. bfloat16 images are what autocast asks for: weights are rounded where a loop reads them. The loops from one
+// pixel and to one have few values to read, and take them as floats.
 #include "conv_stack.h"
 
 #include <ATen/Parallel.h>
@@ -312,15 +313,22 @@ Tensor aten_convolution(const StackLayer& layer, const Tensor& input, const Tens
                      conv_layer(layer));
 }
 
+// Where a loop that writes floats leaves its result: in `image`, or in a copy that store_floats() rounds into it.
+Tensor floats_for(const Tensor& image) {
+  return image.scalar_type() == at::kFloat ? image : empty_kept(image.sizes(), at::kFloat, true);
+}
+void store_floats(const Tensor& result, const Tensor& image) {
+  if (!result.is_same(image)) image.copy_(result);
+}
+
 // The shape of a layer from one pixel.
 cpu::FromPixelShape from_pixel_shape(const Geometry& g, const Tensor& weight) {
   return {g.batch, weight.size(0), weight.size(1), weight.size(2) * weight.size(3)};
 }
 
-// Whether such a layer runs on a loop of its own, on dense images; otherwise on ATen's matrix product.
-bool runs_from_pixel(const Geometry& g, const Tensor& weight, const Tensor& image) {
-  return g.path == Path::from_pixel && image.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat &&
-         cpu::from_pixel_supported(from_pixel_shape(g, weight));
+// Whether such a layer runs on a loop of its own; otherwise on ATen's matrix product.
+bool runs_from_pixel(const Geometry& g, const Tensor& weight) {
+  return g.path == Path::from_pixel && cpu::from_pixel_supported(from_pixel_shape(g, weight));
 }
 
 // The shape of a layer to one pixel.
@@ -329,9 +337,8 @@ cpu::ToPixelShape to_pixel_shape(const Geometry& g, const Tensor& weight) {
 }
 
 // Whether such a layer runs on loops of its own; otherwise on ATen's matrix product.
-bool runs_to_pixel(const Geometry& g, const Tensor& weight, const Tensor& image) {
-  return g.path == Path::to_pixel && image.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat &&
-         cpu::to_pixel_supported(to_pixel_shape(g, weight));
+bool runs_to_pixel(const Geometry& g, const Tensor& weight) {
+  return g.path == Path::to_pixel && cpu::to_pixel_supported(to_pixel_shape(g, weight));
 }
 
 Tensor to_pixel_workspace(const cpu::ToPixelShape& shape) {
@@ -351,14 +358,19 @@ void plain_forward(const StackLayer& layer, const Geometry& g, const Tensor& inp
     y.copy_(aten_convolution(layer, input, p.weight, p.bias.defined() ? OptionalTensor(p.bias) : std::nullopt));
     return;
   }
-  const Tensor weight = p.weight.to(y.scalar_type());
-  if (runs_from_pixel(g, weight, y)) {
+  if (runs_from_pixel(g, p.weight)) {
     RECORD_FUNCTION("fastgan::from_pixel", {});
-    const cpu::FromPixelShape shape = from_pixel_shape(g, weight);
+    const cpu::FromPixelShape shape = from_pixel_shape(g, p.weight);
     const int threads = at::get_num_threads();
-    const Tensor workspace = bytes(cpu::from_pixel_workspace_bytes(shape, threads)), x = flat(input).contiguous();
-    cpu::from_pixel_forward(shape, floats(x), floats(weight), floats(y), workspace.mutable_data_ptr(), threads);
-  } else if (keeps_weight(g, weight)) {
+    const Tensor workspace = bytes(cpu::from_pixel_workspace_bytes(shape, threads)), x = flat(input).to(at::kFloat).contiguous();
+    const Tensor out = floats_for(y);
+    cpu::from_pixel_forward(shape, floats(x), floats(p.weight), floats(out), workspace.mutable_data_ptr(), threads);
+    if (p.bias.defined()) out.add_(p.bias.view({1, -1, 1, 1}));
+    store_floats(out, y);
+    return;
+  }
+  const Tensor weight = p.weight.to(y.scalar_type());
+  if (keeps_weight(g, weight)) {
     y.copy_(at::mm(flat(input), weight.flatten(1)).view(y.sizes()));
   } else {
     const Tensor matrix = as_matrix(weight);
@@ -372,19 +384,21 @@ void plain_forward(const StackLayer& layer, const Geometry& g, const Tensor& inp
 std::pair<Tensor, Tensor> plain_backward(const StackLayer& layer, const Geometry& g, const Tensor& dy,
                                          const Tensor& input, const Tensor& parameter, bool want_input,
                                          bool want_weight) {
-  const Tensor weight = parameter.to(input.scalar_type());
+  const bool own_loop = runs_from_pixel(g, parameter);
+  const auto dtype = own_loop ? at::kFloat : input.scalar_type();
+  const Tensor weight = parameter.to(dtype);
   if (g.path == Path::aten) {
     auto [grad_input, grad_weight] = convolution_backward(dy, input, weight, conv_layer(layer), {want_input, want_weight});
     return {want_input ? dense_channels_last(grad_input) : Tensor(),
             want_weight ? grad_weight.to(parameter.scalar_type()) : Tensor()};
   }
-  const Tensor x = flat(input), d = flat(dy);
+  const Tensor x = flat(input).to(dtype), d = flat(dy).to(dtype);
   const bool from_pixel = g.path == Path::from_pixel;
   Tensor grad_input, grad_weight;
   if (want_input)
     grad_input = unflat(at::mm(d, from_pixel ? as_matrix(weight).t() : as_matrix(weight)), input.size(1), input.size(2),
-                        input.size(3));
-  if (want_weight && runs_from_pixel(g, weight, dy)) {
+                        input.size(3)).to(input.scalar_type());
+  if (want_weight && own_loop) {
     RECORD_FUNCTION("fastgan::from_pixel_weight_gradient", {});
     grad_weight = empty_kept(weight.sizes(), at::kFloat);
     const cpu::FromPixelShape shape = from_pixel_shape(g, weight);
@@ -400,6 +414,19 @@ std::pair<Tensor, Tensor> plain_backward(const StackLayer& layer, const Geometry
   return {grad_input, grad_weight};
 }
 
+// Parameters as the loops read them: float32, elements side by side.
+void arrange(std::vector<LayerParameters>& split) {
+  for (LayerParameters& p : split) {
+    if (p.weight.scalar_type() != at::kFloat || !p.weight.is_contiguous()) {
+      const Tensor copy = empty_kept(p.weight.sizes(), at::kFloat);
+      copy.copy_(p.weight);
+      p.weight = copy;
+    }
+    for (Tensor* array : {&p.bias, &p.bn_weight, &p.bn_bias})
+      if (array->defined()) *array = array->to(at::kFloat).contiguous();
+  }
+}
+
 // (output, raw outputs, statistics); the last two have shape [0] unless save_for_backward.
 std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, at::TensorList parameters,
                                                           at::TensorList running, at::IntArrayRef layers,
@@ -408,6 +435,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
   const auto stack = parse_stack(layers, numbers);
   const ProcessGroup group{std::string(process_group), processes};
   auto split = split_parameters(stack, parameters);
+  arrange(split);
   const Plan plan = make_plan(stack, split, input);
   const auto options = float_options();
   const Tensor raw = empty_kept({save_for_backward ? plan.raw_size : 0}, input.scalar_type());
@@ -420,8 +448,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
   for (size_t i = 0; i < stack.size(); ++i) {
     const StackLayer& layer = stack[i];
     const Geometry& g = plan.layers[i];
-    LayerParameters& p = split[i];
-    p.weight = p.weight.contiguous();
+    const LayerParameters& p = split[i];
     const int64_t C = g.channels;
     const bool from_batch = layer.has_batch_norm && layer.training;
     const bool keeps_raw = g.raw_offset >= 0;
@@ -469,11 +496,13 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
       run_loop(g, layer.transposed ? cpu::Conv4x4s2Loop::up : cpu::Conv4x4s2Loop::down, current.operand(), p.weight, e);
       if (from_batch) cpu::divide_by_count(C, rows_of(y).outer, var);
     } else {
-      if (runs_to_pixel(g, p.weight, y)) {
+      if (runs_to_pixel(g, p.weight)) {
         RECORD_FUNCTION("fastgan::to_pixel", {});
         const cpu::ToPixelShape shape = to_pixel_shape(g, p.weight);
-        const Tensor workspace = to_pixel_workspace(shape);
-        cpu::to_pixel_forward(shape, current.operand(), floats(p.weight), floats(p.bias), floats(y), workspace.mutable_data_ptr());
+        const Tensor workspace = to_pixel_workspace(shape), out = floats_for(y);
+        current.raw = current.raw.to(at::kFloat);
+        cpu::to_pixel_forward(shape, current.operand(), floats(p.weight), floats(p.bias), floats(out), workspace.mutable_data_ptr());
+        store_floats(out, y);
       } else {
         plain_forward(layer, g, current.store(), p, y);
       }
@@ -516,6 +545,7 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
   const auto stack = parse_stack(layers, numbers);
   const ProcessGroup group{std::string(process_group), processes};
   auto split = split_parameters(stack, parameters);
+  arrange(split);
   const Plan plan = make_plan(stack, split, input);
   const auto options = float_options();
   const int64_t count = static_cast<int64_t>(stack.size());
@@ -529,8 +559,7 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
   std::vector<Lazy> inputs(count + 1);  // what each layer's input was
   inputs[0] = Lazy{dense_channels_last(input)};
   for (int64_t i = 0; i < count; ++i) {
-    LayerParameters& p = split[i];
-    p.weight = p.weight.contiguous();
+    const LayerParameters& p = split[i];
     Lazy& next = inputs[i + 1];
     if (plan.layers[i].raw_offset >= 0) next.raw = raw_view(raw, plan.layers[i]);
     next.activation = {stack[i].activation, stack[i].negative_slope};
@@ -621,11 +650,11 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
   for (int64_t i = count - 1; i >= lowest; --i) {
     const StackLayer& layer = stack[i];
     const Tensor& weight = split[i].weight;
-    const Lazy& below = inputs[i];
+    Lazy below = inputs[i];
     const Geometry& g = plan.layers[i];
     const bool want_weight = output_mask[first_parameter[i]];
     const bool want_input = i > lowest || (i == 0 && output_mask[0]);
-    const bool to_pixel = runs_to_pixel(g, weight, below.raw);
+    const bool to_pixel = runs_to_pixel(g, weight);
     if (g.path != Path::conv4x4s2 && !to_pixel) {
       auto [grad_input, grad_weight] =
           plain_backward(layer, g, grad.store(), below.store(), weight, want_input, want_weight);
@@ -636,6 +665,7 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
     }
     // Two loops would each apply batch norm's backward while loading; one pass before them is faster then.
     if ((want_weight && want_input) || to_pixel) grad = LazyGrad{grad.store(overwrites_raw)};
+    if (to_pixel) grad.grad = grad.grad.to(at::kFloat), below.raw = below.raw.to(at::kFloat);
     if (want_weight && to_pixel) {
       RECORD_FUNCTION("fastgan::to_pixel_weight_gradient", {});
       const cpu::ToPixelShape shape = to_pixel_shape(g, weight);
@@ -661,7 +691,7 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
     if (!want_input) continue;
     // Batch norm's backward still reads the raw output; an activation's reads it here, element by element before it is written.
     const bool in_place = overwrites_raw && i > 0 && below.scale == nullptr && (g.path == Path::conv4x4s2 || to_pixel);
-    const Tensor grad_input = in_place ? below.raw : empty_image_like(below.raw);
+    Tensor grad_input = in_place ? below.raw : empty_image_like(below.raw);
     Sums sums{};
     cpu::ConvEpilogue e;
     e.out = image_data(grad_input);
@@ -683,16 +713,18 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
       const cpu::ToPixelShape shape = to_pixel_shape(g, weight);
       const Tensor workspace = to_pixel_workspace(shape);
       cpu::to_pixel_input_gradient(shape, floats(grad.grad), floats(weight), e, workspace.mutable_data_ptr(), at::get_num_threads());
+      grad_input = grad_input.to(input.scalar_type());
     } else {
       run_loop(g, layer.transposed ? cpu::Conv4x4s2Loop::down : cpu::Conv4x4s2Loop::up, grad.operand(), weight, e);
     }
     if (i == 0) results[0] = grad_input;
     else grad = finish_layer(i - 1, grad_input, sums);
   }
-  for (size_t k = 0; k < results.size(); ++k)
-    if (!output_mask[k] || !results[k].defined())
-      results[k] = output_mask[k] ? at::zeros_like(k == 0 ? input : parameters[k - 1])
-                                  : at::empty({0}, k == 0 ? options.dtype(input.scalar_type()) : options);
+  for (size_t k = 0; k < results.size(); ++k) {
+    const Tensor& of = k == 0 ? input : parameters[k - 1];
+    if (!output_mask[k]) results[k] = at::empty({0}, of.options());
+    else results[k] = results[k].defined() ? results[k].to(of.scalar_type()) : at::zeros_like(of);
+  }
   return results;
 }
 
@@ -810,7 +842,8 @@ OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, cons
   const auto given = [](const OptionalTensor& t) { return t.has_value() && t->defined(); };
   const bool concrete = !input.unsafeGetTensorImpl()->has_symbolic_sizes_strides() &&
                         !weight.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
-  if (!concrete || !input.device().is_cpu() || input.scalar_type() != at::kFloat || input.dim() != 4 ||
+  const auto dtype = input.scalar_type();
+  if (!concrete || !input.device().is_cpu() || (dtype != at::kFloat && dtype != at::kBFloat16) || input.dim() != 4 ||
       layer.groups != 1 || !is(layer.dilation, 1) || !is(layer.output_padding, 0) ||
       !input.is_contiguous(at::MemoryFormat::ChannelsLast))
     return std::nullopt;
@@ -818,19 +851,20 @@ OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, cons
                  bn != nullptr, bn && given(bn->weight), bn && given(bn->bias), bn && given(bn->running_mean),
                  bn && bn->training, bn && bn->training && !bn->group.alone(), activation,
                  bn ? bn->momentum : 0.0, bn ? bn->eps : 0.0, negative_slope};
-  const Geometry g = geometry(one, input.size(0), input.size(1), input.size(2), input.size(3), weight, at::kFloat);
-  const bool from_pixel = runs_from_pixel(g, weight, input);
+  const Geometry g = geometry(one, input.size(0), input.size(1), input.size(2), input.size(3), weight, dtype);
+  const bool from_pixel = runs_from_pixel(g, weight);
   // What comes as pixels has no memory format; otherwise the caller has to have chosen this one.
-  if (!from_pixel && (input.is_contiguous() || (g.path != Path::conv4x4s2 && !runs_to_pixel(g, weight, input))))
+  if (!from_pixel && (input.is_contiguous() || (g.path != Path::conv4x4s2 && !runs_to_pixel(g, weight))))
     return std::nullopt;
-  std::vector<Tensor> parameters{weight}, running;
+  if (g.path == Path::conv4x4s2 && weight.scalar_type() != at::kFloat && cpu::conv4x4s2_rounds_sums(g.shape)) return std::nullopt;
+  std::vector<Tensor> running;
+  if (one.has_running) running = {*bn->running_mean, *bn->running_var};
+  for (const Tensor& t : running)  // updated in place
+    if (!t.is_contiguous() || t.scalar_type() != at::kFloat) return std::nullopt;
+  std::vector<Tensor> parameters{weight};
   if (one.has_bias) parameters.push_back(*bias);
   if (one.has_bn_weight) parameters.push_back(*bn->weight);
   if (one.has_bn_bias) parameters.push_back(*bn->bias);
-  if (one.has_running) {
-    if (!bn->running_mean->is_contiguous() || !bn->running_var->is_contiguous()) return std::nullopt;
-    running = {*bn->running_mean, *bn->running_var};
-  }
   const int64_t integers[StackLayer::kIntegers] = {
       one.transposed, one.stride[0], one.stride[1], one.padding[0], one.padding[1], one.has_bias, one.has_batch_norm,
       one.has_bn_weight, one.has_bn_bias, one.has_running, one.together ? 2 : one.training, static_cast<int64_t>(activation)};
