@@ -20,11 +20,13 @@ constexpr int64_t kGradientPixels = 512;  // pixels multiplied at a time for the
 constexpr int64_t kGradientTasks = 16;    // the batch is split into up to this many sums
 constexpr int64_t kPatchTiles = kPatch / kTileRows;
 
-// result[pixels][columns] = left[pixels][depth] times packed [columns / 32][depth / 32][2 tiles]; pixels, columns and depth
-// are multiples of 32.
-void multiply_pixels(ProductBlock& block, const bfloat16* left, const bfloat16* packed, int64_t pixels, int64_t columns,
-                     int64_t depth, float* result) {
+#if defined(__AMX_BF16__)
+
+// result[pixels][columns] = left[pixels][depth] times packed [columns / 32][depth / 32][2 tiles]; columns and depth are multiples
+// of 32, and there is memory for as many pixels.
+void multiply_pixels(const bfloat16* left, const bfloat16* packed, int64_t pixels, int64_t columns, int64_t depth, float* result) {
   const int64_t steps = depth / kTileDepth;
+  ProductBlock block;
   for (int64_t p = 0; p < pixels; p += kBlock)
     for (int64_t k = 0; k < columns; k += kBlock) {
       float* sums = result + p * columns + k;
@@ -33,6 +35,37 @@ void multiply_pixels(ProductBlock& block, const bfloat16* left, const bfloat16* 
       block.end<true>(sums, kTileRows * columns, columns);
     }
 }
+
+#else
+
+// kPixels pixels at a time, the last of which are multiplied again where they leave fewer, for kVectors vectors of columns.
+template <int kVectors, int kPixels>
+void multiply_vectors(const bfloat16* left, const bfloat16* packed, int64_t pixels, int64_t columns, int64_t depth, float* result) {
+  for (int64_t at = 0; at < pixels; at += kPixels) {
+    const int64_t first = max64(0, min64(at, pixels - kPixels));
+    __m512 sums[kPixels][kVectors] = {};
+    for (int64_t d = 0; d < depth; d += 2) {
+      const bfloat16* tiles = packed + d / kTileDepth * 2 * kTile + d % kTileDepth * kTileRows;
+      __m512bh right[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) __builtin_memcpy(&right[v], tiles + v / 2 * kBlock * depth + v % 2 * kTile, sizeof right[v]);
+#pragma GCC unroll 16
+      for (int p = 0; p < kPixels; ++p) {
+        int32_t both;
+        __builtin_memcpy(&both, left + (first + p) * depth + d, sizeof both);
+        const __m512bh element = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[p][v] = _mm512_dpbf16_ps(sums[p][v], element, right[v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < kPixels; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) store(result + (first + p) * columns + v * kLanes, sums[p][v]);
+  }
+}
+
+#endif
 
 // ---- down
 
@@ -71,12 +104,11 @@ void image_down(const TiledDownPlan& plan, const ConvOperand& large, const bfloa
     const RowParameters parameters(large, g, result + plan.pixels * plan.columns);
     bfloat16* patches = reinterpret_cast<bfloat16*>(result + plan.pixels * plan.columns + plan.parameters);
     bfloat16* rows = patches + plan.pixels * kPatch;
-    ProductBlock block;
     __builtin_memset(static_cast<void*>(patches), 0, static_cast<size_t>(plan.pixels * kPatch) * 2);
     stage_rows<bfloat16>(large, parameters, g, image, 2 * first - 1, 2 * count + 2, rows);
     for (int64_t i = 0; i < count; ++i)
       copy_patches(g, rows + 2 * i * g.padded_row(), patches + i * g.small_width * kPatch);
-    multiply_pixels(block, patches, packed, round_up(count * g.small_width, kBlock), plan.columns, plan.depth, result);
+    multiply_pixels(patches, packed, count * g.small_width, plan.columns, plan.depth, result);
     float* partial = partials + 2 * task * g.small_channels;
     const OutputBox box{g.small_height, g.small_width, g.small_channels, image, 1, first, count, 1, 0, g.small_channels};
     finish_box<bfloat16>(epilogue, box, result, {0, plan.columns}, {partial, partial + g.small_channels});
@@ -181,6 +213,21 @@ struct UpPlan {
   int64_t end_row(int64_t strip) const { return strip + 1 == strips.count ? g.height : first_row(strip + 1); }
 };
 
+// products[pixels][columns]: what each pixel adds to the patch around it
+void multiply_to_patches(const UpPlan& plan, const bfloat16* pixels, const bfloat16* packed, int64_t count, float* products) {
+#if defined(__AMX_BF16__)
+  multiply_pixels(pixels, packed, count, plan.columns, plan.depth, products);
+#else
+  // As many pixels as registers hold sums of
+  switch (ceil_div(plan.g.patch, kLanes)) {
+    case 1: return multiply_vectors<1, 14>(pixels, packed, count, plan.columns, plan.depth, products);
+    case 2: return multiply_vectors<2, 14>(pixels, packed, count, plan.columns, plan.depth, products);
+    case 3: return multiply_vectors<3, 8>(pixels, packed, count, plan.columns, plan.depth, products);
+    default: return multiply_vectors<4, 6>(pixels, packed, count, plan.columns, plan.depth, products);
+  }
+#endif
+}
+
 void image_up(const UpPlan& plan, const ConvOperand& small, const bfloat16* packed, const ConvEpilogue& epilogue,
               void* workspace, int threads) {
   const Image& g = plan.g;
@@ -198,12 +245,11 @@ void image_up(const UpPlan& plan, const ConvOperand& small, const bfloat16* pack
     float* parameters = products + plan.pixels * plan.columns;
     float* rows = parameters + plan.parameters;
     bfloat16* pixels = reinterpret_cast<bfloat16*>(rows + plan.rows);
-    ProductBlock block;
     for (int64_t p = 0; p < count; ++p)
       for (int64_t c = 0; c < g.small_channels; c += kChannels)
         _mm512_storeu_si512(pixels + p * plan.depth + c, read_line(small, (first_pixel + p) * g.small_channels + c, c,
                                                                    min64(kChannels, g.small_channels - c)));
-    multiply_pixels(block, pixels, packed, round_up(count, kBlock), plan.columns, plan.depth, products);
+    multiply_to_patches(plan, pixels, packed, count, products);
 
     for (int64_t x = 0; x < (y1 - y0) * g.padded_row(); ++x) rows[x] = 0;
     for (int64_t i = i0; i < i1; ++i)
@@ -294,10 +340,15 @@ void image_weight_gradient(const GradientPlan& plan, const ConvOperand& large, c
         for (int64_t e = 0; e < patch_tiles; e += 2)
           for (int64_t k = 0; k < column_tiles; k += 2) {
             float* to = sums + e * kTileRows * plan.columns + k * kTileRows;
+            const TileRun of_patch{left + e * kTile, kTile, kPatchTiles * kTile}, of_small{right + k * kTile, kTile, column_tiles * kTile};
             block.begin(to, kTileRows * plan.columns, plan.columns, accumulate);
-            block.add<true>({left + e * kTile, kTile, kPatchTiles * kTile}, {right + k * kTile, kTile, column_tiles * kTile},
-                            depth / kTileDepth);
-            block.end<true>(to, kTileRows * plan.columns, plan.columns);
+            if (e + 1 < patch_tiles) {
+              block.add<true>(of_patch, of_small, depth / kTileDepth);
+              block.end<true>(to, kTileRows * plan.columns, plan.columns);
+            } else {
+              block.add<false>(of_patch, of_small, depth / kTileDepth);
+              block.end<false>(to, kTileRows * plan.columns, plan.columns);
+            }
           }
         accumulate = true;
       }
