@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", type=_grid, metavar="ROWSxCOLUMNS", help="by default the grid of the run, such as 8x8")
     parser.add_argument("--interpolate", action="store_true",
                         help="each row walks from one latent point to another, instead of points of their own")
-    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of the latent points (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="INT", help="of the latent points (default: 0)")
     parser.add_argument("--out", type=_picture, default=Path("grid.png"), metavar="FILE",
                         help="PNG file to write (default: grid.png)")  # fmt: skip
 
@@ -145,6 +145,12 @@ def _grid(text: str) -> tuple[int, int]:
     if not found:
         raise argparse.ArgumentTypeError(f"must be ROWSxCOLUMNS, such as 8x8, got {text!r}")
     return int(found[1]), int(found[2])
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 0 and below 2**32, got {text!r}")
+    return int(text)
 
 
 def _picture(text: str) -> Path:

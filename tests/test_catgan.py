@@ -173,7 +173,7 @@ def test_noise_is_off_in_eval_mode(architecture):
         ({"architecture": "transformer"}, "architecture must be one of mlp, conv, got 'transformer'"),
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"hidden_noise": -1.0}, "hidden_noise must be at least 0, got -1.0"),
-        ({"architecture": "conv", "image_size": 30}, "image_size must be"),
+        ({"architecture": "conv", "image_size": 30}, "catgan: image_size must be"),
     ],
 )
 def test_errors_of_the_networks_name_the_argument(arguments, message):

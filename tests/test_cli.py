@@ -102,6 +102,7 @@ def test_help_loads_neither_trainer_nor_plotting():
     (["sample"], "arguments are required: --checkpoint"),
     (["sample", "--checkpoint", "x", "--grid", "8"], "argument --grid: must be ROWSxCOLUMNS, such as 8x8, got '8'"),
     (["sample", "--checkpoint", "x", "--out", "a.jpg"], "argument --out: must be the name of a .png file, got 'a.jpg'"),
+    (["sample", "--checkpoint", "x", "--seed", "4294967296"], "argument --seed: must be an integer of at least 0 and below 2**32"),
     (["bench", "--case", "huge"], "invalid choice: 'huge'"),
 ])  # fmt: skip
 def test_wrong_arguments_exit_with_2(arguments, message, capsys):
@@ -171,6 +172,8 @@ def test_train_is_the_example_under_another_name(tmp_path, capsys):
 def test_a_run_goes_on_under_the_command(runs, capsys):
     assert main(["train", "dcgan", "--resume", str(runs / "dcgan"), "--max-steps", "3"]) == 0
     assert "step 3 of 3" in capsys.readouterr().out
+    assert main(["train", "dcgan", "--resume", str(runs / "dcgan"), "--max-steps", "2"]) == 0
+    assert "step 3, past the 2 asked for: nothing to train" in capsys.readouterr().out
 
 
 # --- sample

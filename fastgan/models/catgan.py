@@ -8,7 +8,7 @@ just anywhere between the training images.
 import torch
 from torch import nn
 
-from fastgan.models.dcgan import dcgan
+from fastgan.models.dcgan import dcgan, start_and_doublings
 from fastgan.nn import GaussianNoise
 from fastgan.nn.fuse import FusedSequential
 
@@ -122,6 +122,7 @@ def catgan(
     shape = (channels, image_size, image_size)
     if architecture == "mlp":
         return PerceptronGenerator(latent_dim, shape), _perceptron(shape, num_classes, *noise)
+    start_and_doublings("catgan", image_size)
     generator, _ = dcgan(image_size, channels, latent_dim, base_channels)
     return generator, _convolutional(shape, num_classes, base_channels, *noise)
 

@@ -117,7 +117,7 @@ def dcgan(
             f"dcgan: discriminator_normalization must be one of {', '.join(DISCRIMINATOR_NORMALIZATIONS)}, "
             f"got {discriminator_normalization!r}"
         )
-    start, doublings = _start_and_doublings(image_size)
+    start, doublings = start_and_doublings("dcgan", image_size)
     widths = [channels] + [base_channels * min(2**i, _WIDEST) for i in range(doublings)]
     generator = DCGANGenerator(latent_dim, widths[::-1], start)
     discriminator = DCGANDiscriminator(image_size, widths, start, discriminator_normalization)
@@ -126,8 +126,8 @@ def dcgan(
     return generator, discriminator
 
 
-def _start_and_doublings(image_size: int) -> tuple[int, int]:
-    """Side of the innermost feature map, and how often it is doubled to reach ``image_size``."""
+def start_and_doublings(function: str, image_size: int) -> tuple[int, int]:
+    """Side of the innermost feature map, and how often it is doubled to reach ``image_size``; ``function`` asks for it."""
     if image_size == 28:
         return 7, 2
     if image_size == 48:
@@ -138,7 +138,7 @@ def _start_and_doublings(image_size: int) -> tuple[int, int]:
     possible = sorted(powers + [28, 48])
     near = [size for size in possible if size < image_size][-1:] + [size for size in possible if size > image_size][:1]
     raise ValueError(
-        f"dcgan: image_size must be 4 * 2**n (4, 8, 16, 32, 64, 128, ...), 28 or 48, got {image_size}; "
+        f"{function}: image_size must be 4 * 2**n (4, 8, 16, 32, 64, 128, ...), 28 or 48, got {image_size}; "
         f"the nearest that work: {' and '.join(map(str, near))}"
     )
 

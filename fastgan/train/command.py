@@ -54,7 +54,9 @@ def train(config_class: type[TrainConfig], given: dict[str, Any], program: list[
     except KeyboardInterrupt:
         return 130
     if ranks.main:
-        print(f"step {trainer.step} of {trainer.total_steps}: results in {trainer.output}")
+        step, total = trainer.step, trainer.total_steps
+        reached = f"step {step} of {total}" if step <= total else f"step {step}, past the {total} asked for: nothing to train"
+        print(f"{reached}: results in {trainer.output}")
     return 0
 
 
