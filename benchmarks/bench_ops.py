@@ -47,6 +47,7 @@ class Layer:
     size: int  # height and width of the input
     stride: int = 2
     padding: int = 1
+    batch: int = BATCH
 
     def __str__(self):
         return f"{self.op.__name__}-{self.channels_in}x{self.size}x{self.size}-to-{self.channels_out}"
@@ -59,11 +60,11 @@ class Layer:
     def flops(self, direction):
         """As direct convolution counts; `backward` is the forward pass and both gradients."""
         pixels = min(self.size, self.output_size) ** 2 if self.stride == 2 else 1  # what each of the 16 taps multiplies
-        return (1 if direction == "forward" else 3) * 2 * 16 * self.channels_in * self.channels_out * BATCH * pixels
+        return (1 if direction == "forward" else 3) * 2 * 16 * self.channels_in * self.channels_out * self.batch * pixels
 
     def bytes(self, direction, itemsize):
         """What cannot stay in cache: every tensor read or written once; `backward` adds the gradients and both reads."""
-        elements = BATCH * (self.channels_in * self.size**2 + self.channels_out * self.output_size**2)
+        elements = self.batch * (self.channels_in * self.size**2 + self.channels_out * self.output_size**2)
         elements += 16 * self.channels_in * self.channels_out
         return (1 if direction == "forward" else 3) * elements * itemsize
 
@@ -72,7 +73,7 @@ class Layer:
         transposed = "transpose" in self.op.__name__
         channels = (self.channels_in, self.channels_out) if transposed else (self.channels_out, self.channels_in)
         tensors = {
-            "input": torch.randn(BATCH, self.channels_in, self.size, self.size).to(memory_format=memory_format),
+            "input": torch.randn(self.batch, self.channels_in, self.size, self.size).to(memory_format=memory_format),
             "weight": (torch.randn(*channels, 4, 4) * 0.02).to(memory_format=weight_format),
         }
         if self.op.__name__.endswith("bn_act"):

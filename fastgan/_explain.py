@@ -156,6 +156,8 @@ def _bfloat16_loop(arguments):
     direct = isa == "amx" or image
     if isa not in ("avx512_bf16", "amx"):
         why = "run on processors with AVX512-BF16 or AMX, which this is not"
+    elif not image and any(channels % 32 for channels in arguments["weight"].shape[:2]):
+        why = "take channels in multiples of 32 (of 16 inside a Sequential given to fastgan.fuse)"
     elif not image and arguments["input"].shape[0] < 16:
         why = "take a layer like this from a batch of 16 on"
     elif not _is_channels_last(arguments["input"]):

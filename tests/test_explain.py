@@ -108,11 +108,12 @@ def test_explain_names_the_image_loops():
 
 @requires_kernels
 @pytest.mark.parametrize("isa, batch, channels, words", [
-    ("avx2", 16, 16, "ATen's (oneDNN) in bfloat16; fastgan's loops run on processors with AVX512-BF16 or AMX, which this is not"),
-    ("avx512_bf16", 15, 16, "ATen's (oneDNN) in bfloat16; fastgan's loops take a layer like this from a batch of 16 on"),
-    ("avx512_bf16", 16, 16, "fastgan's in bfloat16, batch norm and activation fused in: minimal filtering along the rows, F(2, 2)"),
+    ("avx2", 16, 32, "ATen's (oneDNN) in bfloat16; fastgan's loops run on processors with AVX512-BF16 or AMX, which this is not"),
+    ("avx512_bf16", 16, 16, "ATen's (oneDNN) in bfloat16; fastgan's loops take channels in multiples of 32"),
+    ("avx512_bf16", 15, 32, "ATen's (oneDNN) in bfloat16; fastgan's loops take a layer like this from a batch of 16 on"),
+    ("avx512_bf16", 16, 32, "fastgan's in bfloat16, batch norm and activation fused in: minimal filtering along the rows, F(2, 2)"),
     ("avx512_bf16", 2, 3, "fastgan's in bfloat16, with direct products"),
-    ("amx", 16, 16, "fastgan's in bfloat16, with direct products"),
+    ("amx", 16, 32, "fastgan's in bfloat16, with direct products"),
 ])  # fmt: skip
 def test_explain_says_where_bfloat16_has_loops_of_its_own(monkeypatch, isa, batch, channels, words):
     monkeypatch.setattr(_extension, "CPU_ISA", isa)

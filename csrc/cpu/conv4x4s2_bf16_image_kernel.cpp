@@ -129,28 +129,29 @@ static_assert(kBlock == kPanel);
 // of its four rows.
 template <int kChannels, int kPixels, typename Store>
 void multiply_pixels(const bfloat16* rows, int64_t padded_row, const bfloat16* packed, int64_t pixel, const Store& store_output) {
-  __m512 sums[kPixels][2] = {};
+  constexpr int kVectors = Store::kVectors;
+  __m512 sums[kPixels][kVectors] = {};
   for (int64_t r = 0; r < 4; ++r)
     for (int64_t pair = 0; pair < 2 * kChannels; ++pair) {
       const bfloat16* left = rows + r * padded_row + 2 * pair;
       const int64_t d = 2 * (r * 2 * kChannels + pair);  // of the patch
       const bfloat16* tiles = packed + d / kTileDepth * 2 * kTile + d % kTileDepth * kTileRows;
-      __m512bh right[2];
-      __builtin_memcpy(&right[0], tiles, sizeof right[0]);
-      __builtin_memcpy(&right[1], tiles + kTile, sizeof right[1]);
+      __m512bh right[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) __builtin_memcpy(&right[v], tiles + v * kTile, sizeof right[v]);
 #pragma GCC unroll 16
       for (int p = 0; p < kPixels; ++p) {
         int32_t both;
         __builtin_memcpy(&both, left + p * 2 * kChannels, sizeof both);
         const __m512bh element = (__m512bh)_mm512_set1_epi32(both);
-        sums[p][0] = _mm512_dpbf16_ps(sums[p][0], element, right[0]);
-        sums[p][1] = _mm512_dpbf16_ps(sums[p][1], element, right[1]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sums[p][v] = _mm512_dpbf16_ps(sums[p][v], element, right[v]);
       }
     }
 #pragma GCC unroll 16
   for (int p = 0; p < kPixels; ++p)
 #pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) store_output(pixel + p, v, sums[p][v]);
+    for (int v = 0; v < kVectors; ++v) store_output(pixel + p, v, sums[p][v]);
 }
 
 // A row of outputs for a panel of channels.

@@ -86,6 +86,15 @@ void multiply(const float* a, const float* b, int64_t depth, float* c, int64_t l
   }
 }
 
+// A panel of `columns` columns, or what is left of them: a multiple of 16, which is half a panel where vectors are that long.
+template <int kARow, int kADepth, int kBDepth, typename After>
+void multiply_panel(const float* a, const float* b, int64_t depth, float* c, int64_t ldc, int64_t columns, int64_t rows,
+                    bool accumulate, After& after) {
+  if constexpr (kPanel > 16)
+    if (columns < kPanel) return multiply<1, kARow, kADepth, kBDepth>(a, b, depth, c, ldc, rows, accumulate, after);
+  multiply<2, kARow, kADepth, kBDepth>(a, b, depth, c, ldc, rows, accumulate, after);
+}
+
 template <int kVectors, int kARow, int kADepth, int kBDepth>
 void multiply(const float* a, const float* b, int64_t depth, float* c, int64_t ldc, int64_t rows, bool accumulate) {
   NothingAhead nothing;

@@ -30,18 +30,18 @@ struct Image {
 };
 
 template <int kValue>
-struct Channels {
+struct Constant {
   static constexpr int value = kValue;
 };
 
-// Calls f with the Channels of the image.
+// Calls f with the Constant of the image's channels.
 template <typename F>
 inline void with_channels(const Image& g, const F& f) {
   switch (g.channels) {
-    case 1: return f(Channels<1>());
-    case 2: return f(Channels<2>());
-    case 3: return f(Channels<3>());
-    default: return f(Channels<4>());
+    case 1: return f(Constant<1>());
+    case 2: return f(Constant<2>());
+    case 3: return f(Constant<3>());
+    default: return f(Constant<4>());
   }
 }
 
@@ -143,7 +143,6 @@ constexpr int64_t kDownFloats = 16384;  // results a task holds before its epilo
 
 struct DownPlan {
   Image g;
-  int64_t columns;  // small channels rounded up to whole panels
   Strips strips;
   int64_t staged_rows;         // of the image, for a strip
   int64_t parameters, result;  // floats
@@ -151,10 +150,10 @@ struct DownPlan {
 
   // element_bytes: what is kept of an element of the image.
   DownPlan(const Conv4x4s2Shape& shape, int64_t element_bytes)
-      : g(shape), columns(round_up(g.small_channels, kPanel)), strips(g, g.small_width * columns, kDownFloats) {
+      : g(shape), strips(g, g.small_width * g.small_channels, kDownFloats) {
     staged_rows = 2 * strips.rows + 2;
     parameters = RowParameters::floats(g);
-    result = strips.rows * g.small_width * columns;
+    result = strips.rows * g.small_width * g.small_channels;
     staged_bytes = staged_rows * g.padded_row() * element_bytes + kLineBytes;  // whole vectors are read
   }
   int64_t slot_bytes() const { return (parameters + result) * static_cast<int64_t>(sizeof(float)) + staged_bytes; }
@@ -163,42 +162,44 @@ struct DownPlan {
   }
 };
 
-// Where the sums of a row and a panel go: to out[pixel * stride + [0, kPanel)].
-template <typename T>
+// Where the sums of a row and a panel, of which there are kPanelVectors vectors, go: to out[pixel * stride + ...].
+template <typename T, int kPanelVectors>
 struct PanelStore {
+  static constexpr int kVectors = kPanelVectors;
   T* out;
   int64_t stride;
 
   void prefetch(int64_t pixel, int64_t end) const {
     for (; pixel < end; ++pixel)
-      for (int64_t at = 0; at < kPanel; at += kLineBytes / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(out + pixel * stride + at, 1);
+      for (int64_t at = 0; at < kVectors * kLanes; at += kLineBytes / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(out + pixel * stride + at, 1);
   }
   void operator()(int64_t pixel, int v, Vec sum) const { store(out + pixel * stride + v * kLanes, sum); }
 };
 
 // The same with the epilogues `store` and `activate`, of which it takes leaky ReLU and no activation.
-template <typename T>
-struct FinishedPanelStore : PanelStore<T> {
-  Vec scale[2], bias[2];
+template <typename T, int kPanelVectors>
+struct FinishedPanelStore : PanelStore<T, kPanelVectors> {
+  Vec scale[kPanelVectors], bias[kPanelVectors];
   float slope;
 
-  static bool takes(const ConvEpilogue& e, const Image& g) {
-    const bool known = e.activation == Activation::leaky_relu || e.activation == Activation::identity;
-    return g.small_channels % kPanel == 0 && (e.mode == ConvEpilogue::Mode::store || (e.mode == ConvEpilogue::Mode::activate && known));
-  }
   // c: the panel's first channel
-  FinishedPanelStore(const ConvEpilogue& e, T* row, int64_t stride, int64_t c) : PanelStore<T>{row + c, stride} {
+  FinishedPanelStore(const ConvEpilogue& e, T* row, int64_t stride, int64_t c) : PanelStore<T, kPanelVectors>{row + c, stride} {
     const bool activated = e.mode == ConvEpilogue::Mode::activate;
-    for (int v = 0; v < 2; ++v, c += kLanes) {
+    for (int v = 0; v < kPanelVectors; ++v, c += kLanes) {
       scale[v] = activated && e.scale != nullptr ? load(e.scale + c) : splat(1.0f);
       bias[v] = e.bias != nullptr ? load(e.bias + c) : Vec{};
     }
     slope = activated && e.activation == Activation::leaky_relu ? e.negative_slope : 1.0f;
   }
   void operator()(int64_t pixel, int v, Vec sum) const {
-    PanelStore<T>::operator()(pixel, v, activate(scale[v] * sum + bias[v], Activation::leaky_relu, slope));
+    PanelStore<T, kPanelVectors>::operator()(pixel, v, activate(scale[v] * sum + bias[v], Activation::leaky_relu, slope));
   }
 };
+
+inline bool finishes_panels(const ConvEpilogue& e) {
+  return e.mode == ConvEpilogue::Mode::store ||
+         (e.mode == ConvEpilogue::Mode::activate && (e.activation == Activation::leaky_relu || e.activation == Activation::identity));
+}
 
 // T is the storage type. Per task stage(parameters, image, first row, rows, memory) reads rows of the image, and
 // multiply(memory, row of the strip, panel, store) calls store(pixel, vector of the panel, sums) for every pixel of the row, and
@@ -217,17 +218,22 @@ void run_down(const DownPlan& plan, const ConvOperand& large, const ConvEpilogue
     float *result = lease.memory() + plan.parameters, *staged = result + plan.result;
     stage(RowParameters(large, g, lease.memory()), image, 2 * first - 1, 2 * count + 2, staged);
     const OutputBox box{g.small_height, g.small_width, g.small_channels, image, 1, first, count, 1, 0, g.small_channels};
-    if (FinishedPanelStore<T>::takes(epilogue, g)) {
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t c = 0; c < plan.columns; c += kPanel)
-          multiply(staged, i, c / kPanel, FinishedPanelStore<T>(epilogue, static_cast<T*>(epilogue.out) + box.offset(0, i), g.small_channels, c));
-      return;
-    }
+    const bool finishes = finishes_panels(epilogue);
+    const auto multiply_panel = [&](int64_t i, int64_t c, auto vectors) {
+      if (finishes) {
+        T* row = static_cast<T*>(epilogue.out) + box.offset(0, i);
+        multiply(staged, i, c / kPanel, FinishedPanelStore<T, vectors.value>(epilogue, row, g.small_channels, c));
+      } else {
+        float* row = result + i * g.small_width * g.small_channels;
+        multiply(staged, i, c / kPanel, PanelStore<float, vectors.value>{row + c, g.small_channels});
+      }
+    };
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t c = 0; c < plan.columns; c += kPanel)
-        multiply(staged, i, c / kPanel, PanelStore<float>{result + i * g.small_width * plan.columns + c, plan.columns});
+      for (int64_t c = 0; c < g.small_channels; c += kPanel)
+        kPanel > 16 && g.small_channels - c < kPanel ? multiply_panel(i, c, Constant<1>()) : multiply_panel(i, c, Constant<2>());
+    if (finishes) return;
     float* partial = partials + 2 * task * g.small_channels;
-    finish_box<T>(epilogue, box, result, {0, plan.columns}, {partial, partial + g.small_channels});
+    finish_box<T>(epilogue, box, result, {0, g.small_channels}, {partial, partial + g.small_channels});
   });
 
   merge_partials(epilogue, partials, g.batch * plan.strips.count, g.small_channels, [&](int64_t part) {

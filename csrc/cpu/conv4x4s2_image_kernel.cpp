@@ -30,29 +30,31 @@ constexpr int kMostPairs = kMaxRows / 3;  // pairs of outputs at a time: three p
 // Both outputs of kPairs pairs for a panel of channels: finish(pair, vector of the panel, first output, second output).
 // pixels: the first that the first pair sees, in the first of four padded rows; differences: between pixels and the ones two behind
 // them, in the same places; packed: [row][pixel of two][channel][product][kPanel].
-template <int kChannels, int kPairs, typename Finish>
+template <int kChannels, int kVectors, int kPairs, typename Finish>
 void multiply_pairs(const float* pixels, const float* differences, int64_t padded_row, const float* packed, const Finish& finish) {
   constexpr int kDepth = 2 * kChannels, kNext = 2 * kDepth;  // floats that a product sums up a row, and from a pair to the next
-  Vec sums[3][kPairs][2] = {};
+  Vec sums[3][kPairs][kVectors] = {};
   for (int64_t r = 0; r < 4; ++r) {
     const float* sources[3] = {differences + r * padded_row, pixels + r * padded_row + kDepth, differences + r * padded_row + kDepth};
     for (int64_t d = 0; d < kDepth; ++d)
 #pragma GCC unroll 3
       for (int m = 0; m < 3; ++m) {
-        const Vec right[2] = {load(packed), load(packed + kLanes)};
+        Vec right[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) right[v] = load(packed + v * kLanes);
         packed += kPanel;
 #pragma GCC unroll 4
         for (int pair = 0; pair < kPairs; ++pair) {
           const Vec left = splat(sources[m][d + pair * kNext]);
-          sums[m][pair][0] += left * right[0];
-          sums[m][pair][1] += left * right[1];
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) sums[m][pair][v] += left * right[v];
         }
       }
   }
 #pragma GCC unroll 4
   for (int pair = 0; pair < kPairs; ++pair)
 #pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v)
+    for (int v = 0; v < kVectors; ++v)
       finish(pair, v, sums[0][pair][v] + sums[1][pair][v], sums[1][pair][v] - sums[2][pair][v]);
 }
 
@@ -72,7 +74,7 @@ void multiply_row(const Image& g, const float* pixels, const float* differences,
 #define FASTGAN_PAIRS(n)                                                                                            \
   case n:                                                                                                           \
     if constexpr (n <= kMostPairs)                                                                                  \
-      multiply_pairs<kChannels, n>(pixels + x, differences + x, g.padded_row(), packed, finish);                    \
+      multiply_pairs<kChannels, Store::kVectors, n>(pixels + x, differences + x, g.padded_row(), packed, finish);   \
     break;
       FASTGAN_PAIRS(1) FASTGAN_PAIRS(2) FASTGAN_PAIRS(3) FASTGAN_PAIRS(4)
 #undef FASTGAN_PAIRS
@@ -253,7 +255,7 @@ void image_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large
 int64_t conv4x4s2_image_packed_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop) {
   const Image g(shape);
   if (loop == Conv4x4s2Loop::weight_gradient) return 0;
-  const int64_t floats = loop == Conv4x4s2Loop::down ? down_plan(shape).columns / kPanel * panel_floats(g)
+  const int64_t floats = loop == Conv4x4s2Loop::down ? ceil_div(g.small_channels, kPanel) * panel_floats(g)
                                                      : round_up(g.patch, kLanes) * g.small_channels;
   return floats * static_cast<int64_t>(sizeof(float));
 }
@@ -268,7 +270,7 @@ void conv4x4s2_image_pack(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const
   };
   if (loop == Conv4x4s2Loop::down) {
     const int64_t half = 2 * g.channels;  // of a row of the patch
-    for (int64_t k = 0; k < down_plan(shape).columns; k += kPanel)
+    for (int64_t k = 0; k < g.small_channels; k += kPanel)
       for (int64_t p = 0; p < g.patch; p = p % (2 * half) + 1 == half ? p + half + 1 : p + 1, out += 3 * kPanel)
         for (int64_t lane = 0; lane < kPanel; ++lane) {
           const float near = element(k + lane, p), far = element(k + lane, p + half);

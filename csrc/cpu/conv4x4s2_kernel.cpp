@@ -177,7 +177,7 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
   parallel_for(phase_tasks * output_tasks * blocks.count(), [&](int64_t task) {
     const int64_t block = task % blocks.count(), first_output = task / blocks.count() % output_tasks * sizes.task_channels;
     const int64_t k0 = first_output / kOutputBlock * kOutputBlock;  // block of the packed weights
-    const int64_t ld = min64(sizes.task_channels, k0 + weights.packed.block_channels(k0) - first_output);
+    const int64_t ld = min64(sizes.task_channels, min64(k0 + weights.packed.block_channels(k0), g.output_channels) - first_output);
     const int64_t first_image = blocks.first_image(block), images = blocks.image_count(block);
     const int64_t first_parity = phase_tasks == 1 ? 0 : task / blocks.count() / output_tasks;
     const int64_t end_parity = phase_tasks == 1 ? 2 : first_parity + 1;
@@ -208,9 +208,9 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
               transform_weights(taps, channels, g.points, row, transformed);
               const float* u = transformed;
               for (int p = row * g.points; p < (row + 1) * g.points; ++p, u += channels * kPanel + kLineFloats) {
-                const int64_t first = at.first(p, row_phase);
-                multiply<2, kChunk, 1, kPanel>(operand + first * kChunk, u, channels, products + first * ld + k, ld,
-                                               at.count(p, row_phase, column_phase), c0 > 0, ahead);
+                const int64_t first = at.first(p, row_phase), count = at.count(p, row_phase, column_phase);
+                multiply_panel<kChunk, 1, kPanel>(operand + first * kChunk, u, channels, products + first * ld + k, ld, ld - k, count,
+                                                  c0 > 0, ahead);
               }
             }
           }
@@ -409,16 +409,16 @@ void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large,
         const Axis rows = g.row_axis(a, blocks.strip(block), blocks.strips), columns = g.column_axis(b);
         const ProductRows at(rows, columns, blocks.image_count(block));
         const int64_t first_image = blocks.first_image(block);
+        NothingAhead nothing;
         transform_gradients(small, g, at, first_image, w.small, w.small_channels, stage, gradients);
         for (int64_t c = 0; c < w.large_channels; c += kChunk) {
           const int64_t chunk = min64(kChunk, w.large_channels - c);
           transform_inputs(large, g, at, first_image, w.large + c, chunk, stage, inputs);
           for (int p = 0; p < at.pairs(); ++p)
             for (int64_t k = 0; k < w.small_channels; k += kPanel)
-              multiply<2, 1, kChunk, kGradientSmall>(inputs + at.first(p, 0) * kChunk, gradients + at.first(p, 0) * kGradientSmall + k,
-                                                  at.count(p, 0, 0),
-                                                  sums + p * kGradientMatrix + c * kGradientSmall + k, kGradientSmall, chunk,
-                                                  block > first_block);
+              multiply_panel<1, kChunk, kGradientSmall>(inputs + at.first(p, 0) * kChunk, gradients + at.first(p, 0) * kGradientSmall + k,
+                                                        at.count(p, 0, 0), sums + p * kGradientMatrix + c * kGradientSmall + k,
+                                                        kGradientSmall, w.small_channels - k, chunk, block > first_block, nothing);
         }
       }
       (g.points == 5 ? transform_weight_gradients<5> : transform_weight_gradients<4>)(sums, w.large_channels, a, b, taps);
