@@ -206,7 +206,12 @@ def _has_minimal_filtering(arguments):
 
 
 def _is_channels_last(input):
-    return input.dim() == 4 and not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
+    """As PyTorch takes it: of one channel, which is in both formats, the strides tell."""
+    return (
+        input.dim() == 4
+        and input.is_contiguous(memory_format=torch.channels_last)
+        and torch._prims_common.suggest_memory_format(input) == torch.channels_last
+    )
 
 
 def _fits_minimal_filtering(arguments):

@@ -31,9 +31,28 @@ void for_each_stretch(const BnActShape& shape, const Rows& rows, const Planes& p
   });
 }
 
+constexpr int64_t kRow = 128;  // channels from which on a row of them is long enough for itself
+
+// Calls f(shape, arrays, first element): in channels_last several pixels of few channels count as one of many, and the arrays of
+// parameters are repeated; what is left over comes in a second call.
+template <typename A, int kArrays, typename F>
+void on_long_rows(const BnActShape& shape, const A* const (&arrays)[kArrays], const F& f) {
+  const int64_t pixels = shape.inner == 1 && shape.channels > 0 ? kRow / shape.channels : 0;
+  if (pixels < 2) return f(shape, arrays, 0);
+  A repeated[kArrays][kRow];
+  const A* of_row[kArrays];
+  const int64_t length = pixels * shape.channels, rows = shape.outer / pixels, left = shape.outer % pixels;
+  for (int i = 0; i < kArrays; ++i) {
+    for (int64_t c = 0; c < length; ++c) repeated[i][c] = arrays[i][c % shape.channels];
+    of_row[i] = repeated[i];
+  }
+  if (rows > 0) f(BnActShape{rows, length, 1}, of_row, 0);
+  if (left > 0) f(BnActShape{left, shape.channels, 1}, arrays, rows * length);
+}
+
 template <typename T>
-void scale_shift_act(const BnActShape& shape, const T* input, const Accumulate<T>* scale, const Accumulate<T>* shift,
-                     ActivationSpec activation, T* output) {
+void scale_shift_rows(const BnActShape& shape, const T* input, const Accumulate<T>* scale, const Accumulate<T>* shift,
+                      ActivationSpec activation, T* output) {
   using A = Accumulate<T>;
   with_activation<A>(activation, [&](auto act) {
     for_each_stretch(
@@ -56,9 +75,18 @@ void scale_shift_act(const BnActShape& shape, const T* input, const Accumulate<T
 }
 
 template <typename T>
-void bn_act_backward_apply(const BnActShape& shape, const T* grad_output, const T* input, const Accumulate<T>* scale,
-                           const Accumulate<T>* shift, const Accumulate<T>* a, const Accumulate<T>* b,
-                           const Accumulate<T>* c0, ActivationSpec activation, T* grad_input) {
+void scale_shift_act(const BnActShape& shape, const T* input, const Accumulate<T>* scale, const Accumulate<T>* shift,
+                     ActivationSpec activation, T* output) {
+  const Accumulate<T>* const arrays[] = {scale, shift};
+  on_long_rows(shape, arrays, [&](const BnActShape& part, const auto& of_part, int64_t first) {
+    scale_shift_rows(part, input + first, of_part[0], of_part[1], activation, output + first);
+  });
+}
+
+template <typename T>
+void backward_apply_rows(const BnActShape& shape, const T* grad_output, const T* input, const Accumulate<T>* scale,
+                         const Accumulate<T>* shift, const Accumulate<T>* a, const Accumulate<T>* b,
+                         const Accumulate<T>* c0, ActivationSpec activation, T* grad_input) {
   using A = Accumulate<T>;
   with_activation<A>(activation, [&](auto act) {
     for_each_stretch(
@@ -84,6 +112,17 @@ void bn_act_backward_apply(const BnActShape& shape, const T* grad_output, const 
             d[i] = Load<T>::to(ac * dz + (bc * v + cc));
           }
         });
+  });
+}
+
+template <typename T>
+void bn_act_backward_apply(const BnActShape& shape, const T* grad_output, const T* input, const Accumulate<T>* scale,
+                           const Accumulate<T>* shift, const Accumulate<T>* a, const Accumulate<T>* b,
+                           const Accumulate<T>* c0, ActivationSpec activation, T* grad_input) {
+  const Accumulate<T>* const arrays[] = {scale, shift, a, b, c0};
+  on_long_rows(shape, arrays, [&](const BnActShape& part, const auto& of_part, int64_t first) {
+    backward_apply_rows(part, grad_output + first, input + first, of_part[0], of_part[1], of_part[2], of_part[3], of_part[4],
+                        activation, grad_input + first);
   });
 }
 

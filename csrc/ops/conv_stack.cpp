@@ -860,8 +860,9 @@ OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, cons
                  bn ? bn->momentum : 0.0, bn ? bn->eps : 0.0, negative_slope};
   const Geometry g = geometry(one, input.size(0), input.size(1), input.size(2), input.size(3), weight, dtype);
   const bool from_pixel = runs_from_pixel(g, weight);
-  // What comes as pixels has no memory format; otherwise the caller has to have chosen this one.
-  if (!from_pixel && (input.is_contiguous() || (g.path != Path::conv4x4s2 && !runs_to_pixel(g, weight))))
+  // What comes as pixels has no memory format; otherwise the caller has to have chosen this one. One channel is in both at once:
+  // its strides tell, as to PyTorch.
+  if (!from_pixel && (input.suggest_memory_format() != at::MemoryFormat::ChannelsLast || (g.path != Path::conv4x4s2 && !runs_to_pixel(g, weight))))
     return std::nullopt;
   if (g.path == Path::conv4x4s2 && dtype == at::kBFloat16 && !runs_alone_in_bfloat16(g.shape, weight)) return std::nullopt;
   std::vector<Tensor> running;
