@@ -49,14 +49,7 @@ void multiply_vectors(const bfloat16* left, const bfloat16* packed, int64_t pixe
       __m512bh right[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) __builtin_memcpy(&right[v], tiles + v / 2 * kBlock * depth + v % 2 * kTile, sizeof right[v]);
-#pragma GCC unroll 16
-      for (int p = 0; p < kPixels; ++p) {
-        int32_t both;
-        __builtin_memcpy(&both, left + (first + p) * depth + d, sizeof both);
-        const __m512bh element = (__m512bh)_mm512_set1_epi32(both);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sums[p][v] = _mm512_dpbf16_ps(sums[p][v], element, right[v]);
-      }
+      add_pair(sums, left + first * depth + d, depth, right);
     }
 #pragma GCC unroll 16
     for (int p = 0; p < kPixels; ++p)
@@ -71,51 +64,33 @@ void multiply_vectors(const bfloat16* left, const bfloat16* packed, int64_t pixe
 
 #if defined(__AMX_BF16__)
 
-struct TiledDownPlan {
-  Image g;
+struct TiledDownPlan : DownStrips {
   int64_t columns;  // small channels rounded up to whole blocks
-  Strips strips;
   int64_t depth, pixels;
   int64_t parameters, rows;  // elements
-  explicit TiledDownPlan(const Conv4x4s2Shape& shape)
-      : g(shape), columns(round_up(g.small_channels, kBlock)), strips(g, g.small_width * columns, kDownFloats) {
+  explicit TiledDownPlan(const Conv4x4s2Shape& shape) : DownStrips(shape, round_up(shape.small_channels, kBlock)) {
+    columns = round_up(g.small_channels, kBlock);
     depth = kPatch;
     pixels = round_up(strips.rows * g.small_width, kBlock);
     parameters = RowParameters::floats(g);
     rows = (2 * strips.rows + 2) * g.padded_row();
   }
   int64_t slot_bytes() const { return 4 * (pixels * columns + parameters) + 2 * (pixels * depth + rows); }
-  int64_t partials_bytes() const {
-    return round_up(2 * g.batch * strips.count * g.small_channels * static_cast<int64_t>(sizeof(float)), ScratchSlots::kAlignment);
-  }
 };
 
 void image_down(const TiledDownPlan& plan, const ConvOperand& large, const bfloat16* packed, const ConvEpilogue& epilogue,
                 void* workspace, int threads) {
   const Image& g = plan.g;
-  float* partials = static_cast<float*>(workspace);
-  const ScratchSlots slots(static_cast<char*>(workspace) + plan.partials_bytes(), threads, plan.slot_bytes());
-
-  parallel_for(g.batch * plan.strips.count, [&](int64_t task) {
-    const int64_t image = task / plan.strips.count, first = task % plan.strips.count * plan.strips.rows;
-    const int64_t count = min64(plan.strips.rows, g.small_height - first);
-    const ScratchSlots::Lease lease(slots);
-    float* result = lease.memory();
+  for_each_strip(plan, epilogue, workspace, threads, [&](const OutputBox& box, float* result, const Partial& partial) {
     const RowParameters parameters(large, g, result + plan.pixels * plan.columns);
     bfloat16* patches = reinterpret_cast<bfloat16*>(result + plan.pixels * plan.columns + plan.parameters);
     bfloat16* rows = patches + plan.pixels * kPatch;
     __builtin_memset(static_cast<void*>(patches), 0, static_cast<size_t>(plan.pixels * kPatch) * 2);
-    stage_rows<bfloat16>(large, parameters, g, image, 2 * first - 1, 2 * count + 2, rows);
-    for (int64_t i = 0; i < count; ++i)
+    stage_rows<bfloat16>(large, parameters, g, box.n0, 2 * box.y0 - 1, 2 * box.rows + 2, rows);
+    for (int64_t i = 0; i < box.rows; ++i)
       copy_patches(g, rows + 2 * i * g.padded_row(), patches + i * g.small_width * kPatch);
-    multiply_pixels(patches, packed, count * g.small_width, plan.columns, plan.depth, result);
-    float* partial = partials + 2 * task * g.small_channels;
-    const OutputBox box{g.small_height, g.small_width, g.small_channels, image, 1, first, count, 1, 0, g.small_channels};
-    finish_box<bfloat16>(epilogue, box, result, {0, plan.columns}, {partial, partial + g.small_channels});
-  });
-
-  merge_partials(epilogue, partials, g.batch * plan.strips.count, g.small_channels, [&](int64_t part) {
-    return g.small_width * min64(plan.strips.rows, g.small_height - part % plan.strips.count * plan.strips.rows);
+    multiply_pixels(patches, packed, box.rows * g.small_width, plan.columns, plan.depth, result);
+    finish_box<bfloat16>(epilogue, box, result, {0, plan.columns}, partial);
   });
 }
 
@@ -133,20 +108,12 @@ void multiply_pixels(const bfloat16* rows, int64_t padded_row, const bfloat16* p
   __m512 sums[kPixels][kVectors] = {};
   for (int64_t r = 0; r < 4; ++r)
     for (int64_t pair = 0; pair < 2 * kChannels; ++pair) {
-      const bfloat16* left = rows + r * padded_row + 2 * pair;
       const int64_t d = 2 * (r * 2 * kChannels + pair);  // of the patch
       const bfloat16* tiles = packed + d / kTileDepth * 2 * kTile + d % kTileDepth * kTileRows;
       __m512bh right[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) __builtin_memcpy(&right[v], tiles + v * kTile, sizeof right[v]);
-#pragma GCC unroll 16
-      for (int p = 0; p < kPixels; ++p) {
-        int32_t both;
-        __builtin_memcpy(&both, left + p * 2 * kChannels, sizeof both);
-        const __m512bh element = (__m512bh)_mm512_set1_epi32(both);
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sums[p][v] = _mm512_dpbf16_ps(sums[p][v], element, right[v]);
-      }
+      add_pair(sums, rows + r * padded_row + 2 * pair, 2 * kChannels, right);
     }
 #pragma GCC unroll 16
   for (int p = 0; p < kPixels; ++p)

@@ -90,20 +90,27 @@ class ProductBlock {
 
 constexpr int kSumRows = 8;  // with two vectors of columns: 16 sums in registers
 
+// Sums += a pair of elements of each row, `row` elements apart, times the same of the columns.
+template <int kRows, int kVectors>
+inline __attribute__((always_inline)) void add_pair(__m512 (&sum)[kRows][kVectors], const bfloat16* left, int64_t row,
+                                                    const __m512bh (&right)[kVectors]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    int32_t both;
+    __builtin_memcpy(&both, left + r * row, sizeof both);
+    const __m512bh element = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], element, right[v]);
+  }
+}
+
 // Sums += rows of a left tile, `row` elements apart, times two right tiles, `second` apart.
 inline __attribute__((always_inline)) void add_tile(__m512 (&sum)[kSumRows][2], const bfloat16* left, int64_t row,
                                                     const bfloat16* right, int64_t second) {
   for (int64_t pair = 0; pair < kTileDepth / 2; ++pair) {
     __m512bh column[2];
     for (int v = 0; v < 2; ++v) __builtin_memcpy(&column[v], right + v * second + pair * kTileDepth, sizeof column[v]);
-#pragma GCC unroll 8
-    for (int r = 0; r < kSumRows; ++r) {
-      int32_t both;
-      __builtin_memcpy(&both, left + r * row + 2 * pair, sizeof both);
-      const __m512bh element = (__m512bh)_mm512_set1_epi32(both);
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], element, column[v]);
-    }
+    add_pair(sum, left + 2 * pair, row, column);
   }
 }
 

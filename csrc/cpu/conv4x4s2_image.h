@@ -141,25 +141,51 @@ void copy_patches(const Image& g, const E* rows, E* patches) {
 
 constexpr int64_t kDownFloats = 16384;  // results a task holds before its epilogue
 
-struct DownPlan {
+// The strips of small rows that tasks take.
+struct DownStrips {
   Image g;
   Strips strips;
+
+  // columns: those of the results that a task holds.
+  DownStrips(const Conv4x4s2Shape& shape, int64_t columns) : g(shape), strips(g, g.small_width * columns, kDownFloats) {}
+  int64_t partials_bytes() const {
+    return round_up(2 * g.batch * strips.count * g.small_channels * static_cast<int64_t>(sizeof(float)), ScratchSlots::kAlignment);
+  }
+};
+
+// Calls run(box, memory, partial) for every strip of every image: the outputs, scratch of plan.slot_bytes(), and where the strip's
+// share of the statistics goes; these are merged at the end. Plan: a DownStrips.
+template <typename Plan, typename Run>
+void for_each_strip(const Plan& plan, const ConvEpilogue& epilogue, void* workspace, int threads, const Run& run) {
+  const Image& g = plan.g;
+  float* partials = static_cast<float*>(workspace);
+  const ScratchSlots slots(static_cast<char*>(workspace) + plan.partials_bytes(), threads, plan.slot_bytes());
+  parallel_for(g.batch * plan.strips.count, [&](int64_t task) {
+    const int64_t image = task / plan.strips.count, first = task % plan.strips.count * plan.strips.rows;
+    const int64_t count = min64(plan.strips.rows, g.small_height - first);
+    const ScratchSlots::Lease lease(slots);
+    float* partial = partials + 2 * task * g.small_channels;
+    const OutputBox box{g.small_height, g.small_width, g.small_channels, image, 1, first, count, 1, 0, g.small_channels};
+    run(box, lease.memory(), Partial{partial, partial + g.small_channels});
+  });
+  merge_partials(epilogue, partials, g.batch * plan.strips.count, g.small_channels, [&](int64_t part) {
+    return g.small_width * min64(plan.strips.rows, g.small_height - part % plan.strips.count * plan.strips.rows);
+  });
+}
+
+struct DownPlan : DownStrips {
   int64_t staged_rows;         // of the image, for a strip
   int64_t parameters, result;  // floats
   int64_t staged_bytes;
 
   // element_bytes: what is kept of an element of the image.
-  DownPlan(const Conv4x4s2Shape& shape, int64_t element_bytes)
-      : g(shape), strips(g, g.small_width * g.small_channels, kDownFloats) {
+  DownPlan(const Conv4x4s2Shape& shape, int64_t element_bytes) : DownStrips(shape, shape.small_channels) {
     staged_rows = 2 * strips.rows + 2;
     parameters = RowParameters::floats(g);
     result = strips.rows * g.small_width * g.small_channels;
     staged_bytes = staged_rows * g.padded_row() * element_bytes + kLineBytes;  // whole vectors are read
   }
   int64_t slot_bytes() const { return (parameters + result) * static_cast<int64_t>(sizeof(float)) + staged_bytes; }
-  int64_t partials_bytes() const {
-    return round_up(2 * g.batch * strips.count * g.small_channels * static_cast<int64_t>(sizeof(float)), ScratchSlots::kAlignment);
-  }
 };
 
 // Where the sums of a row and a panel, of which there are kPanelVectors vectors, go: to out[pixel * stride + ...].
@@ -208,17 +234,10 @@ template <typename T, typename Stage, typename Multiply>
 void run_down(const DownPlan& plan, const ConvOperand& large, const ConvEpilogue& epilogue, void* workspace, int threads,
               const Stage& stage, const Multiply& multiply) {
   const Image& g = plan.g;
-  float* partials = static_cast<float*>(workspace);
-  const ScratchSlots slots(static_cast<char*>(workspace) + plan.partials_bytes(), threads, plan.slot_bytes());
-
-  parallel_for(g.batch * plan.strips.count, [&](int64_t task) {
-    const int64_t image = task / plan.strips.count, first = task % plan.strips.count * plan.strips.rows;
-    const int64_t count = min64(plan.strips.rows, g.small_height - first);
-    const ScratchSlots::Lease lease(slots);
-    float *result = lease.memory() + plan.parameters, *staged = result + plan.result;
-    stage(RowParameters(large, g, lease.memory()), image, 2 * first - 1, 2 * count + 2, staged);
-    const OutputBox box{g.small_height, g.small_width, g.small_channels, image, 1, first, count, 1, 0, g.small_channels};
-    const bool finishes = finishes_panels(epilogue);
+  const bool finishes = finishes_panels(epilogue);
+  for_each_strip(plan, epilogue, workspace, threads, [&](const OutputBox& box, float* memory, const Partial& partial) {
+    float *result = memory + plan.parameters, *staged = result + plan.result;
+    stage(RowParameters(large, g, memory), box.n0, 2 * box.y0 - 1, 2 * box.rows + 2, staged);
     const auto multiply_panel = [&](int64_t i, int64_t c, auto vectors) {
       if (finishes) {
         T* row = static_cast<T*>(epilogue.out) + box.offset(0, i);
@@ -228,16 +247,10 @@ void run_down(const DownPlan& plan, const ConvOperand& large, const ConvEpilogue
         multiply(staged, i, c / kPanel, PanelStore<float, vectors.value>{row + c, g.small_channels});
       }
     };
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; i < box.rows; ++i)
       for (int64_t c = 0; c < g.small_channels; c += kPanel)
         kPanel > 16 && g.small_channels - c < kPanel ? multiply_panel(i, c, Constant<1>()) : multiply_panel(i, c, Constant<2>());
-    if (finishes) return;
-    float* partial = partials + 2 * task * g.small_channels;
-    finish_box<T>(epilogue, box, result, {0, g.small_channels}, {partial, partial + g.small_channels});
-  });
-
-  merge_partials(epilogue, partials, g.batch * plan.strips.count, g.small_channels, [&](int64_t part) {
-    return g.small_width * min64(plan.strips.rows, g.small_height - part % plan.strips.count * plan.strips.rows);
+    if (!finishes) finish_box<T>(epilogue, box, result, {0, g.small_channels}, partial);
   });
 }
 
