@@ -23,6 +23,7 @@ namespace {
 constexpr int64_t kProductRows = 2496;  // rows of all product matrices of a block, of 16 about 150 each
 constexpr int64_t kFewerProductRows = 1000;  // where up would have fewer than kFewTasks tasks
 constexpr int64_t kFewTasks = 8;
+constexpr int64_t kLeastSplitRows = 64;  // of product matrices of a block that is halved to make two tasks
 constexpr int64_t kGradientRows = 1024;  // the same for the weight gradient, which also holds its accumulators
 constexpr int64_t kGradientLarge = 64;   // block of the weight a weight_gradient task owns
 constexpr int64_t kGradientSmall = 128;
@@ -112,31 +113,59 @@ void transform_outputs(const ProductRows& at, int row_phase, int column_phase, f
 
 // ---- down and up
 
-// up: the phases read the same inputs, so a task does all of them, unless that would leave too few tasks even with smaller blocks: then
-// they find the inputs transformed before.
-bool inputs_first(const Geometry& g, const Blocks& blocks) { return g.up && output_blocks(g) * blocks.count() < kFewTasks; }
+// How down and up are cut into tasks.
+struct ForwardTasks {
+  Blocks blocks;
+  int64_t channels;           // outputs of a task
+  bool inputs_first = false;  // of all blocks, transformed before the tasks that multiply them
 
-Blocks forward_blocks(const Geometry& g) {
-  const Blocks blocks(g, kProductRows, output_blocks(g));
-  if (!inputs_first(g, blocks)) return blocks;
-  const Blocks smaller(g, kFewerProductRows, output_blocks(g));
-  return g.points == 6 || !inputs_first(g, smaller) ? smaller : blocks;
-}
+  explicit ForwardTasks(const Geometry& g)
+      : blocks(g, kProductRows, output_blocks(g)), channels(min64(kOutputBlock, round_up(g.output_channels, kPanel))) {
+    g.up ? cut_up(g) : cut_down(g);
+  }
+
+ private:
+  int64_t count(const Geometry& g) const { return ceil_div(g.output_channels, channels) * blocks.count(); }
+
+  // The phases read the same inputs, so a task does all of them, unless that would leave too few tasks even with smaller blocks: then
+  // they find the inputs transformed before, and with nothing transformed twice for it a task takes half of the outputs.
+  void cut_up(const Geometry& g) {
+    if (count(g) >= kFewTasks) return;
+    const Blocks smaller(g, kFewerProductRows, output_blocks(g));
+    inputs_first = output_blocks(g) * smaller.count() < kFewTasks;
+    if (g.points == 6 || !inputs_first) blocks = smaller;
+    if (inputs_first) channels = min64(channels, kOutputBlock / 2);
+  }
+
+  // An odd number of few tasks would leave one of two threads idle: blocks or outputs are halved, whichever has the other
+  // transformed once more for less. Twice as many tasks again took two threads 15% longer.
+  void cut_down(const Geometry& g) {
+    while (count(g) % 2 != 0 && count(g) < kFewTasks) {
+      const Blocks smaller(g, blocks.product_rows / 2);
+      const bool splits = blocks.product_rows >= kLeastSplitRows && smaller.count() > blocks.count();
+      if (channels > kPanel && (!splits || blocks.product_rows < g.points * g.points * channels))
+        channels = round_up(channels / 2, kPanel);
+      else if (splits)
+        blocks = smaller;
+      else
+        return;
+    }
+  }
+};
 
 struct ForwardScratch {
-  int64_t common;         // floats of the inputs of all blocks, where they are transformed first
-  int64_t task_channels;  // outputs of a task: half a block of them then, nothing being transformed twice for that
+  int64_t common;  // floats of the inputs of all blocks, where they are transformed first
   int64_t inputs, taps, weights, products, result, stage;  // floats of a thread
-  ForwardScratch(const WeightTaps& source, const Blocks& blocks) {
+  ForwardScratch(const WeightTaps& source, const ForwardTasks& tasks) {
     const Geometry& g = source.g;
+    const Blocks& blocks = tasks.blocks;
     const int64_t chunk = blocks.product_rows * kChunk, block = ceil_div(g.input_channels, kChunk) * chunk;
-    common = inputs_first(g, blocks) ? blocks.count() * block : 0;
-    task_channels = min64(common > 0 ? kOutputBlock / 2 : kOutputBlock, source.packed.output_channels);
-    inputs = !g.up ? chunk : common > 0 ? 0 : block;
+    common = tasks.inputs_first ? blocks.count() * block : 0;
+    inputs = !g.up ? chunk : tasks.inputs_first ? 0 : block;
     taps = source.memory();
     weights = g.points * (min64(kChunk, source.packed.input_channels) * kPanel + kLineFloats);
-    products = blocks.product_rows * task_channels;
-    result = blocks.pixels * task_channels;
+    products = blocks.product_rows * tasks.channels;
+    result = blocks.pixels * tasks.channels;
     stage = blocks.stage_pixels * kChunk;
   }
   int64_t common_bytes() const { return round_up(common * static_cast<int64_t>(sizeof(float)), ScratchSlots::kAlignment); }
@@ -151,9 +180,10 @@ int64_t partials_bytes(const Geometry& g, const Blocks& blocks) {
 void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand& input, const float* weight,
               const ConvEpilogue& epilogue, void* workspace, int threads) {
   const Geometry g(shape, loop);
-  const Blocks blocks = forward_blocks(g);
+  const ForwardTasks tasks(g);
+  const Blocks& blocks = tasks.blocks;
   const WeightTaps weights(g, blocks, weight);
-  const ForwardScratch sizes(weights, blocks);
+  const ForwardScratch sizes(weights, tasks);
   float* partials = static_cast<float*>(workspace);
   char* const after_partials = static_cast<char*>(workspace) + partials_bytes(g, blocks);
   float* common = reinterpret_cast<float*>(after_partials);
@@ -163,21 +193,21 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
   const auto transform = [&](int64_t block, int64_t chunk, const ProductRows& at, float* stage, float* inputs) {
     transform_inputs(input, g, at, blocks.first_image(block), chunk * kChunk, weights.packed.chunk_channels(chunk * kChunk), stage, inputs);
   };
-  if (sizes.common > 0)
+  if (tasks.inputs_first)
     parallel_for(blocks.count() * chunks, [&](int64_t task) {
       const int64_t block = task / chunks;
       const ScratchSlots::Lease lease(slots);
       const Axis rows = g.row_axis(0, blocks.strip(block), blocks.strips), columns = g.column_axis(0);
       transform(block, task % chunks, ProductRows(rows, columns, blocks.image_count(block)), lease.memory(), common + task * chunk_floats);
     });
-  const int64_t phase_tasks = sizes.common > 0 ? g.row_phases() : 1;
-  const int64_t output_tasks = ceil_div(g.output_channels, sizes.task_channels);
+  const int64_t phase_tasks = tasks.inputs_first ? g.row_phases() : 1;
+  const int64_t output_tasks = ceil_div(g.output_channels, tasks.channels);
 
   // Blocks of images run innermost, so that consecutive tasks of a thread read the same weights.
   parallel_for(phase_tasks * output_tasks * blocks.count(), [&](int64_t task) {
-    const int64_t block = task % blocks.count(), first_output = task / blocks.count() % output_tasks * sizes.task_channels;
+    const int64_t block = task % blocks.count(), first_output = task / blocks.count() % output_tasks * tasks.channels;
     const int64_t k0 = first_output / kOutputBlock * kOutputBlock;  // block of the packed weights
-    const int64_t ld = min64(sizes.task_channels, min64(k0 + weights.packed.block_channels(k0), g.output_channels) - first_output);
+    const int64_t ld = min64(tasks.channels, min64(k0 + weights.packed.block_channels(k0), g.output_channels) - first_output);
     const int64_t first_image = blocks.first_image(block), images = blocks.image_count(block);
     const int64_t first_parity = phase_tasks == 1 ? 0 : task / blocks.count() / output_tasks;
     const int64_t end_parity = phase_tasks == 1 ? 2 : first_parity + 1;
@@ -188,7 +218,7 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
     float* products = transformed + sizes.weights;
     float* result = products + sizes.products;
     float* stage = result + sizes.result;
-    if (sizes.common > 0) inputs = common + block * chunks * chunk_floats;
+    if (tasks.inputs_first) inputs = common + block * chunks * chunk_floats;
 
     for (int64_t a = first_parity; a < end_parity; ++a) {
       const Axis rows = g.row_axis(a, blocks.strip(block), blocks.strips);
@@ -200,12 +230,12 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
           const int64_t c0 = chunk * kChunk, channels = weights.packed.chunk_channels(c0);
           float* operand = g.up ? inputs + chunk * chunk_floats : inputs;
-          if (!g.up || (sizes.common == 0 && a + b == 0)) transform(block, chunk, at, stage, operand);
+          if (!g.up || (!tasks.inputs_first && a + b == 0)) transform(block, chunk, at, stage, operand);
           for (int64_t k = 0; k < ld; k += kPanel) {
             const float* taps = weights.panel(a, b, k0, first_output - k0 + k, c0, gathered);
             Ahead ahead = weights.after(a, b, k0, first_output - k0 + k, c0);
             for (int row = 0; row < g.points; ++row) {
-              transform_weights(taps, channels, g.points, row, transformed);
+              transform_weights(taps, channels, min64(kPanel, ld - k), g.points, row, transformed);
               const float* u = transformed;
               for (int p = row * g.points; p < (row + 1) * g.points; ++p, u += channels * kPanel + kLineFloats) {
                 const int64_t first = at.first(p, row_phase), count = at.count(p, row_phase, column_phase);
@@ -441,7 +471,7 @@ void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large,
 int64_t conv4x4s2_packed_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop) {
   if (loop == Conv4x4s2Loop::weight_gradient) return 0;
   const Geometry g(shape, loop);
-  if (gathers_weights(g, forward_blocks(g))) return 0;
+  if (gathers_weights(ForwardTasks(g).blocks)) return 0;
   return PackedWeights(g).size() * static_cast<int64_t>(sizeof(float));
 }
 
@@ -455,9 +485,9 @@ int64_t conv4x4s2_workspace_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loo
     return plan.shared_bytes() + ScratchSlots::bytes(threads, plan.slot_bytes());
   }
   const Geometry g(shape, loop);
-  const Blocks blocks = forward_blocks(g);
-  const ForwardScratch sizes(WeightTaps(g, blocks, nullptr), blocks);
-  return partials_bytes(g, blocks) + sizes.common_bytes() + ScratchSlots::bytes(threads, sizes.bytes());
+  const ForwardTasks tasks(g);
+  const ForwardScratch sizes(WeightTaps(g, tasks.blocks, nullptr), tasks);
+  return partials_bytes(g, tasks.blocks) + sizes.common_bytes() + ScratchSlots::bytes(threads, sizes.bytes());
 }
 
 void conv4x4s2_forward(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand& input, const void* packed,

@@ -53,9 +53,9 @@ void pack_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* wei
         const float* w = weight + (c0 + first + i) * input_stride + k * output_stride;
         for (int64_t column = 0; column < columns; ++column)
           __builtin_prefetch(w + kAhead * input_stride + column * output_stride);
-        if (kPanel % kSide == 0 && kLanes >= kSide && columns == kPanel) {
+        if (kPanel % kSide == 0 && kLanes >= kSide) {
           for (int t = 0; t < 16; t += kSide)
-            for (int64_t column = 0; column < kPanel; column += kSide) {
+            for (int64_t column = 0; column < columns; column += kSide) {
               Side<float> square[kSide];
 #pragma GCC unroll 8
               for (int j = 0; j < kSide; ++j)
@@ -86,9 +86,9 @@ void pack_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* wei
   });
 }
 
-// Whether the loops gather: panels have to be whole, and squares worth transposing.
-inline bool gathers_weights(const Geometry& g, const Blocks& blocks) {
-  return kLanes >= kSide && g.output_channels % kPanel == 0 && blocks.count() <= 2;
+// Whether the loops gather: squares have to be worth transposing.
+inline bool gathers_weights(const Blocks& blocks) {
+  return kLanes >= kSide && blocks.count() <= 2;
 }
 
 #if defined(__clang__)
@@ -143,7 +143,7 @@ inline void transpose_taps(const float* weight, int64_t stride, float* const* ta
 // The taps of one panel: [channels][4][kPanel]. kRow and kColumn are those of the first tap; up meets the four in the opposite
 // order.
 template <int kRow, int kColumn>
-void gather_panel(const Geometry& g, const float* weight, int64_t channels, float* taps) {
+void gather_panel(const Geometry& g, const float* weight, int64_t channels, int64_t columns, float* taps) {
   const int64_t input_stride = g.weight_input_stride(), output_stride = g.weight_output_stride();
   constexpr int64_t kTogether = kLanes > kSide ? kLanes : kSide;
   constexpr int64_t kCopied = 8;  // divides the channels of a chunk
@@ -155,7 +155,7 @@ void gather_panel(const Geometry& g, const float* weight, int64_t channels, floa
   };
   if (g.up) {
     for (int64_t i = 0; i < channels; ++i)
-      for (int64_t column = 0; column < kPanel; column += kTogether)
+      for (int64_t column = 0; column < columns; column += kTogether)
         transpose_to(i, column, weight + i * input_stride + column * output_stride, output_stride);
     return;
   }
@@ -163,7 +163,7 @@ void gather_panel(const Geometry& g, const float* weight, int64_t channels, floa
   // few sets of the cache, which made the whole loop a third slower at 512 x 256 channels, 4 pixels, batch 16.
   alignas(kLineBytes) float copy[kTogether * copy_stride];
   for (int64_t first = 0; first < channels; first += kCopied)
-    for (int64_t column = 0; column < kPanel; column += kTogether) {
+    for (int64_t column = 0; column < columns; column += kTogether) {
       const float* from = weight + first * input_stride + column * output_stride;
       for (int64_t j = 0; j < kTogether; ++j)
         for (int64_t i = 0; i < kCopied * 16; i += kLanes) store(copy + j * copy_stride + i, load(from + j * output_stride + i));
@@ -179,7 +179,7 @@ struct WeightTaps {
   PackedWeights packed;
 
   WeightTaps(const Geometry& geometry, const Blocks& blocks, const float* weight)
-      : g(geometry), gathered(gathers_weights(geometry, blocks)), data(weight), packed(geometry) {}
+      : g(geometry), gathered(gathers_weights(blocks)), data(weight), packed(geometry) {}
 
   // Floats of memory that panel() needs
   int64_t memory() const { return gathered ? 4 * min64(kChunk, g.input_channels) * kPanel : 0; }
@@ -189,11 +189,12 @@ struct WeightTaps {
     const int64_t chunk = packed.chunk_channels(c0);
     if (!gathered) return data + packed.offset(a * 2 + b, k0, c0) + k * 4 * chunk;
     const float* weight = at(k0 + k, c0);
+    const int64_t columns = min64(kPanel, g.output_channels - k0 - k);
     switch (g.up ? 3 - (a * 2 + b) : a * 2 + b) {
-      case 0: gather_panel<0, 0>(g, weight, chunk, memory); break;
-      case 1: gather_panel<0, 1>(g, weight, chunk, memory); break;
-      case 2: gather_panel<1, 0>(g, weight, chunk, memory); break;
-      default: gather_panel<1, 1>(g, weight, chunk, memory); break;
+      case 0: gather_panel<0, 0>(g, weight, chunk, columns, memory); break;
+      case 1: gather_panel<0, 1>(g, weight, chunk, columns, memory); break;
+      case 2: gather_panel<1, 0>(g, weight, chunk, columns, memory); break;
+      default: gather_panel<1, 1>(g, weight, chunk, columns, memory); break;
     }
     return memory;
   }
@@ -214,14 +215,15 @@ struct WeightTaps {
   }
 };
 
-// One row of transformed weights: taps[channels][4][kPanel] -> transformed[kPoints][channels][kPanel] with a line between them. A
+// One row of transformed weights: the columns that there are of taps[channels][4][kPanel] -> transformed[kPoints][channels][kPanel]
+// with a line between them. A
 // row of one panel at a time stays in the first-level cache until its products are done.
 template <int kPoints>
-void transform_weights(const float* taps, int64_t channels, const float (&row)[2], float* transformed) {
-  constexpr const float(&columns)[kPoints][2] = taps_of<kPoints>();
+void transform_weights(const float* taps, int64_t channels, int64_t columns, const float (&row)[2], float* transformed) {
+  constexpr const float(&factors)[kPoints][2] = taps_of<kPoints>();
   const int64_t next = channels * kPanel + kLineFloats;
   for (int64_t i = 0; i < channels; ++i, taps += 4 * kPanel, transformed += kPanel)
-    for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+    for (int64_t lane = 0; lane < columns; lane += kLanes) {
       Vec g[2];
 #pragma GCC unroll 2
       for (int s = 0; s < 2; ++s) {
@@ -231,14 +233,14 @@ void transform_weights(const float* taps, int64_t channels, const float (&row)[2
 #pragma GCC unroll 6
       for (int q = 0; q < kPoints; ++q)
         store(transformed + q * next + lane,
-              columns[q][1] == 0 ? g[0] : columns[q][0] == 0 ? g[1] : g[0] * columns[q][0] + g[1] * columns[q][1]);
+              factors[q][1] == 0 ? g[0] : factors[q][0] == 0 ? g[1] : g[0] * factors[q][0] + g[1] * factors[q][1]);
     }
 }
 
-inline void transform_weights(const float* taps, int64_t channels, int points, int row, float* transformed) {
-  if (points == 4) return transform_weights<4>(taps, channels, kTapsOfFour[row], transformed);
-  if (points == 5) return transform_weights<5>(taps, channels, kTapsOfFive[row], transformed);
-  return transform_weights<6>(taps, channels, kTapsOfSix[row], transformed);
+inline void transform_weights(const float* taps, int64_t channels, int64_t columns, int points, int row, float* transformed) {
+  if (points == 4) return transform_weights<4>(taps, channels, columns, kTapsOfFour[row], transformed);
+  if (points == 5) return transform_weights<5>(taps, channels, columns, kTapsOfFive[row], transformed);
+  return transform_weights<6>(taps, channels, columns, kTapsOfSix[row], transformed);
 }
 
 }  // namespace
