@@ -322,13 +322,7 @@ void image_weight_gradient(const GradientPlan& plan, const ConvOperand& large, c
       }
   });
 
-  for (int64_t p = 0; p < g.patch; ++p)
-    for (int64_t k = 0; k < g.small_channels; ++k) {
-      float sum = 0;
-      for (int64_t split = 0; split < plan.splits; ++split) sum += partials[split * plan.sums + p * plan.columns + k];
-      float& to = result.data[(k * g.channels + p % g.channels) * 16 + p / g.channels];
-      to = result.add ? to + sum : sum;
-    }
+  store_weight_gradient(g, partials, plan.splits, plan.sums, plan.columns, result);
 }
 
 }  // namespace
@@ -343,16 +337,19 @@ void conv4x4s2_bf16_image_pack(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, 
   const Image g(shape);
   const bool down = loop == Conv4x4s2Loop::down;
   const int64_t elements = conv4x4s2_bf16_image_packed_bytes(shape, loop) / 2, columns = down ? g.small_channels : g.patch;
-  const int64_t depth = elements / round_up(columns, kBlock);
-  uint16_t* out = static_cast<uint16_t*>(packed);
-  for (int64_t i = 0; i < elements; ++i) {
-    const int64_t in_tile = i % kTile, tile = i / kTile, steps = depth / kTileDepth;
-    const int64_t d = tile / 2 % steps * kTileDepth + in_tile / kTileDepth * 2 + in_tile % 2;
-    const int64_t column = tile / 2 / steps * kBlock + tile % 2 * kTileRows + in_tile % kTileDepth / 2;
-    const int64_t small = down ? column : d, p = down ? d : column;
-    const bool inside = small < g.small_channels && p < g.patch;
-    out[i] = inside ? float_to_bfloat16_bits(weight[(small * g.channels + p % g.channels) * 16 + p / g.channels]) : 0;
-  }
+  const int64_t blocks = ceil_div(columns, kBlock), tiles = elements / kTile / blocks;  // of a block
+  const PatchWeights weights(g);
+  parallel_for(blocks, [&](int64_t block) {
+    uint16_t* out = static_cast<uint16_t*>(packed) + block * tiles * kTile;
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      for (int64_t i = 0; i < kTile; ++i, ++out) {
+        const int64_t d = tile / 2 * kTileDepth + i / kTileDepth * 2 + i % 2;
+        const int64_t column = block * kBlock + tile % 2 * kTileRows + i % kTileDepth / 2;
+        const int64_t small = down ? column : d, p = down ? d : column;
+        const bool inside = small < g.small_channels && p < g.patch;
+        *out = inside ? float_to_bfloat16_bits(weight[small * g.patch + weights.at[p]]) : 0;
+      }
+  });
 }
 
 int64_t conv4x4s2_bf16_image_workspace_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, int threads) {

@@ -259,32 +259,49 @@ inline bool has_partials(const ConvEpilogue& e) {
          (e.mode == ConvEpilogue::Mode::gradient && (e.sum_dz != nullptr || e.y_mean != nullptr));
 }
 
+constexpr int64_t kMergedChannels = 64;      // by a task
+constexpr int64_t kMergedAtOnce = 1 << 13;  // up to so many numbers are merged by one thread
+
 // Merges the partial statistics of `parts` tasks, in task order. partials: [parts, 2, channels]; count(i) pixels in part i.
 template <typename Count>
 void merge_partials(const ConvEpilogue& e, const float* partials, int64_t parts, int64_t channels, const Count& count) {
   if (!has_partials(e)) return;
-  for (int64_t c = 0; c < channels; ++c) {
-    double first = 0, second = 0, n = 0;
-    for (int64_t i = 0; i < parts; ++i) {
-      const double a = partials[(2 * i) * channels + c], b = partials[(2 * i + 1) * channels + c];
+  const auto merge = [&](int64_t task) {
+    const int64_t c0 = task * kMergedChannels, together = min64(kMergedChannels, channels - c0);
+    double first[kMergedChannels] = {}, second[kMergedChannels] = {}, n = 0;
+    const float* a = partials + c0;
+    for (int64_t i = 0; i < parts; ++i, a += 2 * channels) {
+      const float* b = a + channels;
       if (e.mode == ConvEpilogue::Mode::statistics) {
-        const double m = static_cast<double>(count(i)), delta = a - first;
-        second += b + delta * delta * (n * m / (n + m));
+        const double m = static_cast<double>(count(i)), share = m / (n + m), spread = n * share;
+        for (int64_t c = 0; c < together; ++c) {
+          const double delta = a[c] - first[c];
+          second[c] += b[c] + delta * delta * spread;
+          first[c] += delta * share;
+        }
         n += m;
-        first += delta * (m / n);
       } else {
-        first += a;
-        second += b;
+        for (int64_t c = 0; c < together; ++c) {
+          first[c] += a[c];
+          second[c] += b[c];
+        }
       }
     }
-    if (e.mode == ConvEpilogue::Mode::statistics) {
-      e.mean[c] = static_cast<float>(e.bias != nullptr ? first + e.bias[c] : first);
-      e.m2[c] = static_cast<float>(second);
-    } else {
-      if (e.sum_dz != nullptr) e.sum_dz[c] = static_cast<float>(first);
-      if (e.y_mean != nullptr) e.sum_dz_xhat[c] = static_cast<float>(second);
+    for (int64_t c = 0; c < together; ++c) {
+      if (e.mode == ConvEpilogue::Mode::statistics) {
+        e.mean[c0 + c] = static_cast<float>(e.bias != nullptr ? first[c] + e.bias[c0 + c] : first[c]);
+        e.m2[c0 + c] = static_cast<float>(second[c]);
+      } else {
+        if (e.sum_dz != nullptr) e.sum_dz[c0 + c] = static_cast<float>(first[c]);
+        if (e.y_mean != nullptr) e.sum_dz_xhat[c0 + c] = static_cast<float>(second[c]);
+      }
     }
-  }
+  };
+  const int64_t tasks = ceil_div(channels, kMergedChannels);
+  if (parts * channels > kMergedAtOnce)
+    parallel_for(tasks, merge);
+  else
+    for (int64_t task = 0; task < tasks; ++task) merge(task);
 }
 
 // ---- workspace

@@ -29,6 +29,31 @@ struct Image {
   int64_t image_row() const { return width * channels; }
 };
 
+// Where the weights of a patch's elements lie: floats behind the first weight of a small channel, [channels][4][4].
+struct PatchWeights {
+  int64_t at[kPatch];
+  explicit PatchWeights(const Image& g) {
+    for (int64_t p = 0; p < g.patch; ++p) at[p] = p % g.channels * 16 + p / g.channels;
+  }
+};
+
+// result (+)= the sum of `splits` arrays [patch][columns] that lie `stride` floats apart, in the order of the weight
+inline void store_weight_gradient(const Image& g, const float* partials, int64_t splits, int64_t stride, int64_t columns,
+                                  const ConvWeightGradient& result) {
+  constexpr int64_t kTogether = 32;  // small channels
+  const PatchWeights weights(g);
+  parallel_for(ceil_div(g.small_channels, kTogether), [&](int64_t task) {
+    const int64_t first = task * kTogether, end = min64(first + kTogether, g.small_channels);
+    for (int64_t p = 0; p < g.patch; ++p)
+      for (int64_t k = first; k < end; ++k) {
+        float sum = 0;
+        for (int64_t split = 0; split < splits; ++split) sum += partials[split * stride + p * columns + k];
+        float& to = result.data[k * g.patch + weights.at[p]];
+        to = result.add ? to + sum : sum;
+      }
+  });
+}
+
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;

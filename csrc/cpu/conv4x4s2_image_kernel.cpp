@@ -241,13 +241,7 @@ void image_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large
       }
   });
 
-  for (int64_t p = 0; p < g.patch; ++p)
-    for (int64_t k = 0; k < g.small_channels; ++k) {
-      float sum = 0;
-      for (int64_t split = 0; split < plan.splits; ++split) sum += partials[split * plan.sums + p * plan.columns + k];
-      float& to = result.data[(k * g.channels + p % g.channels) * 16 + p / g.channels];
-      to = result.add ? to + sum : sum;
-    }
+  store_weight_gradient(g, partials, plan.splits, plan.sums, plan.columns, result);
 }
 
 }  // namespace
@@ -264,28 +258,31 @@ int64_t conv4x4s2_image_packed_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop 
 // up: [panel of the patch][small channels][kPanel, or kLanes for the last]
 void conv4x4s2_image_pack(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* weight, void* packed) {
   const Image g(shape);
-  float* out = static_cast<float*>(packed);
-  const auto element = [&](int64_t small, int64_t p) {
-    return small < g.small_channels && p < g.patch ? weight[(small * g.channels + p % g.channels) * 16 + p / g.channels] : 0;
-  };
+  const PatchWeights weights(g);
   if (loop == Conv4x4s2Loop::down) {
     const int64_t half = 2 * g.channels;  // of a row of the patch
-    for (int64_t k = 0; k < g.small_channels; k += kPanel)
-      for (int64_t p = 0; p < g.patch; p = p % (2 * half) + 1 == half ? p + half + 1 : p + 1, out += 3 * kPanel)
-        for (int64_t lane = 0; lane < kPanel; ++lane) {
-          const float near = element(k + lane, p), far = element(k + lane, p + half);
-          out[lane] = near;
-          out[kPanel + lane] = near + far;
-          out[2 * kPanel + lane] = far;
-        }
+    parallel_for(ceil_div(g.small_channels, kPanel), [&](int64_t panel) {
+      float* out = static_cast<float*>(packed) + panel * panel_floats(g);
+      const float* first = weight + panel * kPanel * g.patch;
+      const int64_t columns = min64(kPanel, g.small_channels - panel * kPanel);
+      for (int64_t r = 0; r < 4; ++r)
+        for (int64_t p = 2 * r * half; p < (2 * r + 1) * half; ++p, out += 3 * kPanel)
+          for (int64_t lane = 0; lane < kPanel; ++lane) {
+            const float near = lane < columns ? first[lane * g.patch + weights.at[p]] : 0;
+            const float far = lane < columns ? first[lane * g.patch + weights.at[p + half]] : 0;
+            out[lane] = near;
+            out[kPanel + lane] = near + far;
+            out[2 * kPanel + lane] = far;
+          }
+    });
     return;
   }
+  float* out = static_cast<float*>(packed);
   const int64_t columns = round_up(g.patch, kLanes);
-  for (int64_t k = 0; k < columns; k += kPanel) {
-    const int64_t panel = min64(kPanel, columns - k);
+  for (int64_t k = 0; k < columns; k += kPanel)
     for (int64_t small = 0; small < g.small_channels; ++small)
-      for (int64_t lane = 0; lane < panel; ++lane, ++out) *out = element(small, k + lane);
-  }
+      for (int64_t p = k; p < min64(k + kPanel, columns); ++p, ++out)
+        *out = p < g.patch ? weight[small * g.patch + weights.at[p]] : 0;
 }
 
 int64_t conv4x4s2_image_workspace_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, int threads) {
