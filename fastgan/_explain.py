@@ -150,28 +150,39 @@ def _minimal_filtering(arguments):
 
 
 def _bfloat16_loop(arguments):
-    """Which loop takes a layer that has the shape for the bfloat16 loops of csrc/cpu/conv4x4s2.h: the rest of
-    conv4x4s2_supported() and of conv_stack_single()."""
-    isa, image = _extension.CPU_ISA, arguments["weight"].shape[1] <= 4
-    direct = isa == "amx" or image
-    if isa not in ("avx512_bf16", "amx"):
+    """Which loop takes a layer in bfloat16 that has the shape for those of csrc/cpu/conv4x4s2.h: loop_dtype() and
+    leaves_to_aten() in csrc/ops/conv_stack.cpp."""
+    isa, input, weight = _extension.CPU_ISA, arguments["input"], arguments["weight"]
+    image, has_products = weight.shape[1] <= 4, isa in ("avx512_bf16", "amx")
+    if not _is_channels_last(input):
+        return (
+            "ATen's (oneDNN) in bfloat16; fastgan's loops take this in channels_last (or any layout inside a Sequential given "
+            "to fastgan.fuse)"
+        )
+    if not has_products:
         why = "run on processors with AVX512-BF16 or AMX, which this is not"
-    elif not image and any(channels % 32 for channels in arguments["weight"].shape[:2]):
-        why = "take channels in multiples of 32 (of 16 inside a Sequential given to fastgan.fuse)"
-    elif not image and arguments["input"].shape[0] < 16:
-        why = "take a layer like this from a batch of 16 on"
-    elif not _is_channels_last(arguments["input"]):
-        why = "take this in channels_last (or any layout inside a Sequential given to fastgan.fuse)"
-    elif not direct and arguments["weight"].dtype != torch.float32:
-        why = "take a layer like this with float32 weights, under autocast: they would add to the error of bfloat16 ones"
-    elif direct:
+    elif image:
         return "fastgan's in bfloat16, with direct products, batch norm and activation fused in"
+    elif any(channels % 32 for channels in weight.shape[:2]):
+        why = "take channels in multiples of 32"
+    elif input.shape[0] < 16:
+        why = "take a layer like this from a batch of 16 on"
+    elif isa == "amx":
+        return "fastgan's in bfloat16, with direct products, batch norm and activation fused in"
+    elif weight.dtype != torch.float32:
+        why = "would add to the error of bfloat16 weights"
     else:
         return (
             "fastgan's in bfloat16, batch norm and activation fused in: minimal filtering along the rows, F(2, 2), 75% of "
             "direct convolution's multiplications"
         )
-    return f"ATen's (oneDNN) in bfloat16; fastgan's loops {why}"
+    pixels = input.shape[0] * (input.shape[2] // 2) * (input.shape[3] // 2)
+    wants_gradients = torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in arguments.values()
+    )
+    if has_products and "output_padding" not in arguments and pixels >= 4096 and not wants_gradients:
+        return f"ATen's (oneDNN) in bfloat16, faster for so many pixels without gradients; fastgan's loops with bfloat16 products {why}"
+    return f"{_minimal_filtering(arguments)}; bfloat16 images, multiplied as floats: the loops with bfloat16 products {why}"
 
 
 def _products(length, padded):
@@ -215,7 +226,7 @@ def _is_channels_last(input):
 
 
 def _fits_minimal_filtering(arguments):
-    """The rule of conv4x4s2_supported() in csrc/cpu, but for what it wants of bfloat16."""
+    """The rule of conv4x4s2_supported() in csrc/cpu."""
     input, weight = arguments["input"], arguments["weight"]
     stride, padding, dilation = (pair(arguments[name]) for name in ("stride", "padding", "dilation"))
     if input.dim() != 4 or tuple(weight.shape[2:]) != (4, 4):

@@ -14,8 +14,7 @@ bool is_image(const Conv4x4s2Shape& shape) { return shape.large_channels <= kMax
 constexpr int64_t kMinBfloat16Batch = 16;
 
 bool supports_dtype(const Conv4x4s2Shape& s) {
-  if (s.dtype == ConvDType::float32) return true;
-  return active_isa() >= Isa::avx512_bf16 && (is_image(s) || s.batch >= kMinBfloat16Batch);
+  return s.dtype != ConvDType::bfloat16 || (active_isa() >= Isa::avx512_bf16 && (is_image(s) || s.batch >= kMinBfloat16Batch));
 }
 
 bool is_bfloat16(const Conv4x4s2Shape& shape) { return shape.dtype == ConvDType::bfloat16; }

@@ -27,11 +27,14 @@
 
 namespace fastgan::cpu {
 
-// Element type of the large and small tensors. Weights, per-channel parameters and statistics are always float. With
-// bfloat16 the products take operands and weights rounded to bfloat16 (without AMX differences and sums of them,
-// conv4x4s2_bf16_filtered_kernel.cpp), everything else is float; statistics are those of the results before they are rounded to be
-// stored.
-enum class ConvDType : int32_t { float32 = 0, bfloat16 };
+// Element type of the large and small tensors, and of the products. Weights, per-channel parameters and statistics are always
+// float; statistics are those of the results before they are rounded to be stored.
+enum class ConvDType : int32_t {
+  float32 = 0,
+  bfloat16,  // the products take operands and weights rounded to bfloat16 (without AMX differences and sums of them,
+             // conv4x4s2_bf16_filtered_kernel.cpp)
+  mixed,     // bfloat16 tensors, products of floats
+};
 
 struct Conv4x4s2Shape {
   int64_t batch;
@@ -101,8 +104,8 @@ struct ConvWeightGradient {
 
 // Whether the loop can run on this shape; if not, the caller takes another road. Supported: small_channels a multiple of
 // 16; large_channels a multiple of 16, or 1 to 4 (images); small sides of 2 to 256, large ones twice that or one more
-// (the output_padding of a transposed convolution). bfloat16: on AVX512-BF16 and AMX only, and from a batch of 16 on
-// where the large tensor is not an image.
+// (the output_padding of a transposed convolution). bfloat16 (not mixed): on AVX512-BF16 and AMX only, and from a batch of 16
+// on where the large tensor is not an image.
 bool conv4x4s2_supported(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop);
 
 // Whether the loops multiply differences and sums rounded to bfloat16: their error is twice that of bfloat16 operands and weights

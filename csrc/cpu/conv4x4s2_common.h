@@ -24,11 +24,13 @@ inline int64_t part_start(int64_t all, int64_t part, int64_t parts) { return all
 // A shape as a loop sees it: down, and the data side of weight_gradient, read the large tensor, up reads the small one.
 struct LoopShape {
   bool up;
+  bool half;  // the tensors are bfloat16
   int64_t batch;
   int64_t input_height, input_width, input_channels;
   int64_t output_height, output_width, output_channels;
 
-  LoopShape(const Conv4x4s2Shape& s, Conv4x4s2Loop loop) : up(loop == Conv4x4s2Loop::up), batch(s.batch) {
+  LoopShape(const Conv4x4s2Shape& s, Conv4x4s2Loop loop)
+      : up(loop == Conv4x4s2Loop::up), half(s.dtype != ConvDType::float32), batch(s.batch) {
     input_height = up ? s.small_height : s.large_height;
     input_width = up ? s.small_width : s.large_width;
     input_channels = up ? s.small_channels : s.large_channels;

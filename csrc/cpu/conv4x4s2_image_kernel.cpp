@@ -1,5 +1,5 @@
 // The three loops of conv4x4s2.h where the large side is an image of 1 to 4 channels: the discriminator's first and the
-// generator's last layer; float32.
+// generator's last layer; products of floats. T is the storage type of the tensors.
 //
 //   down: two neighbouring outputs of a row at a time, from three products in place of four: F(2, 2) along the row
 //   up:   multiply pixels by the weights to patches, add the patches up where they overlap
@@ -87,6 +87,7 @@ int64_t panel_floats(const Image& g) { return 4 * 2 * g.channels * 3 * kPanel; }
 
 DownPlan down_plan(const Conv4x4s2Shape& shape) { return {shape, 2 * static_cast<int64_t>(sizeof(float))}; }
 
+template <typename T>
 void image_down(const Conv4x4s2Shape& shape, const ConvOperand& large, const float* packed, const ConvEpilogue& epilogue,
                 void* workspace, int threads) {
   const DownPlan plan = down_plan(shape);
@@ -94,7 +95,7 @@ void image_down(const Conv4x4s2Shape& shape, const ConvOperand& large, const flo
   const int64_t all_rows = plan.staged_rows * g.padded_row();  // floats to the differences
   const auto stage = [&](const RowParameters& parameters, int64_t image, int64_t y0, int64_t count, void* memory) {
     float *rows = static_cast<float*>(memory), *differences = rows + all_rows;
-    stage_rows<float>(large, parameters, g, image, y0, count, rows);
+    stage_rows<T>(large, parameters, g, image, y0, count, rows);
     for (int64_t x = 0; x < count * g.padded_row() - 2 * g.channels; x += kLanes)
       store(differences + x, load(rows + x) - load(rows + x + 2 * g.channels));
   };
@@ -104,7 +105,7 @@ void image_down(const Conv4x4s2Shape& shape, const ConvOperand& large, const flo
       multiply_row<channels.value>(g, row, row + all_rows, packed + panel * panel_floats(g), store_output);
     });
   };
-  run_down<float>(plan, large, epilogue, workspace, threads, stage, multiply);
+  run_down<T>(plan, large, epilogue, workspace, threads, stage, multiply);
 }
 
 // ---- up
@@ -128,6 +129,7 @@ struct UpPlan {
   int64_t end_row(int64_t strip) const { return strip + 1 == strips.count ? g.height : first_row(strip + 1); }
 };
 
+template <typename T>
 void image_up(const Conv4x4s2Shape& shape, const ConvOperand& small, const float* packed, const ConvEpilogue& epilogue,
               void* workspace, int threads) {
   const UpPlan plan(shape);
@@ -152,8 +154,8 @@ void image_up(const Conv4x4s2Shape& shape, const ConvOperand& small, const float
         const int64_t row = (image * g.small_height + i) * g.small_width;
         const int64_t ahead = i + 1 < i1 ? g.small_width : 0;
         for (int64_t j = 0; j < g.small_width; ++j) {
-          prefetch_operand<float>(small, (row + ahead + j) * g.small_channels + c0, chunk);
-          read_operand<float>(small, (row + j) * g.small_channels + c0, c0, chunk, pixels + j * kChunk);
+          prefetch_operand<T>(small, (row + ahead + j) * g.small_channels + c0, chunk);
+          read_operand<T>(small, (row + j) * g.small_channels + c0, c0, chunk, pixels + j * kChunk);
         }
         float* out = products + (i - i0) * g.small_width * ld;
         int64_t k = 0;
@@ -173,7 +175,7 @@ void image_up(const Conv4x4s2Shape& shape, const ConvOperand& small, const float
         add_patch_row(g, products + (i - i0) * g.small_width * ld + r * 4 * g.channels, ld, rows + (y - y0) * g.padded_row());
       }
     float* partial = partials + 2 * task * g.channels;
-    finish_rows<float>(epilogue, g, image, y0, y1 - y0, rows, lease.memory(), {partial, partial + g.channels});
+    finish_rows<T>(epilogue, g, image, y0, y1 - y0, rows, lease.memory(), {partial, partial + g.channels});
   });
 
   merge_partials(epilogue, partials, g.batch * plan.strips.count, g.channels, [&](int64_t part) {
@@ -206,6 +208,7 @@ struct GradientPlan {
   }
 };
 
+template <typename T>
 void image_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
                            const ConvWeightGradient& result, void* workspace, int threads) {
   const GradientPlan plan(shape);
@@ -224,15 +227,15 @@ void image_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large
     for (int64_t image = g.batch * split / plan.splits; image < g.batch * (split + 1) / plan.splits; ++image)
       for (int64_t i0 = 0; i0 < g.small_height; i0 += plan.block_rows) {
         const int64_t count = min64(plan.block_rows, g.small_height - i0), pixels = count * g.small_width;
-        stage_rows<float>(large, parameters, g, image, 2 * i0 - 1, 2 * count + 2, rows);
+        stage_rows<T>(large, parameters, g, image, 2 * i0 - 1, 2 * count + 2, rows);
         for (int64_t i = 0; i < count; ++i)
           copy_patches(g, rows + 2 * i * g.padded_row(), patches + i * g.small_width * kPatch);
         for (int64_t k0 = 0; k0 < g.small_channels; k0 += kChunk) {
           const int64_t chunk = min64(kChunk, g.small_channels - k0);
           const int64_t first_pixel = (image * g.small_height + i0) * g.small_width;
           for (int64_t j = 0; j < pixels; ++j) {
-            prefetch_operand<float>(small, (first_pixel + pixels + j) * g.small_channels + k0, chunk);
-            read_operand<float>(small, (first_pixel + j) * g.small_channels + k0, k0, chunk, gradients + j * kChunk);
+            prefetch_operand<T>(small, (first_pixel + pixels + j) * g.small_channels + k0, chunk);
+            read_operand<T>(small, (first_pixel + j) * g.small_channels + k0, k0, chunk, gradients + j * kChunk);
           }
           for (int64_t k = 0; k < chunk; k += kPanel)
             multiply<2, 1, kPatch, kChunk>(patches, gradients + k, pixels, sums + k0 + k, plan.columns, g.patch, accumulate);
@@ -296,13 +299,16 @@ int64_t conv4x4s2_image_workspace_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Lo
 
 void conv4x4s2_image_forward(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand& input, const void* packed,
                              const ConvEpilogue& output, void* workspace, int threads) {
-  (loop == Conv4x4s2Loop::down ? image_down : image_up)(shape, input, static_cast<const float*>(packed), output, workspace,
-                                                        threads);
+  const bool down = loop == Conv4x4s2Loop::down;
+  const auto run = shape.dtype == ConvDType::float32 ? (down ? image_down<float> : image_up<float>)
+                                                     : (down ? image_down<bfloat16> : image_up<bfloat16>);
+  run(shape, input, static_cast<const float*>(packed), output, workspace, threads);
 }
 
 void conv4x4s2_image_weight_gradient(const Conv4x4s2Shape& shape, const ConvOperand& large, const ConvOperand& small,
                                      const ConvWeightGradient& result, void* workspace, int threads) {
-  image_weight_gradient(shape, large, small, result, workspace, threads);
+  (shape.dtype == ConvDType::float32 ? image_weight_gradient<float> : image_weight_gradient<bfloat16>)(shape, large, small, result, workspace,
+                                                                                               threads);
 }
 
 }  // namespace fastgan::cpu::FASTGAN_ISA

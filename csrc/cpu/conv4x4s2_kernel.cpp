@@ -31,7 +31,8 @@ constexpr int64_t kGradientMatrix = kGradientLarge * kGradientSmall + 16;  // fl
 constexpr int64_t kGradientTasks = 16;   // parities, then images, are split over tasks to reach about this many
 constexpr int64_t kRowsAhead = 3;        // prefetched: as many as a row of tiles is high
 
-// Rows [from, end) of one image's inputs, zero padded: stage[end - from][columns.inputs][kChunk]
+// Rows [from, end) of one image's inputs, zero padded: stage[end - from][columns.inputs][kChunk]. T is the storage type.
+template <typename T>
 void stage_inputs(const ConvOperand& operand, const Geometry& g, const Axis& rows, const Axis& columns, int64_t image, int64_t from,
                   int64_t end, int64_t c0, int64_t channels, float* stage) {
   const int64_t ahead = kRowsAhead * rows.step * g.input_width * g.input_channels;
@@ -43,8 +44,8 @@ void stage_inputs(const ConvOperand& operand, const Geometry& g, const Axis& row
         for (int64_t c = 0; c < channels; c += kLanes) store(stage + c, Vec{});
       else {
         const int64_t offset = ((image * g.input_height + y) * g.input_width + x) * g.input_channels + c0;
-        prefetch_operand<float>(operand, offset + ahead, channels);
-        read_operand<float>(operand, offset, c0, channels, stage);
+        prefetch_operand<T>(operand, offset + ahead, channels);
+        read_operand<T>(operand, offset, c0, channels, stage);
       }
     }
   }
@@ -64,6 +65,7 @@ struct InputTile {
 void transform_inputs(const ConvOperand& operand, const Geometry& g, const ProductRows& at, int64_t first_image, int64_t c0,
                       int64_t channels, float* stage, float* products) {
   const int64_t row = at.columns.inputs * kChunk;
+  const auto stage_rows = g.half ? stage_inputs<bfloat16> : stage_inputs<float>;
   for (int64_t n = 0; n < at.images; ++n)
     for (int r = 0; r < at.rows.count; ++r) {
       const Segment& rs = at.rows.segments[r];
@@ -73,7 +75,7 @@ void transform_inputs(const ConvOperand& operand, const Geometry& g, const Produ
         if (last > 0) __builtin_memcpy(stage, stage + last * row, static_cast<size_t>(row) * sizeof(float));
         ++from;
       }
-      stage_inputs(operand, g, at.rows, at.columns, first_image + n, from, rs.end(), c0, channels, stage + (from - rs.input) * row);
+      stage_rows(operand, g, at.rows, at.columns, first_image + n, from, rs.end(), c0, channels, stage + (from - rs.input) * row);
       for (int c = 0; c < at.columns.count; ++c) {
         const Segment& cs = at.columns.segments[c];
         float* dst[kMostPairs];
@@ -255,7 +257,7 @@ void run_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const ConvOperand
       const OutputBox box{g.output_height, g.output_width, g.output_channels, first_image, images,
                           g.up ? 2 * rows.first[a] + a : rows.first[0], rows.length[row_phase], g.row_phases(), first_output,
                           min64(ld, g.output_channels - first_output)};
-      finish_box<float>(epilogue, box, result, {box.rows * g.output_width * ld, ld}, {partial, partial + g.output_channels});
+      (g.half ? finish_box<bfloat16> : finish_box<float>)(epilogue, box, result, {box.rows * g.output_width * ld, ld}, {partial, partial + g.output_channels});
     }
   });
 
@@ -277,6 +279,17 @@ struct GradientTile {
   void run() const { gradient_tile<kRow, kColumn>(src, row, column, dst, channels); }
 };
 
+// The output gradients that a row of tiles of one image transforms: stage[rows of a tile][columns][kGradientSmall]
+template <typename T>
+void stage_gradients(const ConvOperand& operand, const Geometry& g, const ProductRows& at, const Segment& rows, int64_t image, int64_t c0,
+                     int64_t channels, float* stage) {
+  const int64_t first = (image * g.output_height + at.rows.first[0] + rows.output[0]) * g.output_width;
+  for (int64_t pixel = first; pixel < first + outputs_of(rows.tile) * g.output_width; ++pixel, stage += kGradientSmall) {
+    prefetch_operand<T>(operand, (pixel + kRowsAhead * g.output_width) * g.output_channels + c0, channels);
+    read_operand<T>(operand, pixel * g.output_channels + c0, c0, channels, stage);
+  }
+}
+
 // products[row][kGradientSmall] = transformed output gradients of all tiles of a block
 void transform_gradients(const ConvOperand& operand, const Geometry& g, const ProductRows& at, int64_t first_image,
                          int64_t c0, int64_t channels, float* stage, float* products) {
@@ -284,12 +297,7 @@ void transform_gradients(const ConvOperand& operand, const Geometry& g, const Pr
   for (int64_t n = 0; n < at.images; ++n)
     for (int r = 0; r < at.rows.count; ++r) {
       const Segment& rs = at.rows.segments[r];
-      for (int64_t i = 0; i < outputs_of(rs.tile); ++i)
-        for (int64_t j = 0; j < at.columns.length[0]; ++j) {
-          const int64_t y = at.rows.first[0] + rs.output[0] + i, pixel = ((first_image + n) * g.output_height + y) * g.output_width + j;
-          prefetch_operand<float>(operand, (pixel + kRowsAhead * g.output_width) * g.output_channels + c0, channels);
-          read_operand<float>(operand, pixel * g.output_channels + c0, c0, channels, stage + i * row + j * kGradientSmall);
-        }
+      (g.half ? stage_gradients<bfloat16> : stage_gradients<float>)(operand, g, at, rs, first_image + n, c0, channels, stage);
       for (int c = 0; c < at.columns.count; ++c) {
         const Segment& cs = at.columns.segments[c];
         float* dst[kMostPairs];

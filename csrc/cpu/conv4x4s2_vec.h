@@ -30,6 +30,7 @@ constexpr int kMaxRows = 6;
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UnsignedVec __attribute__((vector_size(4 * kLanes)));
 
 inline Vec load(const float* p) {
   Vec v;
@@ -57,7 +58,6 @@ inline void stream_fence() {
 #endif
 }
 
-#if defined(__AVX512BF16__)
 struct bfloat16 {
   uint16_t bits;
 };
@@ -69,11 +69,15 @@ inline Vec load(const bfloat16* p) {
   return (Vec)(__builtin_convertvector(v, IntVec) << 16);
 }
 inline void store(bfloat16* p, Vec v) {  // rounds to nearest even
+#if defined(__AVX512BF16__)
   const __m256bh rounded = _mm512_cvtneps_pbh(v);
+#else
+  const UnsignedVec bits = (UnsignedVec)v, up = bits + 0x7fff + (bits >> 16 & 1);
+  const HalfVec rounded = __builtin_convertvector((v == v ? up : bits | 0x400000) >> 16, HalfVec);  // NaN stays NaN
+#endif
   __builtin_memcpy(p, &rounded, sizeof rounded);
 }
 inline float to_float(bfloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
-#endif
 
 inline float to_float(float x) { return x; }
 inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an addition: it turns -0 into 0

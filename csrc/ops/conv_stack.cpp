@@ -31,6 +31,7 @@
 #include "../cpu/bn_act.h"
 #include "../cpu/conv4x4s2.h"
 #include "../cpu/from_pixel.h"
+#include "../cpu/isa.h"
 #include "../cpu/to_pixel.h"
 #include "held_gradients.h"
 #include "image_format.h"
@@ -199,15 +200,27 @@ struct Plan {
 
 bool all_equal(const int64_t (&pair)[2], int64_t value) { return pair[0] == value && pair[1] == value; }
 
+// Images and products of the loops of conv4x4s2.h for a layer. bfloat16 images are multiplied as floats where the loops that multiply
+// them as they are do not run or are slower, as with a last line of channels half full, and where a layer alone has bfloat16 weights, whose
+// sums those loops would round: near a ReLU's 0 that was 13 times PyTorch's error.
+cpu::ConvDType loop_dtype(cpu::Conv4x4s2Shape shape, const Tensor& weight, at::ScalarType images, bool alone) {
+  if (images != at::kBFloat16) return cpu::ConvDType::float32;
+  shape.dtype = cpu::ConvDType::bfloat16;
+  const bool image = shape.large_channels <= 4, whole_lines = shape.large_channels % 32 == 0 && shape.small_channels % 32 == 0;
+  const bool rounds = alone && weight.scalar_type() != at::kFloat && cpu::conv4x4s2_rounds_sums(shape);
+  const bool does = cpu::conv4x4s2_supported(shape, cpu::Conv4x4s2Loop::down) && (image || whole_lines) && !rounds;
+  return does ? cpu::ConvDType::bfloat16 : cpu::ConvDType::mixed;
+}
+
 Geometry geometry(const StackLayer& layer, int64_t N, int64_t C, int64_t H, int64_t W, const Tensor& weight,
-                  at::ScalarType image_dtype) {
+                  at::ScalarType image_dtype, bool alone) {
   const int64_t kh = weight.size(2), kw = weight.size(3);
   const LayerSizes out = output_sizes(layer, weight, H, W);
   Geometry g;
   g.batch = N, g.channels = out.channels, g.height = out.height, g.width = out.width;
   g.shape = layer.transposed ? cpu::Conv4x4s2Shape{N, g.height, g.width, g.channels, H, W, C}
                              : cpu::Conv4x4s2Shape{N, H, W, C, g.height, g.width, g.channels};
-  g.shape.dtype = image_dtype == at::kBFloat16 ? cpu::ConvDType::bfloat16 : cpu::ConvDType::float32;
+  g.shape.dtype = loop_dtype(g.shape, weight, image_dtype, alone);
   const bool unpadded = all_equal(layer.padding, 0);
   g.path = Path::aten;
   if (layer.transposed && unpadded && H == 1 && W == 1) g.path = Path::from_pixel;
@@ -224,7 +237,7 @@ Plan make_plan(const std::vector<StackLayer>& stack, const std::vector<LayerPara
   Plan plan{{}, 0, 0};
   int64_t N = input.size(0), C = input.size(1), H = input.size(2), W = input.size(3);
   for (size_t i = 0; i < stack.size(); ++i) {
-    Geometry g = geometry(stack[i], N, C, H, W, split[i].weight, input.scalar_type());
+    Geometry g = geometry(stack[i], N, C, H, W, split[i].weight, input.scalar_type(), stack.size() == 1);
     C = g.channels, H = g.height, W = g.width;
     // The last layer, where there is no batch norm, keeps its output instead of its raw output.
     const bool keeps_raw = i + 1 < stack.size() || stack[i].has_batch_norm || !invertible(stack[i]);
@@ -435,8 +448,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
   const auto stack = parse_stack(layers, numbers);
   const ProcessGroup group{std::string(process_group), processes};
   auto split = split_parameters(stack, parameters);
-  arrange(split);
   const Plan plan = make_plan(stack, split, input);
+  arrange(split);
   const auto options = float_options();
   const Tensor raw = empty_kept({save_for_backward ? plan.raw_size : 0}, input.scalar_type());
   const Tensor statistics = at::empty({plan.statistics_size}, options);
@@ -545,8 +558,8 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
   const auto stack = parse_stack(layers, numbers);
   const ProcessGroup group{std::string(process_group), processes};
   auto split = split_parameters(stack, parameters);
-  arrange(split);
   const Plan plan = make_plan(stack, split, input);
+  arrange(split);
   const auto options = float_options();
   const int64_t count = static_cast<int64_t>(stack.size());
 
@@ -823,20 +836,25 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
   }
 };
 
-Tensor conv_stack(const Tensor& input, at::TensorList parameters, at::TensorList running, at::IntArrayRef layers,
-                  at::ArrayRef<double> numbers, c10::string_view process_group, int64_t processes) {
-  bool save = input.requires_grad();
-  for (const Tensor& parameter : parameters) save = save || parameter.requires_grad();
-  // Reordered once, here: what backward reads is then saved in the order in which it reads it.
-  return ConvStack::apply(dense_channels_last(input), parameters, running.vec(), layers.vec(), numbers.vec(),
-                          save && at::GradMode::is_enabled(), ProcessGroup{std::string(process_group), processes});
+bool wants_gradients(const Tensor& input, at::TensorList parameters) {
+  bool wanted = input.requires_grad();
+  for (const Tensor& parameter : parameters) wanted = wanted || parameter.requires_grad();
+  return wanted && at::GradMode::is_enabled();
 }
 
-// Whether a bfloat16 loop of conv4x4s2.h does for one layer: neither less precise than PyTorch's convolution nor slower, as it is where
-// 16 channels fill half of a line.
-bool runs_alone_in_bfloat16(const cpu::Conv4x4s2Shape& shape, const Tensor& weight) {
-  if (cpu::conv4x4s2_rounds_sums(shape) && weight.scalar_type() != at::kFloat) return false;
-  return shape.large_channels <= 4 || (shape.large_channels % 32 == 0 && shape.small_channels % 32 == 0);
+Tensor conv_stack(const Tensor& input, at::TensorList parameters, at::TensorList running, at::IntArrayRef layers,
+                  at::ArrayRef<double> numbers, c10::string_view process_group, int64_t processes) {
+  // Reordered once, here: what backward reads is then saved in the order in which it reads it.
+  return ConvStack::apply(dense_channels_last(input), parameters, running.vec(), layers.vec(), numbers.vec(),
+                          wants_gradients(input, parameters), ProcessGroup{std::string(process_group), processes});
+}
+
+// Whether PyTorch's convolution is faster for a single operator: in bfloat16, to many pixels, without its gradients, where fastgan's
+// loops multiply floats.
+bool leaves_to_aten(const Geometry& g, bool transposed) {
+  constexpr int64_t kManyPixels = 4096;
+  return g.path == Path::conv4x4s2 && g.shape.dtype == cpu::ConvDType::mixed && cpu::active_isa() >= cpu::Isa::avx512_bf16 && !transposed &&
+         g.batch * g.height * g.width >= kManyPixels;
 }
 
 bool is(at::IntArrayRef pair, int64_t value) { return pair[0] == value && pair[1] == value; }
@@ -858,13 +876,12 @@ OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, cons
                  bn != nullptr, bn && given(bn->weight), bn && given(bn->bias), bn && given(bn->running_mean),
                  bn && bn->training, bn && bn->training && !bn->group.alone(), activation,
                  bn ? bn->momentum : 0.0, bn ? bn->eps : 0.0, negative_slope};
-  const Geometry g = geometry(one, input.size(0), input.size(1), input.size(2), input.size(3), weight, dtype);
+  const Geometry g = geometry(one, input.size(0), input.size(1), input.size(2), input.size(3), weight, dtype, true);
   const bool from_pixel = runs_from_pixel(g, weight);
   // What comes as pixels has no memory format; otherwise the caller has to have chosen this one. One channel is in both at once:
   // its strides tell, as to PyTorch.
   if (!from_pixel && (input.suggest_memory_format() != at::MemoryFormat::ChannelsLast || (g.path != Path::conv4x4s2 && !runs_to_pixel(g, weight))))
     return std::nullopt;
-  if (g.path == Path::conv4x4s2 && dtype == at::kBFloat16 && !runs_alone_in_bfloat16(g.shape, weight)) return std::nullopt;
   std::vector<Tensor> running;
   if (one.has_running) running = {*bn->running_mean, *bn->running_var};
   for (const Tensor& t : running)  // updated in place
@@ -873,6 +890,7 @@ OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, cons
   if (one.has_bias) parameters.push_back(*bias);
   if (one.has_bn_weight) parameters.push_back(*bn->weight);
   if (one.has_bn_bias) parameters.push_back(*bn->bias);
+  if (leaves_to_aten(g, layer.transposed) && !wants_gradients(input, parameters)) return std::nullopt;
   const int64_t integers[StackLayer::kIntegers] = {
       one.transposed, one.stride[0], one.stride[1], one.padding[0], one.padding[1], one.has_bias, one.has_batch_norm,
       one.has_bn_weight, one.has_bn_bias, one.has_running, one.together ? 2 : one.training, static_cast<int64_t>(activation)};

@@ -174,7 +174,7 @@ void expect_close(const Floats& got, const Doubles& want, const char* what, cons
   char detail[200];
   const double e = error(got, want);
   std::snprintf(detail, sizeof detail, "%s batch %d large %dx%dx%d small channels %d: error %.2e",
-                s.dtype == ConvDType::float32 ? "float32" : "bfloat16", int(s.batch), int(s.large_height),
+                s.dtype == ConvDType::float32 ? "float32" : s.dtype == ConvDType::mixed ? "mixed" : "bfloat16", int(s.batch), int(s.large_height),
                 int(s.large_width), int(s.large_channels), int(s.small_channels), e);
   expect(e <= tolerance, what, detail);
 }
@@ -234,12 +234,12 @@ struct Layer {
   // Half a unit in the last place of a bfloat16 is at most 2^-8 of it. Where a prologue computes the operand, some of its elements
   // round the other way in the kernel than here; in filtered products all differences are rounded, too.
   double sum_tolerance(bool prologue) const {
-    if (shape.dtype == ConvDType::float32 || !prologue) return 1.5e-6;
+    if (shape.dtype != ConvDType::bfloat16 || !prologue) return 1.5e-6;
     const bool filtered = active_isa() == Isa::avx512_bf16 && shape.large_channels > 4 && !direct_bfloat16;
     return filtered ? 0x1p-7 : 5e-4;
   }
   double output_tolerance(bool prologue) const {
-    return (shape.dtype == ConvDType::bfloat16 ? 0x1p-8 : 0) + sum_tolerance(prologue);
+    return (shape.dtype != ConvDType::float32 ? 0x1p-8 : 0) + sum_tolerance(prologue);
   }
 
   void run(Conv4x4s2Loop loop, const ConvOperand& input, const ConvEpilogue& epilogue, int threads) const {
@@ -479,6 +479,12 @@ void run_all() {
                           {2, 8, 6, 32, 96},  {1, 16, 24, 48, 16}, {9, 8, 8, 16, 16},  // two tasks by outputs, rows, images
                           {3, 8, 8, 3, 64},   {2, 14, 14, 1, 16},  {2, 7, 9, 3, 32},    {18, 4, 6, 2, 80},   {1, 96, 128, 4, 64}};
   check_all(layers, {layers[0], layers[12]}, ConvDType::float32);
+
+  constexpr ConvDType mixed = ConvDType::mixed;
+  const std::vector<Layer> mixed_layers = {{3, 8, 8, 16, 32, mixed},   {2, 5, 7, 16, 16, mixed},  {5, 14, 14, 16, 48, mixed},
+                                           {1, 8, 8, 144, 80, mixed},  {40, 16, 24, 16, 80, mixed}, {3, 8, 8, 3, 64, mixed},
+                                           {2, 7, 9, 1, 32, mixed}};
+  check_all(mixed_layers, {mixed_layers[0], mixed_layers[5]}, mixed);
 
   constexpr ConvDType half = ConvDType::bfloat16;
   const bool supported = active_isa() >= Isa::avx512_bf16;
