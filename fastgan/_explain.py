@@ -180,7 +180,7 @@ def _bfloat16_loop(arguments):
     wants_gradients = torch.is_grad_enabled() and any(
         isinstance(value, torch.Tensor) and value.requires_grad for value in arguments.values()
     )
-    if has_products and "output_padding" not in arguments and pixels >= 4096 and not wants_gradients:
+    if has_products and "output_padding" not in arguments and pixels >= 2048 and not wants_gradients:
         return f"ATen's (oneDNN) in bfloat16, faster for so many pixels without gradients; fastgan's loops with bfloat16 products {why}"
     return f"{_minimal_filtering(arguments)}; bfloat16 images, multiplied as floats: the loops with bfloat16 products {why}"
 

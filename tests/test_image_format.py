@@ -1,4 +1,4 @@
-"""contiguous_images: contiguous() in either memory format, whose copies of images of few channels are fastgan's own."""
+"""contiguous_images: contiguous() in either memory format, many of whose copies are fastgan's own."""
 
 import pytest
 import torch
@@ -32,6 +32,13 @@ def test_images_of_few_channels_are_copied_to_the_other_format(shape, dtype, mem
     assert y.is_contiguous(memory_format=memory_format) and y.stride() == x.contiguous(memory_format=memory_format).stride()
     assert torch.equal(x, y)
     assert contiguous_images(y, memory_format).data_ptr() == y.data_ptr()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32], ids=str)
+@pytest.mark.parametrize("shape", [(5, 8, 4, 4), (3, 24, 2, 8), (1, 64, 16, 16), (0, 8, 4, 4)], ids=str)
+def test_weights_are_copied_to_the_other_format(shape, dtype, memory_format):
+    test_images_of_few_channels_are_copied_to_the_other_format(shape, dtype, memory_format)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
@@ -69,5 +76,5 @@ def test_fake_tensors_have_the_same_strides():
 
 def test_convert_images_says_what_it_takes():
     for x in (torch.empty(2, 5, 4, 4), torch.empty(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)):
-        with pytest.raises(RuntimeError, match="input must be dense images of 2 to 4 channels"):
+        with pytest.raises(RuntimeError, match="input must be dense, in the other memory format, with 2 to 4 channels"):
             torch.ops.fastgan.convert_images(x, True)

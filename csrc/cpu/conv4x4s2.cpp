@@ -39,6 +39,8 @@ bool conv4x4s2_supported(const Conv4x4s2Shape& s, Conv4x4s2Loop) {
          (is_image(s) || s.large_channels % 16 == 0);
 }
 
+bool conv4x4s2_takes_channels_last(const Conv4x4s2Shape& s) { return !is_image(s) && !is_bfloat16(s); }
+
 bool conv4x4s2_rounds_sums(const Conv4x4s2Shape& shape) { return is_bfloat16(shape) && !is_image(shape) && is_filtered(); }
 
 size_t conv4x4s2_packed_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop) {

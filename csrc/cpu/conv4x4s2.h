@@ -41,6 +41,7 @@ struct Conv4x4s2Shape {
   int64_t large_height, large_width, large_channels;
   int64_t small_height, small_width, small_channels;  // small_height = large_height / 2, rounded down; width alike
   ConvDType dtype = ConvDType::float32;
+  bool weight_channels_last = false;  // the weight and its gradient are [small_channels, 4, 4, large_channels]; where supported
 };
 
 enum class Conv4x4s2Loop { down, up, weight_gradient };
@@ -96,7 +97,7 @@ struct ConvEpilogue {
   float* sum_dz_xhat = nullptr;  // [channels], written by gradient if y_mean is given
 };
 
-// Where weight_gradient leaves its result: float [small_channels, large_channels, 4, 4].
+// Where weight_gradient leaves its result: float, like the weight.
 struct ConvWeightGradient {
   float* data;
   bool add = false;  // to what data holds
@@ -108,6 +109,9 @@ struct ConvWeightGradient {
 // on where the large tensor is not an image.
 bool conv4x4s2_supported(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop);
 
+// Whether they can with weights in channels_last: float32 and mixed, where the large tensor is not an image.
+bool conv4x4s2_takes_channels_last(const Conv4x4s2Shape& shape);
+
 // Whether the loops multiply differences and sums rounded to bfloat16: their error is twice that of bfloat16 operands and weights
 // which are multiplied as they are, and not more than the usual one where weights are float.
 bool conv4x4s2_rounds_sums(const Conv4x4s2Shape& shape);
@@ -116,7 +120,7 @@ bool conv4x4s2_rounds_sums(const Conv4x4s2Shape& shape);
 // takes the weight itself in place of `packed` (weight_gradient takes neither).
 size_t conv4x4s2_packed_bytes(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop);
 
-// Transforms the weight, float [small_channels, large_channels, 4, 4] contiguous, into what `loop` reads for this shape.
+// Transforms the weight, float, into what `loop` reads for this shape.
 void conv4x4s2_pack(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* weight, void* packed);
 
 // Bytes of scratch for a call that at most `threads` threads work on. Aligned to 64 bytes or more by the caller; its

@@ -24,13 +24,14 @@ inline int64_t part_start(int64_t all, int64_t part, int64_t parts) { return all
 // A shape as a loop sees it: down, and the data side of weight_gradient, read the large tensor, up reads the small one.
 struct LoopShape {
   bool up;
-  bool half;  // the tensors are bfloat16
+  bool half;          // the tensors are bfloat16
+  bool weight_last;   // the weight is in channels_last
   int64_t batch;
   int64_t input_height, input_width, input_channels;
   int64_t output_height, output_width, output_channels;
 
   LoopShape(const Conv4x4s2Shape& s, Conv4x4s2Loop loop)
-      : up(loop == Conv4x4s2Loop::up), half(s.dtype != ConvDType::float32), batch(s.batch) {
+      : up(loop == Conv4x4s2Loop::up), half(s.dtype != ConvDType::float32), weight_last(s.weight_channels_last), batch(s.batch) {
     input_height = up ? s.small_height : s.large_height;
     input_width = up ? s.small_width : s.large_width;
     input_channels = up ? s.small_channels : s.large_channels;
@@ -39,9 +40,13 @@ struct LoopShape {
     output_channels = up ? s.large_channels : s.small_channels;
   }
 
-  // weight[small][large][16]: floats from an input channel to the next, and from an output channel
-  int64_t weight_input_stride() const { return up ? output_channels * 16 : 16; }
-  int64_t weight_output_stride() const { return up ? 16 : input_channels * 16; }
+  // weight[small][large][16], or [small][16][large]: floats from an input channel to the next, from an output channel, from a tap
+  int64_t weight_input_stride() const { return up ? output_channels * 16 : weight_large_stride(); }
+  int64_t weight_output_stride() const { return up ? weight_large_stride() : input_channels * 16; }
+  int64_t weight_tap_stride() const { return !weight_last ? 1 : up ? output_channels : input_channels; }
+
+ private:
+  int64_t weight_large_stride() const { return weight_last ? 1 : 16; }
 };
 
 // ---- operands

@@ -375,9 +375,46 @@ struct WeightBlock {
         small(index % plan.small_blocks * kGradientSmall), small_channels(min64(kGradientSmall, plan.g.output_channels - small)) {}
 };
 
+// sum = that of `parts` vectors, `stride` floats apart
+inline void add_parts(const float* from, int64_t parts, int64_t stride, Side<float>& sum) {
+  __builtin_memcpy(&sum, from, sizeof sum);
+  for (int64_t part = 1; part < parts; ++part) {
+    Side<float> more;
+    __builtin_memcpy(&more, from + part * stride, sizeof more);
+    sum += more;
+  }
+}
+
+// to (+)= value, which changes
+inline void store_side(float* to, Side<float>& value, bool add) {
+  if (add) {
+    Side<float> before;
+    __builtin_memcpy(&before, to, sizeof before);
+    value += before;
+  }
+  __builtin_memcpy(to, &value, sizeof value);
+}
+
+// The same in channels_last
+void store_taps_last(const float* taps, int64_t parts, int64_t stride, const WeightBlock& block, int64_t first, int64_t end,
+                     int64_t all_large, const ConvWeightGradient& result) {
+  for (int t = 0; t < 16; ++t)
+    for (int64_t k = first; k < end; k += kSide)
+      for (int64_t c = 0; c < block.large_channels; c += kSide) {
+        Side<float> square[kSide];
+#pragma GCC unroll 8
+        for (int j = 0; j < kSide; ++j) add_parts(taps + t * kGradientMatrix + (c + j) * kGradientSmall + k, parts, stride, square[j]);
+        transpose<float>(square);
+        float* dst = result.data + ((block.small + k) * 16 + t) * all_large + block.large + c;
+#pragma GCC unroll 8
+        for (int j = 0; j < kSide; ++j) store_side(dst + j * 16 * all_large, square[j], result.add);
+      }
+}
+
 // result (+)= the sum of `parts` buffers of taps, `stride` floats apart, of the small channels from `first` to `end` of a block
 void store_taps(const float* taps, int64_t parts, int64_t stride, const WeightBlock& block, int64_t first, int64_t end,
-                int64_t all_large, const ConvWeightGradient& result) {
+                int64_t all_large, bool channels_last, const ConvWeightGradient& result) {
+  if (channels_last) return store_taps_last(taps, parts, stride, block, first, end, all_large, result);
   constexpr int kColumns = kLanes < kSide ? kLanes : kSide;
   for (int64_t k = first; k < end; k += kColumns)
     for (int64_t c = 0; c < block.large_channels; ++c) {
@@ -387,26 +424,10 @@ void store_taps(const float* taps, int64_t parts, int64_t stride, const WeightBl
         for (int t = 0; t < 16; t += kSide) {
           Side<float> square[kSide];
 #pragma GCC unroll 8
-          for (int j = 0; j < kSide; ++j) {
-            const float* from = src + (t + j) * kGradientMatrix;
-            __builtin_memcpy(square + j, from, sizeof square[j]);
-            for (int64_t part = 1; part < parts; ++part) {
-              Side<float> more;
-              __builtin_memcpy(&more, from + part * stride, sizeof more);
-              square[j] += more;
-            }
-          }
+          for (int j = 0; j < kSide; ++j) add_parts(src + (t + j) * kGradientMatrix, parts, stride, square[j]);
           transpose<float>(square);
 #pragma GCC unroll 8
-          for (int j = 0; j < kSide; ++j) {
-            float* to = dst + j * all_large * 16 + t;
-            Side<float> before;
-            if (result.add) {
-              __builtin_memcpy(&before, to, sizeof before);
-              square[j] += before;
-            }
-            __builtin_memcpy(to, square + j, sizeof square[j]);
-          }
+          for (int j = 0; j < kSide; ++j) store_side(dst + j * all_large * 16 + t, square[j], result.add);
         }
       } else {
         for (int64_t lane = 0; lane < kColumns; ++lane)
@@ -461,7 +482,7 @@ void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large,
       }
       (g.points == 5 ? transform_weight_gradients<5> : transform_weight_gradients<4>)(sums, w.large_channels, a, b, taps);
     }
-    if (plan.tasks_finish()) store_taps(taps, 1, 0, w, 0, w.small_channels, g.input_channels, result);
+    if (plan.tasks_finish()) store_taps(taps, 1, 0, w, 0, w.small_channels, g.input_channels, g.weight_last, result);
   });
 
   if (plan.tasks_finish()) return;
@@ -470,7 +491,7 @@ void weight_gradient_wide(const Conv4x4s2Shape& shape, const ConvOperand& large,
     const int64_t index = task / kPieces, first = task % kPieces * kLineFloats;
     const WeightBlock w(plan, index);
     store_taps(shared + index * plan.taps, plan.splits, plan.weight_blocks() * plan.taps, w, first,
-               min64(first + kLineFloats, w.small_channels), g.input_channels, result);
+               min64(first + kLineFloats, w.small_channels), g.input_channels, g.weight_last, result);
   });
 }
 

@@ -33,6 +33,27 @@ struct PackedWeights {
   }
 };
 
+// taps[i * input + column] = tap t of weights in channels_last, of inputs [0, inputs) and outputs [0, columns)
+inline void read_tap(const LoopShape& g, const float* weight, int64_t t, int64_t inputs, int64_t columns, float* taps, int64_t input) {
+  const float* from = weight + t * g.weight_tap_stride();
+  if (g.up) {
+    for (int64_t i = 0; i < inputs; ++i)
+      for (int64_t column = 0; column < columns; column += kLanes)
+        store(taps + i * input + column, load(from + i * g.weight_input_stride() + column));
+    return;
+  }
+  for (int64_t column = 0; column < columns; column += kSide)
+    for (int64_t i = 0; i < inputs; i += kSide) {
+      Side<float> square[kSide];
+#pragma GCC unroll 8
+      for (int j = 0; j < kSide; ++j)
+        __builtin_memcpy(square + j, from + (column + j) * g.weight_output_stride() + i, sizeof *square);
+      transpose<float>(square);
+#pragma GCC unroll 8
+      for (int j = 0; j < kSide; ++j) __builtin_memcpy(taps + (i + j) * input + column, square + j, sizeof *square);
+    }
+}
+
 void pack_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* weight, float* packed) {
   const Geometry g(shape, loop);
   const PackedWeights to(g);
@@ -49,7 +70,10 @@ void pack_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* wei
     float taps[kGathered][16][kPanel] = {};
     for (int64_t first = 0; first < chunk; first += kGathered) {
       const int64_t count = min64(kGathered, chunk - first);
-      for (int64_t i = 0; i < count; ++i) {
+      if (g.weight_last)
+        for (int t = 0; t < 16; ++t)
+          read_tap(g, weight + (c0 + first) * input_stride + k * output_stride, t, count, columns, taps[0][t], 16 * kPanel);
+      for (int64_t i = 0; i < count && !g.weight_last; ++i) {
         const float* w = weight + (c0 + first + i) * input_stride + k * output_stride;
         for (int64_t column = 0; column < columns; ++column)
           __builtin_prefetch(w + kAhead * input_stride + column * output_stride);
@@ -144,6 +168,13 @@ inline void transpose_taps(const float* weight, int64_t stride, float* const* ta
 // order.
 template <int kRow, int kColumn>
 void gather_panel(const Geometry& g, const float* weight, int64_t channels, int64_t columns, float* taps) {
+  if (g.weight_last) {
+    for (int t = 0; t < 4; ++t) {
+      const int tap = (kRow + t / 2 * 2) * 4 + kColumn + t % 2 * 2;
+      read_tap(g, weight, tap, channels, columns, taps + (g.up ? 3 - t : t) * kPanel, 4 * kPanel);
+    }
+    return;
+  }
   const int64_t input_stride = g.weight_input_stride(), output_stride = g.weight_output_stride();
   constexpr int64_t kTogether = kLanes > kSide ? kLanes : kSide;
   constexpr int64_t kCopied = 8;  // divides the channels of a chunk
@@ -203,6 +234,7 @@ struct WeightTaps {
   Ahead after(int64_t a, int64_t b, int64_t k0, int64_t k, int64_t c0) const {
     const int64_t chunk = packed.chunk_channels(c0);
     if (!gathered) return {panel(a, b, k0, k, c0, nullptr) + 4 * kPanel * chunk, kLineFloats, kLineFloats * chunk, kPanel / 4};
+    if (g.weight_last) return {data, 0, 0, 0};  // in long runs, which the processor asks for by itself
     k += kPanel;
     if (k == packed.block_channels(k0)) k = 0, c0 = c0 + kChunk < g.input_channels ? c0 + kChunk : 0;
     return {at(k0 + k, c0), g.weight_input_stride(), g.weight_output_stride(), kPanel};

@@ -1,6 +1,8 @@
-// A task takes an image, whose loop over pixels the compiler turns into vectors and shuffles: the number of channels is a constant.
+// A task takes an image. With few channels the compiler turns its loop over pixels into vectors and shuffles: their number is a
+// constant. With more it is a matrix, transposed square by square.
 #include "image_format.h"
 #include "parallel.h"
+#include "transpose.h"
 
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
@@ -31,9 +33,30 @@ void convert(const ImageFormatShape& s, bool to_pixels, const void* from, void* 
   (s.channels == 2 ? convert<T, 2> : s.channels == 3 ? convert<T, 3> : convert<T, 4>)(s, to_pixels, from, to);
 }
 
+// from[rows][columns] -> to[columns][rows]
+void transpose_matrix(const float* from, int64_t rows, int64_t columns, float* to) {
+  for (int64_t r = 0; r < rows; r += kSide)
+    for (int64_t c = 0; c < columns; c += kSide) {
+      Side<float> square[kSide];
+#pragma GCC unroll 8
+      for (int i = 0; i < kSide; ++i) __builtin_memcpy(square + i, from + (r + i) * columns + c, sizeof *square);
+      transpose<float>(square);
+#pragma GCC unroll 8
+      for (int i = 0; i < kSide; ++i) __builtin_memcpy(to + (c + i) * rows + r, square + i, sizeof *square);
+    }
+}
+
 }  // namespace
 
 void convert_image_format(const ImageFormatShape& shape, bool to_pixels, const void* from, void* to) {
+  if (shape.channels > 4) {
+    const int64_t rows = to_pixels ? shape.channels : shape.pixels, columns = to_pixels ? shape.pixels : shape.channels;
+    parallel_for(shape.images, [&](int64_t image) {
+      const int64_t first = image * rows * columns;
+      transpose_matrix(static_cast<const float*>(from) + first, rows, columns, static_cast<float*>(to) + first);
+    });
+    return;
+  }
   (shape.element_bytes == 2 ? convert<uint16_t> : convert<uint32_t>)(shape, to_pixels, from, to);
 }
 

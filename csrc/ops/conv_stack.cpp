@@ -230,6 +230,8 @@ Geometry geometry(const StackLayer& layer, int64_t N, int64_t C, int64_t H, int6
       cpu::conv4x4s2_supported(g.shape, cpu::Conv4x4s2Loop::up) &&
       cpu::conv4x4s2_supported(g.shape, cpu::Conv4x4s2Loop::weight_gradient))
     g.path = Path::conv4x4s2;
+  g.shape.weight_channels_last = g.path == Path::conv4x4s2 && cpu::conv4x4s2_takes_channels_last(g.shape) && !weight.is_contiguous() &&
+                                 weight.is_contiguous(at::MemoryFormat::ChannelsLast);
   return g;
 }
 
@@ -427,11 +429,18 @@ std::pair<Tensor, Tensor> plain_backward(const StackLayer& layer, const Geometry
   return {grad_input, grad_weight};
 }
 
+// In which a layer's loops read its weight, and its gradient comes
+at::MemoryFormat weight_format(const Geometry& g) {
+  return g.shape.weight_channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
 // Parameters as the loops read them: float32, elements side by side.
-void arrange(std::vector<LayerParameters>& split) {
-  for (LayerParameters& p : split) {
-    if (p.weight.scalar_type() != at::kFloat || !p.weight.is_contiguous()) {
-      const Tensor copy = empty_kept(p.weight.sizes(), at::kFloat);
+void arrange(const Plan& plan, std::vector<LayerParameters>& split) {
+  for (size_t i = 0; i < split.size(); ++i) {
+    LayerParameters& p = split[i];
+    p.weight = contiguous_images(p.weight, weight_format(plan.layers[i]));
+    if (p.weight.scalar_type() != at::kFloat) {
+      const Tensor copy = empty_kept(p.weight.sizes(), at::kFloat, plan.layers[i].shape.weight_channels_last);
       copy.copy_(p.weight);
       p.weight = copy;
     }
@@ -449,7 +458,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
   const ProcessGroup group{std::string(process_group), processes};
   auto split = split_parameters(stack, parameters);
   const Plan plan = make_plan(stack, split, input);
-  arrange(split);
+  arrange(plan, split);
   const auto options = float_options();
   const Tensor raw = empty_kept({save_for_backward ? plan.raw_size : 0}, input.scalar_type());
   const Tensor statistics = at::empty({plan.statistics_size}, options);
@@ -559,7 +568,7 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
   const ProcessGroup group{std::string(process_group), processes};
   auto split = split_parameters(stack, parameters);
   const Plan plan = make_plan(stack, split, input);
-  arrange(split);
+  arrange(plan, split);
   const auto options = float_options();
   const int64_t count = static_cast<int64_t>(stack.size());
 
@@ -687,8 +696,8 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
       results[first_parameter[i]] = grad_weight;
     } else if (want_weight) {
       const size_t k = first_parameter[i];
-      const bool add = k < held.size() && held[k].defined();
-      const bool later = !held.empty() && outweighs_images(weight, below.raw, grad.grad) && may_put_off(parameters[k - 1]);
+      const bool as_held = parameters[k - 1].is_contiguous(weight_format(g)), add = as_held && k < held.size() && held[k].defined();
+      const bool later = as_held && !held.empty() && outweighs_images(weight, below.raw, grad.grad) && may_put_off(parameters[k - 1]);
       if (later || add) results[k] = at::empty({0}, options);
       if (later) {
         put_off(parameters[k - 1], [g, transposed = layer.transposed, x = LazyCopy(below), dy = image_copy(grad.store())](
@@ -696,7 +705,7 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
           weight_gradient(g, transposed, x.operand(), LazyGrad{dy}.operand(), grad_weight, add_to);
         });
       } else {
-        const Tensor grad_weight = add ? held[k] : empty_kept(weight.sizes(), at::kFloat);
+        const Tensor grad_weight = add ? held[k] : empty_kept(weight.sizes(), at::kFloat, g.shape.weight_channels_last);
         weight_gradient(g, layer.transposed, below.operand(), grad.operand(), grad_weight, add);
         if (!add) results[k] = grad_weight;
       }
@@ -736,7 +745,10 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
   for (size_t k = 0; k < results.size(); ++k) {
     const Tensor& of = k == 0 ? input : parameters[k - 1];
     if (!output_mask[k]) results[k] = at::empty({0}, of.options());
-    else results[k] = results[k].defined() ? results[k].to(of.scalar_type()) : at::zeros_like(of);
+    else if (!results[k].defined()) results[k] = at::zeros_like(of);
+    else if (k > 0 && of.dim() == 4 && results[k].numel() > 0)  // in the weight's format, or autograd would copy it
+      results[k] = contiguous_images(results[k], of.suggest_memory_format()).to(of.scalar_type());
+    else results[k] = results[k].to(of.scalar_type());
   }
   return results;
 }
@@ -852,7 +864,7 @@ Tensor conv_stack(const Tensor& input, at::TensorList parameters, at::TensorList
 // Whether PyTorch's convolution is faster for a single operator: in bfloat16, to many pixels, without its gradients, where fastgan's
 // loops multiply floats.
 bool leaves_to_aten(const Geometry& g, bool transposed) {
-  constexpr int64_t kManyPixels = 4096;
+  constexpr int64_t kManyPixels = 2048;
   return g.path == Path::conv4x4s2 && g.shape.dtype == cpu::ConvDType::mixed && cpu::active_isa() >= cpu::Isa::avx512_bf16 && !transposed &&
          g.batch * g.height * g.width >= kManyPixels;
 }

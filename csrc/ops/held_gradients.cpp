@@ -20,7 +20,8 @@ struct PutOff {
 thread_local std::vector<PutOff> pending;
 
 bool is_plain(const at::Tensor& t) {
-  return t.layout() == at::kStrided && t.scalar_type() == at::kFloat && t.device().is_cpu() && t.is_contiguous();
+  return t.layout() == at::kStrided && t.scalar_type() == at::kFloat && t.device().is_cpu() &&
+         (t.is_contiguous() || t.is_contiguous(at::MemoryFormat::ChannelsLast));
 }
 
 // Whether nobody sees what is added to the parameter's gradient, and this is where it would be put.
@@ -30,7 +31,7 @@ bool takes_gradients(const at::Tensor& parameter) {
       impl::post_acc_grad_hooks(parameter) != nullptr)
     return false;
   const at::Tensor& held = parameter.grad();
-  if (held.defined() && (!is_plain(held) || held.requires_grad())) return false;
+  if (held.defined() && (!is_plain(held) || held.strides() != parameter.strides() || held.requires_grad())) return false;
   const auto accumulator = impl::try_get_grad_accumulator(parameter);
   return accumulator != nullptr && accumulator->pre_hooks().empty() && accumulator->post_hooks().empty();
 }
@@ -53,7 +54,7 @@ void finish_gradients() {
   for (PutOff& each : std::exchange(pending, {})) {
     at::Tensor& gradient = each.parameter.mutable_grad();
     const bool add = gradient.defined();
-    if (!add) gradient = empty_kept(each.parameter.sizes(), at::kFloat);
+    if (!add) gradient = empty_kept(each.parameter.sizes(), at::kFloat, !each.parameter.is_contiguous());
     std::exchange(each.compute, nullptr)(gradient, add);  // and with it goes what it read
     if (add) torch::autograd::impl::bump_version(gradient);
   }

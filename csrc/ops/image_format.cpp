@@ -24,7 +24,8 @@ MemoryFormat format_of(bool channels_last) { return channels_last ? MemoryFormat
 Tensor convert_images_cpu(const Tensor& input, bool channels_last) {
   const cpu::ImageFormatShape shape = image_shape(input);
   TORCH_CHECK(cpu::image_format_supported(shape) && input.is_contiguous(format_of(!channels_last)),
-              "convert_images: input must be dense images of 2 to 4 channels in the other memory format");
+              "convert_images: input must be dense, in the other memory format, with 2 to 4 channels of 2 or 4 bytes, or of 4 bytes "
+              "with channels and pixels in multiples of 8");
   const Tensor output = empty_kept(input.sizes(), input.scalar_type(), channels_last);
   cpu::convert_images(shape, channels_last, input.const_data_ptr(), output.mutable_data_ptr());
   return output;

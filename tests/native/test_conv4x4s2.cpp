@@ -154,8 +154,11 @@ void for_products(const Conv4x4s2Shape& s, const F& f) {
             const int64_t large = ((n * s.large_height + y) * s.large_width + x) * s.large_channels;
             const int64_t small = ((n * s.small_height + i) * s.small_width + j) * s.small_channels;
             for (int64_t k = 0; k < s.small_channels; ++k)
-              for (int64_t c = 0; c < s.large_channels; ++c)
-                f(large + c, small + k, ((k * s.large_channels + c) * 4 + r) * 4 + t);
+              for (int64_t c = 0; c < s.large_channels; ++c) {
+                const int64_t weight = s.weight_channels_last ? ((k * 4 + r) * 4 + t) * s.large_channels + c
+                                                              : ((k * s.large_channels + c) * 4 + r) * 4 + t;
+                f(large + c, small + k, weight);
+              }
           }
 }
 
@@ -391,11 +394,14 @@ void check_thread_independence(const Layer& layer, Conv4x4s2Loop loop) {
 
 void check_all(const std::vector<Layer>& layers, const std::vector<Layer>& layers_of_modes, ConvDType dtype) {
   using Mode = ConvOperand::Mode;
-  for (const Layer& layer : layers) {
-    check_loop(layer, Conv4x4s2Loop::down, Mode::plain, Activation::identity, 2);
-    check_loop(layer, Conv4x4s2Loop::up, Mode::plain, Activation::identity, 2);
-    check_weight_gradient(layer, Mode::plain, Mode::plain, 2);
-  }
+  for (Layer layer : layers)
+    for (bool channels_last : {false, true}) {
+      if (channels_last && !conv4x4s2_takes_channels_last(layer.shape)) continue;
+      layer.shape.weight_channels_last = channels_last;
+      check_loop(layer, Conv4x4s2Loop::down, Mode::plain, Activation::identity, 2);
+      check_loop(layer, Conv4x4s2Loop::up, Mode::plain, Activation::identity, 2);
+      check_weight_gradient(layer, Mode::plain, Mode::plain, 2);
+    }
   for (const Layer& layer : layers_of_modes) {
     for (Activation a : {Activation::identity, Activation::relu, Activation::leaky_relu, Activation::tanh, Activation::sigmoid}) {
       check_loop(layer, Conv4x4s2Loop::down, Mode::activated, a, 1);
@@ -415,17 +421,22 @@ void check_all(const std::vector<Layer>& layers, const std::vector<Layer>& layer
 // into memory: from tasks that own a block, or that own an input parity and images of one.
 void check_weights() {
   const bool gathers = active_isa() != Isa::baseline;
-  const auto check = [](const Layer& layer, bool packed) {
-    for (Conv4x4s2Loop loop : {Conv4x4s2Loop::down, Conv4x4s2Loop::up}) {
-      expect((packed_bytes(layer.shape, loop) > 0) == packed, "weights are packed", packed ? "yes" : "no");
-      check_loop(layer, loop, ConvOperand::Mode::plain, Activation::identity, 2);
-    }
+  const auto check = [](Layer layer, bool packed) {
+    for (Conv4x4s2Loop loop : {Conv4x4s2Loop::down, Conv4x4s2Loop::up})
+      for (bool channels_last : {false, true}) {
+        layer.shape.weight_channels_last = channels_last;
+        expect((packed_bytes(layer.shape, loop) > 0) == packed, "weights are packed", packed ? "yes" : "no");
+        check_loop(layer, loop, ConvOperand::Mode::plain, Activation::identity, 2);
+      }
   };
   check(Layer(2, 4, 6, 144, 144), !gathers);   // with AVX-512 half a panel at the end
   check(Layer(4, 96, 64, 32, 64), true);       // several blocks
   check(Layer(3, 8, 8, 160, 192), !gathers);   // several blocks of outputs, chunks of inputs
-  for (const Layer& layer : {Layer(2, 6, 4, 256, 400), Layer(3, 7, 5, 208, 144), Layer(5, 48, 40, 32, 80)})
-    check_weight_gradient(layer, ConvOperand::Mode::plain, ConvOperand::Mode::plain, 2);
+  for (Layer layer : {Layer(2, 6, 4, 256, 400), Layer(3, 7, 5, 208, 144), Layer(5, 48, 40, 32, 80)})
+    for (bool channels_last : {false, true}) {
+      layer.shape.weight_channels_last = channels_last;
+      check_weight_gradient(layer, ConvOperand::Mode::plain, ConvOperand::Mode::plain, 2);
+    }
 }
 
 // bfloat16 results of operands that were bfloat16 before: no more than twice the error of rounding the exact result.
