@@ -164,7 +164,7 @@ def _bfloat16_loop(arguments):
     elif image:
         return "fastgan's in bfloat16, with direct products, batch norm and activation fused in"
     elif any(channels % 32 for channels in weight.shape[:2]):
-        why = "take channels in multiples of 32"
+        why = "take channels in multiples of 32" + " (of 16 inside a Sequential given to fastgan.fuse)" * (isa == "amx")
     elif input.shape[0] < 16:
         why = "take a layer like this from a batch of 16 on"
     elif isa == "amx":
@@ -176,6 +176,8 @@ def _bfloat16_loop(arguments):
             "fastgan's in bfloat16, batch norm and activation fused in: minimal filtering along the rows, F(2, 2), 75% of "
             "direct convolution's multiplications"
         )
+    if isa == "amx":
+        return f"ATen's (oneDNN) in bfloat16; fastgan's loops {why}"
     pixels = input.shape[0] * (input.shape[2] // 2) * (input.shape[3] // 2)
     wants_gradients = torch.is_grad_enabled() and any(
         isinstance(value, torch.Tensor) and value.requires_grad for value in arguments.values()

@@ -116,6 +116,8 @@ def test_explain_names_the_image_loops():
     ("avx512_bf16", 16, 32, "fastgan's in bfloat16, batch norm and activation fused in: minimal filtering along the rows, F(2, 2)"),
     ("avx512_bf16", 2, 3, "fastgan's in bfloat16, with direct products"),
     ("amx", 16, 32, "fastgan's in bfloat16, with direct products"),
+    ("amx", 16, 16, "ATen's (oneDNN) in bfloat16; fastgan's loops take channels in multiples of 32 (of 16 inside a Sequential"),
+    ("amx", 15, 32, "ATen's (oneDNN) in bfloat16; fastgan's loops take a layer like this from a batch of 16 on"),
 ])  # fmt: skip
 def test_explain_says_which_products_bfloat16_images_take(monkeypatch, isa, batch, channels, words):
     monkeypatch.setattr(_extension, "CPU_ISA", isa)

@@ -416,7 +416,7 @@ class ConvAct : public torch::autograd::Function<ConvAct> {
 };
 
 // Under autocast the convolution's own tensors are cast as ATen casts a convolution's; batch norm stays as it is. Parameters only
-// where they are used in that dtype: conv_stack rounds them where it reads them.
+// where they are used in that dtype: conv_stack rounds them where it multiplies in it.
 std::optional<at::ScalarType> autocast_dtype(const Tensor& input) {
   const auto device = input.device().type();
   if (!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device)) return std::nullopt;

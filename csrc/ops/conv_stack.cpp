@@ -9,7 +9,7 @@
 // torch.profiler sees the parts by the names given to RECORD_FUNCTION.
 //
 // Images (inputs, raw outputs, their gradients) are float32 or bfloat16; parameters, statistics and sums are float32
-// either way. bfloat16 images are what autocast asks for: weights are rounded where a loop reads them. The loops from one
+// either way. bfloat16 images are what autocast asks for: weights are rounded where a loop multiplies bfloat16. The loops from one
 // pixel and to one have few values to read, and take them as floats.
 #include "conv_stack.h"
 
@@ -200,15 +200,20 @@ struct Plan {
 
 bool all_equal(const int64_t (&pair)[2], int64_t value) { return pair[0] == value && pair[1] == value; }
 
+// Whether the channels fill whole lines of bfloat16.
+bool fills_lines(const cpu::Conv4x4s2Shape& shape) {
+  return shape.large_channels <= 4 || (shape.large_channels % 32 == 0 && shape.small_channels % 32 == 0);
+}
+
 // Images and products of the loops of conv4x4s2.h for a layer. bfloat16 images are multiplied as floats where the loops that multiply
-// them as they are do not run or are slower, as with a last line of channels half full, and where a layer alone has bfloat16 weights, whose
-// sums those loops would round: near a ReLU's 0 that was 13 times PyTorch's error.
+// them as they are do not run or are slower, as with a last line half full, and where a layer alone has bfloat16 weights, whose
+// sums those loops would round: near a ReLU's 0 that was 13 times PyTorch's error. Not on AMX, beside which products of floats are slow.
 cpu::ConvDType loop_dtype(cpu::Conv4x4s2Shape shape, const Tensor& weight, at::ScalarType images, bool alone) {
   if (images != at::kBFloat16) return cpu::ConvDType::float32;
   shape.dtype = cpu::ConvDType::bfloat16;
-  const bool image = shape.large_channels <= 4, whole_lines = shape.large_channels % 32 == 0 && shape.small_channels % 32 == 0;
+  if (cpu::active_isa() == cpu::Isa::amx) return shape.dtype;
   const bool rounds = alone && weight.scalar_type() != at::kFloat && cpu::conv4x4s2_rounds_sums(shape);
-  const bool does = cpu::conv4x4s2_supported(shape, cpu::Conv4x4s2Loop::down) && (image || whole_lines) && !rounds;
+  const bool does = cpu::conv4x4s2_supported(shape, cpu::Conv4x4s2Loop::down) && fills_lines(shape) && !rounds;
   return does ? cpu::ConvDType::bfloat16 : cpu::ConvDType::mixed;
 }
 
@@ -861,11 +866,13 @@ Tensor conv_stack(const Tensor& input, at::TensorList parameters, at::TensorList
                           wants_gradients(input, parameters), ProcessGroup{std::string(process_group), processes});
 }
 
-// Whether PyTorch's convolution is faster for a single operator: in bfloat16, to many pixels, without its gradients, where fastgan's
-// loops multiply floats.
-bool leaves_to_aten(const Geometry& g, bool transposed) {
+// Whether PyTorch's convolution is faster for a single operator in bfloat16: to many pixels, without its gradients, where fastgan's
+// loops multiply floats, and on AMX with a line half full.
+bool leaves_to_aten(const Geometry& g, bool transposed, bool gradients) {
   constexpr int64_t kManyPixels = 2048;
-  return g.path == Path::conv4x4s2 && g.shape.dtype == cpu::ConvDType::mixed && cpu::active_isa() >= cpu::Isa::avx512_bf16 && !transposed &&
+  if (g.path != Path::conv4x4s2 || g.shape.dtype == cpu::ConvDType::float32) return false;
+  if (cpu::active_isa() == cpu::Isa::amx) return !fills_lines(g.shape);
+  return g.shape.dtype == cpu::ConvDType::mixed && cpu::active_isa() == cpu::Isa::avx512_bf16 && !transposed && !gradients &&
          g.batch * g.height * g.width >= kManyPixels;
 }
 
@@ -902,7 +909,7 @@ OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, cons
   if (one.has_bias) parameters.push_back(*bias);
   if (one.has_bn_weight) parameters.push_back(*bn->weight);
   if (one.has_bn_bias) parameters.push_back(*bn->bias);
-  if (leaves_to_aten(g, layer.transposed) && !wants_gradients(input, parameters)) return std::nullopt;
+  if (leaves_to_aten(g, layer.transposed, wants_gradients(input, parameters))) return std::nullopt;
   const int64_t integers[StackLayer::kIntegers] = {
       one.transposed, one.stride[0], one.stride[1], one.padding[0], one.padding[1], one.has_bias, one.has_batch_norm,
       one.has_bn_weight, one.has_bn_bias, one.has_running, one.together ? 2 : one.training, static_cast<int64_t>(activation)};

@@ -93,6 +93,8 @@ class StackCall:
             self._complete = activation != "leaky_relu"
         minimal = tuple(weight.shape[2:]) == (4, 4) and conv.stride == (2, 2) and conv.padding == (1, 1)
         small, large = (channels, out_channels) if transposed else (out_channels, channels)
+        if self.dtype == torch.bfloat16 and _extension.CPU_ISA == "amx":  # conv4x4s2_supported in csrc/cpu/conv4x4s2.cpp
+            minimal &= batch >= 16
         self.gains |= self._cuda or minimal and small % 16 == 0 and (large <= 4 or large % 16 == 0)
         self.shape = (batch, out_channels, *new_size)
         self.parameters += [p for p in parameters if p is not None]
