@@ -275,6 +275,17 @@ def test_gradients_put_off(kind, autocast, memory_format):
 
 @pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="no compiled kernels")
 @pytest.mark.parametrize("name", list(NETWORKS))
+def test_without_gradients_the_same_bits_and_the_input_as_it_was(name):
+    """Batch norm and activation are then applied in the memory of the raw output."""
+    network, x = build(name)
+    network, x = fastgan.fuse(network), x.to(memory_format=torch.channels_last)
+    before, expected = x.clone(), network(x)
+    with torch.no_grad():
+        assert torch.equal(network(x), expected) and torch.equal(x, before)
+
+
+@pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="no compiled kernels")
+@pytest.mark.parametrize("name", list(NETWORKS))
 @pytest.mark.parametrize("autocast, in_place", [(False, False), (False, True), (True, False)])
 def test_weights_in_channels_last_give_the_same_bits(name, autocast, in_place):
     results = []

@@ -115,10 +115,11 @@ struct Lazy {
     return o;
   }
 
-  Tensor store() const {
+  // With over_raw in the memory of the raw output, which nobody reads again then.
+  Tensor store(bool over_raw = false) const {
     if (plain()) return raw;
     RECORD_FUNCTION("fastgan::scale_shift_act", {});
-    const Tensor out = empty_image_like(raw);
+    const Tensor out = over_raw ? raw : empty_image_like(raw);
     const std::vector<float> ones(scale == nullptr ? raw.size(1) : 0, 1.0f), zeros(ones.size());
     on_images(raw, [&](const auto& kernels, const auto& data) {
       kernels.scale_shift_act(rows_of(raw), data(raw), scale == nullptr ? ones.data() : scale,
@@ -531,7 +532,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
         cpu::to_pixel_forward(shape, current.operand(), floats(p.weight), floats(p.bias), floats(out), workspace.mutable_data_ptr());
         store_floats(out, y);
       } else {
-        plain_forward(layer, g, current.store(), p, y);
+        plain_forward(layer, g, current.store(!save_for_backward), p, y);
       }
       if (from_batch) {
         RECORD_FUNCTION("fastgan::batch_statistics", {});
@@ -555,7 +556,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
     else next.activation = {layer.activation, layer.negative_slope};
     current = next;
   }
-  Tensor output = current.store();
+  Tensor output = current.store(!save_for_backward);
   // An operator's results share no memory: after batch norm with no activation the raw output would be both.
   if (save_for_backward && plan.layers.back().raw_offset >= 0 && output.is_same(current.raw)) output = output.clone();
   return {output, raw, save_for_backward ? statistics : at::empty({0}, options)};
