@@ -266,7 +266,7 @@ inline bool has_partials(const ConvEpilogue& e) {
          (e.mode == ConvEpilogue::Mode::gradient && (e.sum_dz != nullptr || e.y_mean != nullptr));
 }
 
-constexpr int64_t kMergedChannels = 64;      // by a task
+constexpr int64_t kMergedChannels = 64;     // by a task
 constexpr int64_t kMergedAtOnce = 1 << 13;  // up to so many numbers are merged by one thread
 
 // Merges the partial statistics of `parts` tasks, in task order. partials: [parts, 2, channels]; count(i) pixels in part i.

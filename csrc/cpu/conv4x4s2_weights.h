@@ -43,15 +43,8 @@ inline void read_tap(const LoopShape& g, const float* weight, int64_t t, int64_t
     return;
   }
   for (int64_t column = 0; column < columns; column += kSide)
-    for (int64_t i = 0; i < inputs; i += kSide) {
-      Side<float> square[kSide];
-#pragma GCC unroll 8
-      for (int j = 0; j < kSide; ++j)
-        __builtin_memcpy(square + j, from + (column + j) * g.weight_output_stride() + i, sizeof *square);
-      transpose<float>(square);
-#pragma GCC unroll 8
-      for (int j = 0; j < kSide; ++j) __builtin_memcpy(taps + (i + j) * input + column, square + j, sizeof *square);
-    }
+    for (int64_t i = 0; i < inputs; i += kSide)
+      transpose_square(from + column * g.weight_output_stride() + i, g.weight_output_stride(), taps + i * input + column, input);
 }
 
 void pack_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* weight, float* packed) {
@@ -73,21 +66,14 @@ void pack_wide(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop, const float* wei
       if (g.weight_last)
         for (int t = 0; t < 16; ++t)
           read_tap(g, weight + (c0 + first) * input_stride + k * output_stride, t, count, columns, taps[0][t], 16 * kPanel);
-      for (int64_t i = 0; i < count && !g.weight_last; ++i) {
+      else for (int64_t i = 0; i < count; ++i) {
         const float* w = weight + (c0 + first + i) * input_stride + k * output_stride;
         for (int64_t column = 0; column < columns; ++column)
           __builtin_prefetch(w + kAhead * input_stride + column * output_stride);
         if (kPanel % kSide == 0 && kLanes >= kSide) {
           for (int t = 0; t < 16; t += kSide)
-            for (int64_t column = 0; column < columns; column += kSide) {
-              Side<float> square[kSide];
-#pragma GCC unroll 8
-              for (int j = 0; j < kSide; ++j)
-                __builtin_memcpy(square + j, w + (column + j) * output_stride + t, sizeof square[j]);
-              transpose<float>(square);
-#pragma GCC unroll 8
-              for (int j = 0; j < kSide; ++j) __builtin_memcpy(&taps[i][t + j][column], square + j, sizeof square[j]);
-            }
+            for (int64_t column = 0; column < columns; column += kSide)
+              transpose_square(w + column * output_stride + t, output_stride, &taps[i][t][column], kPanel);
         } else {
           for (int64_t column = 0; column < columns; ++column)
             for (int t = 0; t < 16; ++t) taps[i][t][column] = w[column * output_stride + t];
@@ -248,8 +234,7 @@ struct WeightTaps {
 };
 
 // One row of transformed weights: the columns that there are of taps[channels][4][kPanel] -> transformed[kPoints][channels][kPanel]
-// with a line between them. A
-// row of one panel at a time stays in the first-level cache until its products are done.
+// with a line between them. A row of one panel at a time stays in the first-level cache until its products are done.
 template <int kPoints>
 void transform_weights(const float* taps, int64_t channels, int64_t columns, const float (&row)[2], float* transformed) {
   constexpr const float(&factors)[kPoints][2] = taps_of<kPoints>();

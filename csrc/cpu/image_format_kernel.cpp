@@ -36,14 +36,7 @@ void convert(const ImageFormatShape& s, bool to_pixels, const void* from, void* 
 // from[rows][columns] -> to[columns][rows]
 void transpose_matrix(const float* from, int64_t rows, int64_t columns, float* to) {
   for (int64_t r = 0; r < rows; r += kSide)
-    for (int64_t c = 0; c < columns; c += kSide) {
-      Side<float> square[kSide];
-#pragma GCC unroll 8
-      for (int i = 0; i < kSide; ++i) __builtin_memcpy(square + i, from + (r + i) * columns + c, sizeof *square);
-      transpose<float>(square);
-#pragma GCC unroll 8
-      for (int i = 0; i < kSide; ++i) __builtin_memcpy(to + (c + i) * rows + r, square + i, sizeof *square);
-    }
+    for (int64_t c = 0; c < columns; c += kSide) transpose_square(from + r * columns + c, columns, to + c * rows + r, rows);
 }
 
 }  // namespace

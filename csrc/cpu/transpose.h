@@ -49,5 +49,15 @@ inline void transpose(Side<A>* rows) {
 
 #undef FASTGAN_SHUFFLE
 
+// to[column * to_row + row] = from[row * from_row + column], of a square
+inline void transpose_square(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  Side<float> square[kSide];
+#pragma GCC unroll 8
+  for (int i = 0; i < kSide; ++i) __builtin_memcpy(square + i, from + i * from_row, sizeof square[i]);
+  transpose<float>(square);
+#pragma GCC unroll 8
+  for (int i = 0; i < kSide; ++i) __builtin_memcpy(to + i * to_row, square + i, sizeof square[i]);
+}
+
 }  // namespace
 }  // namespace fastgan::cpu::FASTGAN_ISA
