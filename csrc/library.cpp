@@ -132,11 +132,30 @@ namespace {
 
 using namespace fastgan::cpu;
 
-// Every thread takes the next task when it is done with one: a thread that other work holds up then holds up nobody.
+// Tasks still to be taken of a share, the next first; on cache lines of its own.
+struct alignas(128) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+// Every thread has a share of neighbouring tasks, the same at every call: what it wrote in one pass is near it in the next. When it is
+// done with them it takes those left of the others', so that a thread that other work holds up holds up nobody.
 void run_on_torch_threads(int64_t tasks, void (*body)(void*, int64_t), void* context) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t task = next++; task < tasks; task = next++) body(context, task);
+  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
+  if (threads <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) body(context, task);
+    return;
+  }
+  std::vector<Share> shares(static_cast<size_t>(threads));
+  for (int64_t i = 0; i < threads; ++i) {
+    shares[i].next.store(tasks * i / threads, std::memory_order_relaxed);
+    shares[i].end = tasks * (i + 1) / threads;
+  }
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t end) {
+    for (int64_t i = 0; i < threads; ++i) {
+      Share& share = shares[(first + i) % threads];
+      for (int64_t task = share.next++; task < share.end; task = share.next++) body(context, task);
+    }
   });
 }
 

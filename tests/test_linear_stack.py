@@ -76,11 +76,14 @@ def errors(found, exact):
 def test_a_fused_perceptron_is_the_plain_one(training, rows, calls):
     plain = perceptron().train(training)
     fused, exact = fastgan.fuse(copy.deepcopy(plain)), copy.deepcopy(plain).double()
-    x = torch.randn(rows, 12)
-    for _ in range(2):
-        ours, theirs, truth = (results(net, x) for net in (fused, plain, exact))
-        assert all(a <= 4 * max(b, 1e-7) for a, b in zip(errors(ours, truth), errors(theirs, truth)))
-    assert calls == [6, 6]
+    ours, theirs = [], []  # of each batch: one may be normalised by a small difference, whose rounding is chance
+    for _ in range(12):
+        x = torch.randn(rows, 12)
+        truth = results(exact, x)
+        ours.append(errors(results(fused, x), truth))
+        theirs.append(errors(results(plain, x), truth))
+    assert all(max(a) <= 4 * max(*b, 1e-7) for a, b in zip(zip(*ours), zip(*theirs)))
+    assert calls == [6] * 12
 
 
 @settings(max_examples=40, deadline=None)

@@ -54,6 +54,8 @@ inline void threefry_round(uint32_t& x0, uint32_t& x1) {
 inline void counter_normals(uint64_t seed, uint64_t chunk, float* normals) {
   const uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32), k2 = k0 ^ k1 ^ 0x1BD11BDAu;
   const uint32_t low = static_cast<uint32_t>(chunk), high = static_cast<uint32_t>(chunk >> 32) * 32u;
+  // Two loops, as either's operations wait for each other: more turns of a short one are under way at a time.
+  uint32_t radius[kNormals / 2], angle[kNormals / 2];
 #pragma GCC ivdep
   for (int i = 0; i < kNormals / 2; ++i) {
     uint32_t x0 = low + k0, x1 = high + static_cast<uint32_t>(i) + k1;
@@ -64,8 +66,10 @@ inline void counter_normals(uint64_t seed, uint64_t chunk, float* normals) {
     threefry_round<13>(x0, x1), threefry_round<15>(x0, x1), threefry_round<26>(x0, x1), threefry_round<6>(x0, x1);
     x0 += k0, x1 += k1 + 3;
     threefry_round<17>(x0, x1);
-    box_muller(x0, x1, normals + i, normals + i + kNormals / 2);
+    radius[i] = x0, angle[i] = x1;
   }
+#pragma GCC ivdep
+  for (int i = 0; i < kNormals / 2; ++i) box_muller(radius[i], angle[i], normals + i, normals + i + kNormals / 2);
 }
 
 }  // namespace

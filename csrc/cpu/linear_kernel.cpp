@@ -1,7 +1,7 @@
 // Compiled once per instruction set (see isa.h).
 //
 // Tasks are blocks of kBlock features: of the outputs, or of the inputs for their gradient. Depths are cut so that a panel of
-// the right operand stays in the first-level cache while the block's rows pass over it.
+// the right operand stays in the second-level cache, or the first, while the block's rows pass over it.
 #include "linear.h"
 
 #include "conv4x4s2_common.h"
@@ -13,7 +13,6 @@ namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
 constexpr int64_t kBlock = kNormals;      // features whose noise is drawn at a time
-constexpr int64_t kDepth = 256;           // most of a product's depth at a time
 constexpr int64_t kStretch = 256;         // values added up before double precision takes over
 constexpr int64_t kGradientTasks = 32;    // about so many tasks share a weight's gradient
 
@@ -21,10 +20,14 @@ constexpr int64_t kGradientTasks = 32;    // about so many tasks share a weight'
 constexpr int kWide = 3;  // vectors of a panel: 8 x 3 sums, 3 vectors of the right operand and a broadcast in 32 registers
 constexpr int kMostSums = 24;
 constexpr int kMostRows = 8;
+constexpr int64_t kDepth = 512;  // most of a product's depth at a time
+constexpr bool kGathers = false;
 #else
 constexpr int kWide = 2;  // 6 x 2 sums of 16 registers
 constexpr int kMostSums = 12;
 constexpr int kMostRows = 6;
+constexpr int64_t kDepth = 256;
+constexpr bool kGathers = true;  // columns of the weight before they are the left operand of so many, narrow panels
 #endif
 
 // ---- products
@@ -34,11 +37,11 @@ typedef float Half __attribute__((vector_size(32)));
 constexpr int kHalf = 8;
 constexpr bool kHalves = kLanes == 2 * kHalf;
 
-// The left operand. Along rows: depth lies side by side, and what follows in it is asked for while this is read. Otherwise it has been
-// gathered: rows lie side by side, kBlock floats apart in depth.
+// The left operand, `stride` floats from a row to the next where depth lies side by side (along rows), else from a depth to the next,
+// where rows lie side by side. Unless it has been gathered, what comes after these rows is asked for while they are read.
 struct Left {
   const float* at;
-  int64_t row;
+  int64_t stride;
 };
 
 // c[r][columns] (+)= sum over k of left[r][k] * right[k][columns]: kVectors vectors of columns, and a half more with kTail.
@@ -50,7 +53,7 @@ void multiply_tile(const Left& left, const float* right, int64_t right_stride, i
   const float* row[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    row[r] = left.at + r * (kAlongRows ? left.row : 1);
+    row[r] = left.at + r * (kAlongRows ? left.stride : 1);
     half[r] = Half{};
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v) {
@@ -58,9 +61,13 @@ void multiply_tile(const Left& left, const float* right, int64_t right_stride, i
       __builtin_prefetch(c + r * ldc + v * kLanes, 1);
     }
   }
-  const float* next = left.at + kRows * left.row;
+  const int64_t step = kAlongRows ? 1 : kGathers ? kBlock : left.stride;
+  const float* next = left.at + (kAlongRows ? kRows * left.stride : kLineFloats);
   for (int64_t k = 0; k < depth; ++k) {
-    if constexpr (kAlongRows) __builtin_prefetch(next + (k & 7) * left.row + (k >> 3) * kLineFloats);
+    if constexpr (kAlongRows)
+      __builtin_prefetch(next + (k & 7) * left.stride + (k >> 3) * kLineFloats);
+    else if (!kGathers)
+      __builtin_prefetch(next + k * step);
     Vec x[kVectors];
     Half tail{};
 #pragma GCC unroll 3
@@ -68,7 +75,7 @@ void multiply_tile(const Left& left, const float* right, int64_t right_stride, i
     if constexpr (kTail) __builtin_memcpy(&tail, right + kVectors * kLanes, sizeof tail);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const float a = row[r][k * (kAlongRows ? 1 : kBlock)];
+      const float a = row[r][k * step];
 #pragma GCC unroll 3
       for (int v = 0; v < kVectors; ++v) sum[r][v] += splat(a) * x[v];
       if constexpr (kTail) half[r] += (a - Half{}) * tail;
@@ -107,7 +114,7 @@ void multiply_panel(Left left, int64_t rows, const float* right, int64_t right_s
       FASTGAN_ROWS(8)
 #undef FASTGAN_ROWS
     }
-    left.at += (next - r) * (kAlongRows ? left.row : 1);
+    left.at += (next - r) * (kAlongRows ? left.stride : 1);
     r = next;
   }
 }
@@ -142,31 +149,35 @@ inline Vec first_lanes(Vec v, int64_t count) {
   return lane < static_cast<int32_t>(count) ? v : Vec{};
 }
 
-// p[i] = f(p[i], i) for a feature's `rows` values; zeros up to its stride.
-template <typename F>
-inline void for_feature(int64_t rows, float* p, const F& f) {
-  int64_t i = 0;
-  for (; i + kLanes <= rows; i += kLanes) store(p + i, f(load(p + i), i));
-  if (i < rows) store(p + i, first_lanes(f(load(p + i), i), rows - i)), i += kLanes;
-  for (const int64_t end = linear_stride(rows); i < end; i += kLanes) store(p + i, Vec{});
-}
-
-inline double sum_lanes(Vec v) {
-  double sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += static_cast<double>(v[i]);
-  return sum;
-}
-
-// Sum over i of f(i), a vector that is 0 past the rows; double precision takes over every kStretch values.
-template <typename F>
-inline double sum_feature(int64_t rows, const F& f) {
+// A sum of lanes, in double precision every kStretch values.
+struct Sum {
+  Vec part{};
   double total = 0;
-  for (int64_t begin = 0; begin < rows; begin += kStretch) {
-    Vec sum{};
-    for (int64_t i = begin; i < min64(rows, begin + kStretch); i += kLanes) sum += f(i);
-    total += sum_lanes(sum);
+  void end_stretch() {
+    double lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<double>(part[i]);
+#pragma GCC unroll 4
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    total += lanes[0];
+    part = Vec{};
   }
-  return total;
+};
+
+// f(i, last) for each vector of a feature's `rows` values, where `last` makes 0 of the lanes past them; sums... end their stretches.
+template <typename F, typename... Sums>
+inline void for_feature(int64_t rows, const F& f, Sums&... sums) {
+  for (int64_t begin = 0; begin < rows; begin += kStretch) {
+    const int64_t end = min64(rows, begin + kStretch), whole = begin + (end - begin) / kLanes * kLanes;
+    for (int64_t i = begin; i < whole; i += kLanes) f(i, [](Vec v) { return v; });
+    if (whole < end) f(whole, [&](Vec v) { return first_lanes(v, end - whole); });
+    (sums.end_stretch(), ...);
+  }
+}
+
+// Zeros from the last vector of a feature's `rows` values to its stride.
+inline void clear_rest(int64_t rows, float* p) {
+  for (int64_t i = ceil_div(rows, kLanes) * kLanes; i < linear_stride(rows); i += kLanes) store(p + i, Vec{});
 }
 
 // gamma * invstd and beta - mean * scale of feature f; 1 and 0 without a norm.
@@ -242,26 +253,33 @@ void finish_feature(const LinearForward& to, int64_t rows, int64_t f) {
   const int64_t stride = linear_stride(rows);
   float *raw = to.raw + f * stride, *output = to.output + f * stride;
   const float bias = to.bias != nullptr ? to.bias[f] : 0.0f;
-  for_feature(rows, raw, [&](Vec y, int64_t) { return y + bias; });
   const LinearNorm& norm = to.norm;
+  Sum sum, squares;
+  for_feature(rows, [&](int64_t i, auto last) {
+    const Vec y = last(load(raw + i) + bias);
+    store(raw + i, y);
+    sum.part += y;
+  }, sum);
   if (norm.present) {
     if (norm.by_batch) {
-      const double mean = sum_feature(rows, [&](int64_t i) { return load(raw + i); }) / static_cast<double>(rows);
-      const float centre = static_cast<float>(mean);
-      const double m2 = sum_feature(rows, [&](int64_t i) {
-        const Vec d = first_lanes(load(raw + i) - centre, rows - i);
-        return d * d;
-      });
-      norm.mean[f] = centre;
-      norm.var[f] = static_cast<float>(m2 / static_cast<double>(rows));
+      const float mean = static_cast<float>(sum.total / static_cast<double>(rows));
+      for_feature(rows, [&](int64_t i, auto last) {
+        const Vec d = last(load(raw + i) - mean);
+        squares.part += d * d;
+      }, squares);
+      norm.mean[f] = mean;
+      norm.var[f] = static_cast<float>(squares.total / static_cast<double>(rows));
     }
     norm.invstd[f] = static_cast<float>(1 / __builtin_sqrt(static_cast<double>(norm.var[f]) + norm.eps));
   }
   const Affine affine(norm, f);
   const float slope = static_cast<float>(to.activation.negative_slope);
   with_activation(to.activation.kind, [&](auto tag) {
-    for_feature(rows, output, [&](Vec, int64_t i) { return activate(load(raw + i) * affine.scale + affine.shift, tag.value, slope); });
+    for_feature(rows, [&](int64_t i, auto last) {
+      store(output + i, last(activate(load(raw + i) * affine.scale + affine.shift, tag.value, slope)));
+    });
   });
+  clear_rest(rows, raw), clear_rest(rows, output);
 }
 
 void forward(const LinearShape& shape, const float* weight, const float* input, const LinearForward& to) {
@@ -288,30 +306,30 @@ void finish_gradient(const LinearBackward& to, int64_t rows, int64_t f) {
   const int64_t stride = linear_stride(rows);
   float* gradient = to.gradient + f * stride;
   const LinearNorm& norm = to.norm;
-  if (to.raw == nullptr) {
-    for_feature(rows, gradient, [&](Vec g, int64_t) { return g; });
-    to.sum_dz[f] = static_cast<float>(sum_feature(rows, [&](int64_t i) { return load(gradient + i); }));
-    return;
-  }
-  const float* raw = to.raw + f * stride;
   const Affine affine(norm, f);
   const float slope = static_cast<float>(to.activation.negative_slope), mean = norm.present ? norm.mean[f] : 0.0f;
-  with_activation(to.activation.kind, [&](auto tag) {
-    for_feature(rows, gradient, [&](Vec g, int64_t i) {
-      return activate_backward(g, load(raw + i) * affine.scale + affine.shift, tag.value, slope);
-    });
+  const float* raw = to.raw != nullptr ? to.raw + f * stride : gradient;  // any numbers, where there is nothing to undo
+  Sum sum, centred;
+  with_activation(to.raw != nullptr ? to.activation.kind : Activation::identity, [&](auto tag) {
+    for_feature(rows, [&](int64_t i, auto last) {
+      const Vec y = load(raw + i), dz = last(activate_backward(load(gradient + i), y * affine.scale + affine.shift, tag.value, slope));
+      store(gradient + i, dz);
+      sum.part += dz;
+      centred.part += dz * (y - mean);
+    }, sum, centred);
   });
-  const double sum = sum_feature(rows, [&](int64_t i) { return load(gradient + i); });
-  to.sum_dz[f] = static_cast<float>(sum);
+  clear_rest(rows, gradient);
+  to.sum_dz[f] = static_cast<float>(sum.total);
   if (!norm.present) return;
-  const double invstd = static_cast<double>(norm.invstd[f]);
-  const double sum_xhat = invstd * sum_feature(rows, [&](int64_t i) { return load(gradient + i) * (load(raw + i) - mean); });
+  const double invstd = static_cast<double>(norm.invstd[f]), sum_xhat = invstd * centred.total;
   to.sum_dz_xhat[f] = static_cast<float>(sum_xhat);
   // Batch norm's backward (Ioffe and Szegedy 2015, section 3) with y - mean in place of xhat
   const double count = static_cast<double>(rows), scale = static_cast<double>(affine.scale);
   const float b = norm.by_batch ? static_cast<float>(-scale * invstd * (sum_xhat / count)) : 0.0f;
-  const float c = norm.by_batch ? static_cast<float>(-scale * (sum / count)) : 0.0f;
-  for_feature(rows, gradient, [&](Vec dz, int64_t i) { return dz * affine.scale + ((load(raw + i) - mean) * b + c); });
+  const float c = norm.by_batch ? static_cast<float>(-scale * (sum.total / count)) : 0.0f;
+  for_feature(rows, [&](int64_t i, auto last) {
+    store(gradient + i, last(load(gradient + i) * affine.scale + ((load(raw + i) - mean) * b + c)));
+  });
 }
 
 void read_gradient(int64_t rows, int64_t features, const float* gradient, const LinearBackward& to) {
@@ -323,10 +341,10 @@ void read_gradient(int64_t rows, int64_t features, const float* gradient, const 
   });
 }
 
-// to[depth][kBlock] = the first `count` of weight's columns; what comes after them is asked for.
-void gather(const float* weight, int64_t stride, int64_t depth, int64_t count, float* to) {
-  for (int64_t i = 0; i < depth; ++i, weight += stride, to += kBlock) {
-    for (int64_t c = 0; c < count; c += kLineFloats) __builtin_prefetch(weight + depth * stride + c, 0, 2);
+// to[depth][kBlock] = the first `count` of weight's columns; as many at `next` are asked for.
+void gather(const float* weight, int64_t stride, int64_t depth, int64_t count, const float* next, float* to) {
+  for (int64_t i = 0; i < depth; ++i, weight += stride, next += stride, to += kBlock) {
+    for (int64_t c = 0; c < count; c += kLineFloats) __builtin_prefetch(next + c, 0, 2);
     if (count == kBlock)
       __builtin_memcpy(to, weight, kBlock * sizeof(float));
     else
@@ -339,12 +357,17 @@ void input_gradient(const LinearShape& shape, const float* weight, const float* 
   const int64_t stride = linear_stride(shape.rows), cuts = ceil_div(shape.outputs, kDepth);
   parallel_for(ceil_div(shape.inputs, kBlock), [&](int64_t block) {
     const int64_t k0 = block * kBlock, count = min64(kBlock, shape.inputs - k0);
-    float gathered[kDepth * kBlock];  // the weight's columns of this block
+    float gathered[kGathers ? kDepth * kBlock : 1];  // the weight's columns of this block
     float* sums = below.gradient + k0 * stride;
     for (int64_t cut = 0; cut < cuts; ++cut) {
       const int64_t o = part_start(shape.outputs, cut, cuts), depth = part_start(shape.outputs, cut + 1, cuts) - o;
-      gather(weight + o * shape.inputs + k0, shape.inputs, depth, count, gathered);
-      multiply<false>(Left{gathered, 1}, count, gradient + o * stride, stride, depth, sums, stride, shape.rows, cut > 0);
+      Left left{weight + o * shape.inputs + k0, shape.inputs};
+      if (kGathers) {
+        const bool last = cut + 1 == cuts;
+        gather(left.at, left.stride, depth, count, last ? weight + k0 + kBlock : left.at + depth * left.stride, gathered);
+        left = {gathered, kBlock};
+      }
+      multiply<false>(left, count, gradient + o * stride, stride, depth, sums, stride, shape.rows, cut > 0);
     }
     if (by_row != nullptr)
       transpose_features(shape.rows, count, sums, stride, by_row + k0, shape.inputs);
