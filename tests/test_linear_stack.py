@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import statistics
 
 import pytest
 import torch
@@ -72,18 +73,21 @@ def errors(found, exact):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("rows", [5, 17, 100, 300])  # of two or three, some would be normalised to gradients of rounding alone
+@pytest.mark.parametrize("rows", [3, 17, 100, 300])  # two would be normalised to 1 and -1: gradients of rounding alone
 def test_a_fused_perceptron_is_the_plain_one(training, rows, calls):
     plain = perceptron().train(training)
     fused, exact = fastgan.fuse(copy.deepcopy(plain)), copy.deepcopy(plain).double()
-    ours, theirs = [], []  # of each batch: one may be normalised by a small difference, whose rounding is chance
-    for _ in range(12):
+    ours, theirs = [], []
+    for _ in range(11):
         x = torch.randn(rows, 12)
         truth = results(exact, x)
         ours.append(errors(results(fused, x), truth))
         theirs.append(errors(results(plain, x), truth))
-    assert all(max(a) <= 4 * max(*b, 1e-7) for a, b in zip(zip(*ours), zip(*theirs)))
-    assert calls == [6] * 12
+    for a, b in zip(zip(*ours), zip(*theirs)):
+        # Of three rows some are normalised by a small difference, whose rounding is chance: the largest errors say little.
+        assert statistics.median(a) <= 3 * max(statistics.median(b), 1e-7)
+        assert max(a) <= 1e-3
+    assert calls == [6] * 11
 
 
 @settings(max_examples=40, deadline=None)
