@@ -382,8 +382,8 @@ void weight_gradient(const LinearShape& shape, const float* gradient, const floa
   const int64_t panels = ceil_div(shape.inputs, kColumns), cuts = ceil_div(shape.rows, kDepth);
   const int64_t blocks = min64(ceil_div(shape.outputs, kBlock), ceil_div(kGradientTasks, panels));
   parallel_for(panels * blocks, [&](int64_t task) {
-    const int64_t k = task / blocks * kColumns, columns = min64(kColumns, shape.inputs - k);
-    const int64_t first = part_start(shape.outputs, task % blocks, blocks), end = part_start(shape.outputs, task % blocks + 1, blocks);
+    const int64_t block = task / panels, k = task % panels * kColumns, columns = min64(kColumns, shape.inputs - k);
+    const int64_t first = part_start(shape.outputs, block, blocks), end = part_start(shape.outputs, block + 1, blocks);
     for (int64_t cut = 0; cut < cuts; ++cut) {
       const int64_t n = part_start(shape.rows, cut, cuts), depth = part_start(shape.rows, cut + 1, cuts) - n;
       const Left left{gradient + first * stride + n, stride};

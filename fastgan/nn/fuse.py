@@ -396,15 +396,14 @@ class _Norm:
     """A BatchNorm1d, or None, with the activation and the noise after it: children[position : position + length]."""
 
     def __init__(self, children, position):
-        def next_if(types):
-            child = children[position + self.length] if position + self.length < len(children) else None
-            found = child if type(child) in types and _plain(child) else None
-            self.length += found is not None
-            return found
-
-        self.length = 0
-        self.bn = next_if((nn.BatchNorm1d,))
-        activation, self.noise = next_if(_ACTIVATIONS), next_if((GaussianNoise,))
+        found, end = [], position
+        for types in ((nn.BatchNorm1d,), _ACTIVATIONS, (GaussianNoise,)):
+            child = children[end] if end < len(children) else None
+            taken = type(child) in types and _plain(child)
+            found.append(child if taken else None)
+            end += taken
+        self.bn, activation, self.noise = found
+        self.length = end - position
         self.activation = "identity" if activation is None else _ACTIVATIONS[type(activation)]
         self.negative_slope = activation.negative_slope if self.activation == "leaky_relu" else 0.2
 
@@ -439,9 +438,10 @@ def _run_perceptron(children, position, input):
     if input.dim() != 2 or input.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return None
     left = children[position:]
+    kinds = [type(child) for child in left]
     # With a bias and batch norm's two numbers a feature, what all that is left would have as one run.
-    most = sum(child.weight.numel() + 3 * child.out_features for child in left if type(child) is nn.Linear)
-    if not linear_stack_gains(input.shape[0], most, any(type(child) is nn.BatchNorm1d for child in left)):
+    most = sum([(child.in_features + 3) * child.out_features for child, kind in zip(left, kinds) if kind is nn.Linear])
+    if not linear_stack_gains(input.shape[0], most, nn.BatchNorm1d in kinds):
         return None
     stack, calls = LinearStackCall(input, _noise_std(noise)), []
     while position < len(children) and type(linear := children[position]) is nn.Linear and _plain(linear):
@@ -585,7 +585,8 @@ def _fusable_rows(input):
 
 def _plain(child):
     """Whether calling `child` does nothing but its own class's forward."""
-    if any(getattr(child, hooks, None) for hooks in _HOOKS) or "forward" in child.__dict__:
+    state = child.__dict__
+    if any(map(state.get, _HOOKS)) or "forward" in state:
         return False
     return not (
         nn_module._global_forward_hooks

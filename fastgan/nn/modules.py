@@ -40,10 +40,11 @@ class BatchNormCall:
 
     def __init__(self, bn):
         self.process_group = synchronizing_group(bn)
-        self.uses_batch = bn.training or (bn.running_mean is None and bn.running_var is None)
-        tracks = (not bn.training or bn.track_running_stats) and bn.running_mean is not None
-        self.running = (bn.running_mean, bn.running_var) if tracks else ()
-        self.counter = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
+        training, mean, var = bn.training, bn.running_mean, bn.running_var
+        self.uses_batch = training or (mean is None and var is None)
+        tracks = (not training or bn.track_running_stats) and mean is not None
+        self.running = (mean, var) if tracks else ()
+        self.counter = bn.num_batches_tracked if training and bn.track_running_stats else None
         if bn.momentum is not None:
             self.momentum = bn.momentum
         else:  # cumulative average

@@ -31,6 +31,7 @@ class LinearStackCall:
     def __init__(self, input, noise_std):
         self.input, self.features = input, input.shape[1]
         self.parameters, self.running, self.layers, self.numbers = [], [], [], [noise_std]
+        self.weights = 0  # numbers in parameters
 
     def add(self, linear, bn, uses_batch, running, counter, momentum, activation, negative_slope, noise_std):
         """Adds a layer. False, and nothing is added, if the operator does not take it.
@@ -44,20 +45,28 @@ class LinearStackCall:
             momentum: of the running statistics.
             noise_std: standard deviation of the noise on the layer's output.
         """
-        parameters = [linear.weight, linear.bias, *((bn.weight, bn.bias) if bn is not None else (None, None))]
-        tensors = [t for t in (*parameters, *running) if t is not None]
-        if any(t.dtype != torch.float32 or not t.is_cpu for t in tensors):
+        weight, bias, bn_weight, bn_bias = linear.weight, linear.bias, None, None
+        if bn is not None:
+            bn_weight, bn_bias = bn.weight, bn.bias
+        if not (weight.dtype == torch.float32 and weight.is_cpu and weight.dim() == 2):
             return False
-        if linear.weight.dim() != 2 or linear.weight.shape[1] != self.features or linear.weight.numel() == 0:
+        outputs, inputs = weight.shape
+        if inputs != self.features or inputs * outputs == 0:
             return False
-        outputs = linear.weight.shape[0]
-        if any(tuple(t.shape) != (outputs,) for t in tensors[1:]) or any(not t.is_contiguous() for t in running):
+        arrays = [t for t in (bias, bn_weight, bn_bias, *running) if t is not None]
+        for t in arrays:
+            if not (t.dtype == torch.float32 and t.is_cpu and t.shape == (outputs,)):
+                return False
+        if not all([t.is_contiguous() for t in running]):
             return False
         self.features = outputs
-        self.parameters += [p for p in parameters if p is not None]
+        self.weights += inputs * outputs + (len(arrays) - len(running)) * outputs
+        self.parameters += (weight, *arrays[: len(arrays) - len(running)])
         self.running += running if counter is None else (*running, counter)
-        present = [p is not None for p in parameters[1:]]
-        flags = [present[0], bn is not None, present[1], present[2], len(running) > 0, uses_batch, counter is not None]
+        flags = [
+            bias is not None, bn is not None, bn_weight is not None, bn_bias is not None, len(running) > 0, uses_batch,
+            counter is not None,
+        ]  # fmt: skip
         self.layers += [*map(int, flags), ACTIVATION_CODES[activation]]
         self.numbers += [momentum, bn.eps if bn is not None else 0.0, negative_slope, noise_std]
         return True
@@ -65,8 +74,7 @@ class LinearStackCall:
     @property
     def gains(self):
         """Whether the call is faster than its layers one by one."""
-        weights = sum(p.numel() for p in self.parameters)
-        return linear_stack_gains(self.input.shape[0], weights, any(self.layers[1::_INTEGERS]))
+        return linear_stack_gains(self.input.shape[0], self.weights, any(self.layers[1::_INTEGERS]))
 
     def run(self):
         """``[N, C]``."""
