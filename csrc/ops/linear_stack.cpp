@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor> linear_stack_forward_cpu(const Tensor& input, at::Ten
   return {output, saved};
 }
 
-// Gradients of input and of every parameter, with shape [0] where output_mask says false. Weight gradients are added to `held`,
+// Gradients of input and of every parameter, with shape [0] where output_mask says false. Those of parameters are added to `held`,
 // one a result, where that is defined; they then have shape [0], too.
 std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& input, at::TensorList parameters, const Tensor& saved,
                                     at::IntArrayRef integers, at::ArrayRef<double> numbers, int64_t save,
@@ -181,6 +181,8 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
 
   const WantedGradients wanted = wanted_gradients(stack.layers, output_mask);
   const int64_t lowest = wanted.lowest;
+
+  const auto is_held = [&](size_t k) { return k < held.size() && held[k].defined(); };
 
   // What finishes the gradient of layer i's output, in `gradient`; sums are two rows.
   std::vector<float> sums;
@@ -205,8 +207,12 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
     size_t k = wanted.first_parameter[i] + 1;
     const auto keep = [&](const auto& value) {
       if (!output_mask[k]) return void(++k);
-      float* to = floats(results[k++] = at::empty({C}, options));
-      for (int64_t c = 0; c < C; ++c) to[c] = value(c);
+      const bool add = is_held(k);
+      const Tensor gradient = add ? held[k] : at::empty({C}, options);
+      float* to = floats(gradient);
+      for (int64_t c = 0; c < C; ++c) to[c] = add ? to[c] + value(c) : value(c);
+      if (!add) results[k] = gradient;
+      ++k;
     };
     if (layer.has_bias)
       keep([&](int64_t c) {
@@ -227,7 +233,7 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
     const cpu::LinearShape shape{N, layer.inputs(), layer.outputs()};
     const size_t k = wanted.first_parameter[i];
     if (output_mask[k]) {
-      const bool add = k < held.size() && held[k].defined();
+      const bool add = is_held(k);
       const Tensor weight = add ? held[k] : empty_kept(layer.weight.sizes(), at::kFloat);
       RECORD_FUNCTION("fastgan::linear_weight_gradient", {});
       kernels.weight_gradient(shape, floats(gradient), at_place(saved, layer.rows), floats(weight), add);
