@@ -119,6 +119,12 @@ TORCH_LIBRARY(fastgan, m) {
       "softmax_entropy_backward(Tensor? grad_conditional, Tensor? grad_marginal, Tensor? grad_cross_entropy, "
       "Tensor logits, Tensor? labels, int ignore_index, Tensor mean_probabilities, Tensor log_normalizer) -> Tensor");
 
+  // One step of Adam on the CPU, of what is float32, dense, and has a parameter's strides; else false, and nothing is changed.
+  m.def(
+      "adam_group_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled_weight_decay) "
+      "-> bool");
+
   // One step of Adam; CUDA alone has it. Float32; the tensors of a parameter have its strides. steps: one [] each, counted on the
   // device. blocks_arrived: int32 [1], 0 between calls. lr_on_device, if given, replaces lr; found_inf that is not 0: nothing
   // happens.

@@ -1,4 +1,4 @@
-"""Adam in one kernel on a GPU."""
+"""Adam, a parameter group in one kernel."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +10,11 @@ from fastgan import _extension
 
 __all__ = ["Adam"]
 
-_DEVICE_TYPE = "cuda"  # of the kernel
+_TYPES = {nn.Parameter, Tensor}  # other classes, as DTensor, mean more by their tensors than their memory
 
 
 class Adam(torch.optim.Adam):
-    """:class:`torch.optim.Adam`, whose step on a GPU is one kernel launch for a whole parameter group.
+    """:class:`torch.optim.Adam`, whose step is one kernel for a whole parameter group.
 
     Arguments, ``state_dict``, hooks and numbers, to rounding, are those of :class:`torch.optim.Adam`; states go from either
     optimizer to the other. In step t, for a gradient g::
@@ -25,18 +25,18 @@ class Adam(torch.optim.Adam):
 
     The kernel takes the step of a group with ``fused=True``, or with ``fused=None`` and ``foreach=None``, the defaults, if
 
-    - its parameters are float32 on one CUDA device, of any shape and any dense memory format, and their gradients and averages
-      are too, with the same strides;
+    - its parameters are float32 on the CPU or on one CUDA device, of any shape and any dense memory format, and their gradients
+      and averages are too, with the same strides;
     - ``amsgrad``, ``maximize`` and ``differentiable`` are off; ``weight_decay`` may be of either kind;
     - ``lr`` is a number, or a float32 tensor with one element on that device or the CPU;
-    - the CUDA kernels were built.
+    - the kernels for the device were built.
 
-    A group of more than 72 tensors takes a launch for each 72. Every other step is :class:`torch.optim.Adam`'s own: so are all on a
-    CPU, and those for which :class:`torch.amp.GradScaler` sets ``grad_scale``. ``found_inf`` alone is for the kernel.
+    Every other step is :class:`torch.optim.Adam`'s own; so are those for which :class:`torch.amp.GradScaler` sets ``grad_scale``.
+    ``found_inf`` alone is for the kernel on CUDA.
 
-    Where the kernel runs, step counts are float32 tensors on the device, and nothing waits for it. With ``capturable=True`` a step
-    can be captured in a CUDA graph, as PyTorch's can, after at least one eager step. One optimizer's steps must not run on two
-    streams at once.
+    On CUDA a group of more than 72 tensors takes a launch for each 72. Step counts are float32 tensors on the device, and nothing
+    waits for it. With ``capturable=True`` a step can be captured in a CUDA graph, as PyTorch's can, after at least one eager step.
+    One optimizer's steps must not run on two streams at once.
 
     Raises:
         ValueError, RuntimeError: what :class:`torch.optim.Adam` raises: for settings out of range, sparse gradients, and a capture
@@ -67,8 +67,10 @@ class Adam(torch.optim.Adam):
     def _step_in_kernel(self, group: dict[str, Any]) -> bool:
         """Take the group's step in the kernel; False, and no step is made, where that is for PyTorch."""
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not parameters or parameters[0].device.type != _DEVICE_TYPE or not _is_for_kernel(group):
+        if not parameters or not _is_for_kernel(group, parameters[0].device.type):
             return False
+        if parameters[0].is_cpu:
+            return self._step_on_cpu(group, parameters)
         device, lr, found_inf = parameters[0].device, group["lr"], getattr(self, "found_inf", None)
         if getattr(self, "grad_scale", None) is not None or not (found_inf is None or _is_scalar_on(device, found_inf)):
             return False
@@ -105,22 +107,41 @@ class Adam(torch.optim.Adam):
         return True
 
 
+    def _step_on_cpu(self, group: dict[str, Any], parameters: list[Tensor]) -> bool:
+        lr = group["lr"]
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            return False
+        if isinstance(lr, Tensor) and not _is_scalar_on(parameters[0].device, lr):
+            return False
+        gradients: list[Tensor] = []
+        exp_avgs: list[Tensor] = []
+        exp_avg_sqs: list[Tensor] = []
+        steps: list[Tensor] = []
+        self._init_group(group, [], gradients, exp_avgs, exp_avg_sqs, [], steps)
+        if not _TYPES.issuperset(map(type, (*parameters, *gradients))):
+            return False
+        with torch.no_grad():
+            return torch.ops.fastgan.adam_group_(
+                parameters, gradients, exp_avgs, exp_avg_sqs, steps, float(lr), *group["betas"], group["eps"],
+                group["weight_decay"], group["decoupled_weight_decay"],
+            )  # fmt: skip
+
+
 def _torch_step(optimizer: torch.optim.Adam, closure: Callable[[], Any] | None = None) -> Any:
     """PyTorch's step alone: it may be wrapped in the hooks of step(), which the caller is in already."""
     step = torch.optim.Adam.step
     return (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer, closure)
 
 
-def _is_for_kernel(group: dict[str, Any]) -> bool:
+def _is_for_kernel(group: dict[str, Any], device_type: str) -> bool:
     chosen = group["fused"] or (group["fused"] is None and group["foreach"] is None)
-    others = group["amsgrad"] or group["maximize"] or group["differentiable"]
-    return chosen and not others and _extension.has_kernels(_DEVICE_TYPE)
+    others = group["amsgrad"] or group["maximize"] or group["differentiable"] or any(isinstance(b, Tensor) for b in group["betas"])
+    return chosen and not others and device_type in ("cpu", "cuda") and _extension.has_kernels(device_type)
 
 
 def _is_float_on(device: torch.device, tensor: Tensor) -> bool:
-    # Other classes than these two, as DTensor, mean more by their tensors than their memory.
     return (
-        type(tensor) in (nn.Parameter, Tensor) and tensor.dtype == torch.float32 and tensor.device == device
+        type(tensor) in _TYPES and tensor.dtype == torch.float32 and tensor.device == device
         and tensor.layout == torch.strided
     )  # fmt: skip
 
