@@ -21,7 +21,7 @@ from fastgan.train.checkpoint import load_checkpoint, write_atomically
 from fastgan.train.config import parse_arguments
 from fastgan.train.nonfinite import locate_nonfinite
 from fastgan.train.outputs import save_animation, save_grid
-from fastgan.train.trainer import frozen
+from fastgan.train.trainer import Frozen
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "train_dcgan.py"
 # 40 images of 8 x 8 pixels in batches of 8: an epoch has 5 steps and takes a few hundredths of a second.
@@ -516,10 +516,10 @@ def test_each_network_is_bit_identical_while_the_other_learns(tmp_path, images):
     assert any(not torch.equal(p, seen["generator"][name]) for name, p in generator.named_parameters())
 
 
-def test_frozen_leaves_a_parameter_that_was_frozen_before_frozen():
+def test_freezing_leaves_a_parameter_that_was_frozen_before_frozen():
     network = nn.Linear(2, 2)
     network.weight.requires_grad_(False)
-    with frozen(network):
+    with Frozen(network):
         assert not network.bias.requires_grad
     assert network.bias.requires_grad and not network.weight.requires_grad
 

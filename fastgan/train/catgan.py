@@ -111,6 +111,7 @@ class CatGANObjective(Objective):
         self.ranks = Ranks()
         count = len(dataset) if config.labels == "all" else int(config.labels)
         self.all_labeled = count > 0 and count == len(dataset)
+        self.norms: list[_BatchNorm] | None = None  # the discriminator's
         self.labeled = None
         if count and not self.all_labeled:
             if config.labeled_batch % self.ranks.size:
@@ -142,7 +143,9 @@ class CatGANObjective(Objective):
         yield _real_categories_loss(
             mixed, labeled_logits, labels, self.config.supervised_weight, marginal_weight, self.ranks.group
         )
-        with _running_statistics_kept(discriminator):  # the running statistics are those of real images
+        if self.norms is None:  # looked for once: it takes as long as a layer
+            self.norms = [m for m in discriminator.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        with _running_statistics_kept(self.norms):  # the running statistics are those of real images
             loss = _fake_categories_loss(discriminator(fake))
         yield loss, {"entropy_fake": -loss.detach()}
 
@@ -267,9 +270,8 @@ def _split(dataset: ImageDataset, held_out: int) -> tuple[ImageDataset, ImageDat
 
 
 @contextlib.contextmanager
-def _running_statistics_kept(network: nn.Module) -> Iterator[None]:
-    """Inside, batch norm in training mode leaves its running statistics as they are."""
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+def _running_statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Inside, these in training mode leave their running statistics as they are."""
     try:
         for norm in norms:
             norm.track_running_stats = False

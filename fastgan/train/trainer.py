@@ -153,6 +153,7 @@ class Trainer:
             "generator": generator.to(self.device, memory_format=layout),
             "discriminator": discriminator.to(self.device, memory_format=layout),
         }
+        self._frozen_discriminator = Frozen(discriminator)
         self._parameters = [parameter for network in self.networks.values() for parameter in network.parameters()]
         self.optimizers = {
             name: adam(network.parameters(), config.learning_rate, (config.beta1, config.beta2), self.device)
@@ -303,7 +304,7 @@ class Trainer:
             loss_d, figures_d = self._descend("discriminator", losses, part, z)
 
         # Generator: the same fakes, judged by the discriminator as it now is and as it stays.
-        with frozen(discriminator):
+        with self._frozen_discriminator:
             losses = (self.objective.generator_loss(discriminator, part, fake) for _ in range(1))  # once there is room for it
             loss_g, figures_g = self._descend("generator", losses, part, z)
         return {"loss_d": loss_d, "loss_g": loss_g} | figures_d | figures_g
@@ -469,21 +470,24 @@ def mean_probability(logits: Tensor) -> Tensor:
 _STATEFUL = ("networks", "optimizers", "scalers", "averaged")
 
 
-@contextlib.contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Inside, a network passes gradients on but none are computed for its weights; its buffers (running
-    statistics) are at the end what they were before.
+class Frozen:
+    """Inside ``with``, a network passes gradients on but none are computed for its weights; its buffers (running statistics) are at
+    the end what they were before. Made once for many steps: finding its parts takes as long as a small layer.
     """
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
+
+    def __init__(self, network: nn.Module):
+        self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.buffers = list(network.buffers())
+
+    def __enter__(self) -> None:
+        self._before = [buffer.clone() for buffer in self.buffers]
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *error: Any) -> None:
+        for parameter in self.parameters:
             parameter.requires_grad_(True)
-        for buffer, before in buffers:
+        for buffer, before in zip(self.buffers, self._before):
             buffer.copy_(before)
 
 
