@@ -489,6 +489,7 @@ class Frozen:
             parameter.requires_grad_(True)
         for buffer, before in zip(self.buffers, self._before):
             buffer.copy_(before)
+        self._before = []
 
 
 @contextlib.contextmanager
