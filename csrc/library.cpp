@@ -157,7 +157,7 @@ void run_on_torch_threads(int64_t tasks, void (*body)(void*, int64_t), void* con
     shares[i].next.store(tasks * i / threads, std::memory_order_relaxed);
     shares[i].end = tasks * (i + 1) / threads;
   }
-  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t end) {
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
     for (int64_t i = 0; i < threads; ++i) {
       Share& share = shares[(first + i) % threads];
       for (int64_t task = share.next++; task < share.end; task = share.next++) body(context, task);
