@@ -69,8 +69,28 @@ class Adam(torch.optim.Adam):
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         if not parameters or not _is_for_kernel(group, parameters[0].device.type):
             return False
-        if parameters[0].is_cpu:
-            return self._step_on_cpu(group, parameters)
+        return (self._step_on_cpu if parameters[0].is_cpu else self._step_on_cuda)(group, parameters)
+
+    def _step_on_cpu(self, group: dict[str, Any], parameters: list[Tensor]) -> bool:
+        lr = group["lr"]
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            return False
+        if isinstance(lr, Tensor) and not _is_scalar_on(parameters[0].device, lr):
+            return False
+        gradients: list[Tensor] = []
+        exp_avgs: list[Tensor] = []
+        exp_avg_sqs: list[Tensor] = []
+        steps: list[Tensor] = []
+        self._init_group(group, [], gradients, exp_avgs, exp_avg_sqs, [], steps)
+        if not _TYPES.issuperset(map(type, (*parameters, *gradients))) or not all([p.is_cpu for p in parameters]):
+            return False
+        with torch.no_grad():
+            return torch.ops.fastgan.adam_group_(
+                parameters, gradients, exp_avgs, exp_avg_sqs, steps, float(lr), *group["betas"], group["eps"],
+                group["weight_decay"], group["decoupled_weight_decay"],
+            )  # fmt: skip
+
+    def _step_on_cuda(self, group: dict[str, Any], parameters: list[Tensor]) -> bool:
         device, lr, found_inf = parameters[0].device, group["lr"], getattr(self, "found_inf", None)
         if getattr(self, "grad_scale", None) is not None or not (found_inf is None or _is_scalar_on(device, found_inf)):
             return False
@@ -105,26 +125,6 @@ class Adam(torch.optim.Adam):
                 group["decoupled_weight_decay"], lr if on_device else None, found_inf,
             )  # fmt: skip
         return True
-
-
-    def _step_on_cpu(self, group: dict[str, Any], parameters: list[Tensor]) -> bool:
-        lr = group["lr"]
-        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
-            return False
-        if isinstance(lr, Tensor) and not _is_scalar_on(parameters[0].device, lr):
-            return False
-        gradients: list[Tensor] = []
-        exp_avgs: list[Tensor] = []
-        exp_avg_sqs: list[Tensor] = []
-        steps: list[Tensor] = []
-        self._init_group(group, [], gradients, exp_avgs, exp_avg_sqs, [], steps)
-        if not _TYPES.issuperset(map(type, (*parameters, *gradients))):
-            return False
-        with torch.no_grad():
-            return torch.ops.fastgan.adam_group_(
-                parameters, gradients, exp_avgs, exp_avg_sqs, steps, float(lr), *group["betas"], group["eps"],
-                group["weight_decay"], group["decoupled_weight_decay"],
-            )  # fmt: skip
 
 
 def _torch_step(optimizer: torch.optim.Adam, closure: Callable[[], Any] | None = None) -> Any:

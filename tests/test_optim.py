@@ -153,13 +153,19 @@ def test_other_steps_are_pytorchs(pytorchs):
     strided[0].grad = strided[0].grad.contiguous()
     own.step()
 
+    mixed = [torch.ones(3), torch.ones(3, device="meta")]
+    own = optim.Adam(mixed)
+    set_gradients(mixed, [torch.ones(3), torch.ones(3, device="meta")])
+    own.step()
+    assert (mixed[0] < 1).all()
+
     kept = parameters()
     own = optim.Adam(kept, fused=True)
     own.found_inf = torch.ones(())
     steps_of(own, kept, 1)
     assert all(map(torch.equal, kept, parameters()))
     assert own.state[kept[0]]["step"] == 0
-    assert len(pytorchs) == 3
+    assert len(pytorchs) == 4
 
 
 def test_learning_rate_in_a_tensor(pytorchs):

@@ -1,7 +1,7 @@
 // Compiled once per instruction set (see isa.h).
 //
-// A task has the same part of every tensor, as a task of the other loops has of one: most of what a core reads and writes here it has
-// written before, and small tensors cost nothing.
+// A task has the same part of every tensor: a core then steps most of the rows whose gradients it computed, and a small tensor is no
+// task of its own.
 #include "adam.h"
 #include "conv4x4s2_common.h"
 #include "parallel.h"
