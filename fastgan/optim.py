@@ -32,7 +32,7 @@ class Adam(torch.optim.Adam):
     - the kernels for the device were built.
 
     Every other step is :class:`torch.optim.Adam`'s own; so are those for which :class:`torch.amp.GradScaler` sets ``grad_scale``.
-    ``found_inf`` alone is for the kernel on CUDA.
+    ``found_inf`` alone, one float32 on the device, is for the kernel: where it is not 0, nothing is changed.
 
     On CUDA a group of more than 72 tensors takes a launch for each 72. Step counts are float32 tensors on the device, and nothing
     waits for it. With ``capturable=True`` a step can be captured in a CUDA graph, as PyTorch's can, after at least one eager step.
@@ -72,10 +72,10 @@ class Adam(torch.optim.Adam):
         return (self._step_on_cpu if parameters[0].is_cpu else self._step_on_cuda)(group, parameters)
 
     def _step_on_cpu(self, group: dict[str, Any], parameters: list[Tensor]) -> bool:
-        lr = group["lr"]
-        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+        device, lr, found_inf = parameters[0].device, group["lr"], getattr(self, "found_inf", None)
+        if getattr(self, "grad_scale", None) is not None:
             return False
-        if isinstance(lr, Tensor) and not _is_scalar_on(parameters[0].device, lr):
+        if not all(_is_scalar_on(device, number) for number in (lr, found_inf) if isinstance(number, Tensor)):
             return False
         gradients: list[Tensor] = []
         exp_avgs: list[Tensor] = []
@@ -84,6 +84,8 @@ class Adam(torch.optim.Adam):
         self._init_group(group, [], gradients, exp_avgs, exp_avg_sqs, [], steps)
         if not _TYPES.issuperset(map(type, (*parameters, *gradients))) or not all([p.is_cpu for p in parameters]):
             return False
+        if found_inf is not None and found_inf != 0:
+            return True
         with torch.no_grad():
             return torch.ops.fastgan.adam_group_(
                 parameters, gradients, exp_avgs, exp_avg_sqs, steps, float(lr), *group["betas"], group["eps"],

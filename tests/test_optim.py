@@ -159,13 +159,23 @@ def test_other_steps_are_pytorchs(pytorchs):
     own.step()
     assert (mixed[0] < 1).all()
 
-    kept = parameters()
-    own = optim.Adam(kept, fused=True)
-    own.found_inf = torch.ones(())
-    steps_of(own, kept, 1)
-    assert all(map(torch.equal, kept, parameters()))
-    assert own.state[kept[0]]["step"] == 0
+    scaled = parameters()
+    own = optim.Adam(scaled, fused=True)
+    own.grad_scale, own.found_inf = torch.full((), 2.0), torch.zeros(())
+    steps_of(own, scaled, 1)
     assert len(pytorchs) == 4
+
+
+def test_found_inf_leaves_out_the_step(pytorchs):
+    ours, theirs = parameters(), parameters()
+    own, other = optim.Adam(ours, fused=True), torch.optim.Adam(theirs, fused=True)
+    for number in range(4):
+        for optimizer, tensors in ((own, ours), (other, theirs)):
+            optimizer.found_inf = torch.tensor(float(number % 2))
+            steps_of(optimizer, tensors, 1, first=number)
+    assert_close(ours, theirs)
+    assert own.state[ours[0]]["step"] == 2
+    assert len(pytorchs) == (0 if _extension.has_kernels("cpu") else 4)
 
 
 def test_learning_rate_in_a_tensor(pytorchs):
