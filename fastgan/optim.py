@@ -73,7 +73,7 @@ class Adam(torch.optim.Adam):
 
     def _step_on_cpu(self, group: dict[str, Any], parameters: list[Tensor]) -> bool:
         device, lr, found_inf = parameters[0].device, group["lr"], getattr(self, "found_inf", None)
-        if getattr(self, "grad_scale", None) is not None:
+        if getattr(self, "grad_scale", None) is not None or group["capturable"]:  # PyTorch raises for the latter
             return False
         if not all(_is_scalar_on(device, number) for number in (lr, found_inf) if isinstance(number, Tensor)):
             return False

@@ -166,6 +166,13 @@ def test_other_steps_are_pytorchs(pytorchs):
     assert len(pytorchs) == 4
 
 
+def test_capturable_raises_as_pytorchs():
+    for optimizer in (optim.Adam, torch.optim.Adam):
+        tensors = parameters()
+        with pytest.raises((AssertionError, RuntimeError), match="capturable"):
+            steps_of(optimizer(tensors, capturable=True), tensors, 1)
+
+
 def test_found_inf_leaves_out_the_step(pytorchs):
     ours, theirs = parameters(), parameters()
     own, other = optim.Adam(ours, fused=True), torch.optim.Adam(theirs, fused=True)
