@@ -71,17 +71,22 @@ class Adam(torch.optim.Adam):
             return False
         return (self._step_on_cpu if parameters[0].is_cpu else self._step_on_cuda)(group, parameters)
 
+    def _states(self, group: dict[str, Any]) -> tuple[list[Tensor], ...]:
+        """Gradients, averages, averages of squares and step counts of the parameters that have a gradient; made where there are none."""
+        gradients: list[Tensor] = []
+        exp_avgs: list[Tensor] = []
+        exp_avg_sqs: list[Tensor] = []
+        steps: list[Tensor] = []
+        self._init_group(group, [], gradients, exp_avgs, exp_avg_sqs, [], steps)
+        return gradients, exp_avgs, exp_avg_sqs, steps
+
     def _step_on_cpu(self, group: dict[str, Any], parameters: list[Tensor]) -> bool:
         device, lr, found_inf = parameters[0].device, group["lr"], getattr(self, "found_inf", None)
         if getattr(self, "grad_scale", None) is not None or group["capturable"]:  # PyTorch raises for the latter
             return False
         if not all(_is_scalar_on(device, number) for number in (lr, found_inf) if isinstance(number, Tensor)):
             return False
-        gradients: list[Tensor] = []
-        exp_avgs: list[Tensor] = []
-        exp_avg_sqs: list[Tensor] = []
-        steps: list[Tensor] = []
-        self._init_group(group, [], gradients, exp_avgs, exp_avg_sqs, [], steps)
+        gradients, exp_avgs, exp_avg_sqs, steps = self._states(group)
         if not _TYPES.issuperset(map(type, (*parameters, *gradients))) or not all([p.is_cpu for p in parameters]):
             return False
         if found_inf is not None and found_inf != 0:
@@ -103,11 +108,7 @@ class Adam(torch.optim.Adam):
         if torch.cuda.is_current_stream_capturing() and not group["capturable"]:
             return False  # PyTorch raises
 
-        gradients: list[Tensor] = []
-        exp_avgs: list[Tensor] = []
-        exp_avg_sqs: list[Tensor] = []
-        steps: list[Tensor] = []
-        self._init_group(group, [], gradients, exp_avgs, exp_avg_sqs, [], steps)
+        gradients, exp_avgs, exp_avg_sqs, steps = self._states(group)
         for parameter, *others in zip(parameters, gradients, exp_avgs, exp_avg_sqs):
             if not _is_dense(parameter) or not all(_is_float_on(device, t) and _same_order(t, parameter) for t in others):
                 return False

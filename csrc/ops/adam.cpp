@@ -1,12 +1,12 @@
 // adam_group_: a step of Adam on the CPU: kernel in csrc/cpu/adam.h.
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <vector>
 
 #include "../cpu/adam.h"
+#include "adam.h"
 
 namespace fastgan {
 namespace {
@@ -14,15 +14,6 @@ namespace {
 using at::Tensor;
 
 bool is_float(const Tensor& t) { return t.scalar_type() == at::kFloat && t.is_cpu() && t.layout() == at::kStrided; }
-
-// Whether the elements stand in memory in the same order; the stride of a single element is not used.
-bool same_order(const Tensor& a, const Tensor& b) {
-  if (a.sizes() != b.sizes()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
-  }
-  return true;
-}
 
 bool adam_group_cpu(at::TensorList parameters, at::TensorList gradients, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
                     at::TensorList steps, double lr, double beta1, double beta2, double eps, double weight_decay,
@@ -56,10 +47,7 @@ bool adam_group_cpu(at::TensorList parameters, at::TensorList gradients, at::Ten
                                    decoupled_weight_decay ? 0.0f : static_cast<float>(weight_decay),
                                    decoupled_weight_decay ? static_cast<float>(1 - lr * weight_decay) : 1.0f};
   cpu::adam(tensors.data(), static_cast<int64_t>(tensors.size()), settings);
-  // So that a backward pass that has saved one of them finds out.
-  for (const at::TensorList written : {parameters, exp_avgs, exp_avg_sqs, steps})
-    for (const Tensor& tensor : written)
-      if (!tensor.is_inference()) torch::autograd::impl::bump_version(tensor);
+  count_as_written({parameters, exp_avgs, exp_avg_sqs, steps});
   return true;
 }
 

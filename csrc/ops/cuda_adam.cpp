@@ -1,11 +1,11 @@
 // adam_ on CUDA: checks and launch.
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include <vector>
 
 #include "../cuda/adam.h"
+#include "adam.h"
 #include "cuda.h"
 
 namespace fastgan {
@@ -22,15 +22,6 @@ void check_float_on_device(const char* argument, const Tensor& tensor, const Ten
 void check_scalar_on_device(const char* argument, const Tensor& tensor, const Tensor& like) {
   check_float_on_device(argument, tensor, like);
   TORCH_CHECK(tensor.numel() == 1, "adam_: ", argument, " must have one element, got shape ", tensor.sizes());
-}
-
-// Whether the elements stand in memory in the same order; the stride of a single element is not used.
-bool same_order(const Tensor& a, const Tensor& b) {
-  if (a.sizes() != b.sizes()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
-  }
-  return true;
 }
 
 void check_like_parameter(const char* argument, const Tensor& tensor, const Tensor& parameter) {
@@ -85,12 +76,7 @@ void adam_cuda(at::TensorList parameters, at::TensorList gradients, at::TensorLi
   args.blocks_arrived = reinterpret_cast<unsigned*>(blocks_arrived.mutable_data_ptr<int>());
   const DeviceGuard device_guard(first.device());
   C10_CUDA_CHECK(adam_launch(args, current_stream()));
-  // So that a backward pass that has saved one of them finds out.
-  for (at::TensorList written : {parameters, exp_avgs, exp_avg_sqs, steps}) {
-    for (const Tensor& tensor : written) {
-      if (!tensor.is_inference()) torch::autograd::impl::bump_version(tensor);
-    }
-  }
+  count_as_written({parameters, exp_avgs, exp_avg_sqs, steps});
 }
 
 }  // namespace
