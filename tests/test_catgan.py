@@ -1,5 +1,6 @@
 """CatGAN: losses, networks, choice of labels, training and its example."""
 
+import copy
 import json
 import math
 import subprocess
@@ -12,8 +13,10 @@ from torch import multiprocessing
 from torch.nn import functional as F
 
 import fastgan
+from fastgan.data import Batch, normalize
 from fastgan.losses import _real_categories_loss, catgan_discriminator_loss, catgan_generator_loss, feature_matching_loss
 from fastgan.models import catgan
+from fastgan.models.catgan import CatGANClassifier
 from fastgan.train import CatGANConfig, run
 from fastgan.train.catgan import choose_labeled, mix_views, random_affine
 from fastgan.train.outputs import FILES
@@ -227,6 +230,32 @@ def run_catgan(*flags):
         return run(CatGANConfig, [str(flag) for flag in flags])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("labels", ["0", "100", "all"])
+def test_generated_images_go_through_the_perceptron_with_the_real_ones(monkeypatch, labels):
+    """The same losses, gradients and running statistics as by two passes, in one term in place of two."""
+    config = CatGANConfig(architecture="mlp", labels=labels, input_noise=0.0, hidden_noise=0.0, augment=False, device="cpu")
+    dataset = config.load_data()
+    batch = Batch(normalize(dataset.images[:60]), dataset.labels[:60])
+    torch.manual_seed(0)
+    generator, start, objective = config.build(dataset)
+    fake = generator(torch.randn(60, config.latent_dim)).detach()
+    found = []
+    for terms in (1, 2):
+        discriminator = fastgan.fuse(copy.deepcopy(start), inplace=True)
+        if terms == 2:
+            monkeypatch.setattr(CatGANClassifier, "on_batches", lambda *_, **__: None)
+        torch.manual_seed(1)
+        losses, figures = zip(*objective.discriminator_losses(discriminator, batch, fake))
+        assert len(losses) == terms
+        sum(losses).backward()
+        figures = {name: value for each in figures for name, value in each.items()}
+        values = {name: parameter.grad for name, parameter in discriminator.named_parameters()}
+        found.append(figures | values | dict(discriminator.named_buffers()) | {"loss": sum(losses)})
+    assert found[0].keys() == found[1].keys() and ("cross_entropy" in found[0]) == (labels != "0")
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, rtol=1e-3, atol=2e-6, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ _FUNCTIONS = {
 _METHODS = {name + end: name for name in ("relu", "tanh", "sigmoid") for end in ("", "_")}
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PERCEPTRON = {nn.Flatten, nn.Linear, nn.BatchNorm1d, GaussianNoise, *_ACTIVATIONS}  # children of a run with linear layers
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The autocast dtypes in which a run of layers is one operator.
 _STACK_AUTOCAST = {"cpu": (torch.bfloat16,), "cuda": (torch.bfloat16, torch.float16)}
@@ -112,6 +113,12 @@ class FusedSequential:
     def followed_by(self, module, input):
         """``module(self(input))``, with `module` as the last layer of this one's."""
         return _run_children([*self, module], input) if _plain(self) else module(self(input))
+
+    def on_batches(self, module, parts, batches, tracked):
+        """``module(self(torch.cat(parts)))`` as if it were called once for each of several batches, whose numbers of rows are `batches`:
+        batch norm takes the statistics of each, and its running ones move by those of the first `tracked`. None, and nothing has
+        happened, where this and `module` are not all one run of a perceptron's layers that gains by being one operator."""
+        return _run_on_batches([*self, module], parts, batches, tracked) if _plain(self) else None
 
     def __reduce__(self):
         return _rebuild, (FusedSequential, type(self).__bases__[1]), self.__dict__
@@ -428,22 +435,29 @@ def _noise_std(noise):
 
 
 def _run_perceptron(children, position, input):
-    """Calls the run [GaussianNoise] (Linear [BatchNorm1d] [activation] [GaussianNoise])... that starts at children[position] as one
-    operator. Returns its output and the position after it, or None where there is no such run, or the operator does not take it."""
-    first = children[position]
+    """Calls the run of a perceptron's layers that starts at children[position] as one operator. Returns its output and the position after
+    it, or None where there is no such run, or the operator does not take it."""
+    stack, end = _match_perceptron(children, position, input)
+    return None if stack is None else (stack.run(), end)
+
+
+def _match_perceptron(children, position, input, batches=(), tracked=1):
+    """The run [GaussianNoise] (Linear [BatchNorm1d] [activation] [GaussianNoise])... that starts at children[position] as a
+    LinearStackCall, and the position after it; (None, position) where there is none, or it gains nothing."""
+    nothing, first = (None, position), children[position]
     noise = first if type(first) is GaussianNoise and _plain(first) else None
     position += noise is not None
     if not (position < len(children) and type(children[position]) is nn.Linear and _fusable_rows(input)):
-        return None
+        return nothing
     if input.dim() != 2 or input.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return None
+        return nothing
     left = children[position:]
     kinds = [type(child) for child in left]
     # With a bias and batch norm's two numbers a feature, what all that is left would have as one run.
     most = sum([(child.in_features + 3) * child.out_features for child, kind in zip(left, kinds) if kind is nn.Linear])
-    if not linear_stack_gains(input.shape[0], most, nn.BatchNorm1d in kinds):
-        return None
-    stack, calls = LinearStackCall(input, _noise_std(noise)), []
+    if not linear_stack_gains(max(batches) if batches else input.shape[0], most, nn.BatchNorm1d in kinds):
+        return nothing
+    stack, calls = LinearStackCall(input, _noise_std(noise), batches, tracked), []
     while position < len(children) and type(linear := children[position]) is nn.Linear and _plain(linear):
         norm = _Norm(children, position + 1)
         uses_batch, running, counter, momentum = False, (), None, 0.0
@@ -452,6 +466,8 @@ def _run_perceptron(children, position, input):
             uses_batch, running, counter, momentum = call.uses_batch, call.running, call.counter, call.momentum
             if any(call.running and other.running and call.running[0] is other.running[0] for other in calls):
                 break  # a shared batch norm: what it is updated to comes first
+            if tracked > 1 and norm.bn.momentum is None:
+                break  # another momentum for each batch
         if not stack.add(
             linear, norm.bn, uses_batch, running, counter, momentum, norm.activation, norm.negative_slope, norm.noise_std
         ):
@@ -459,9 +475,18 @@ def _run_perceptron(children, position, input):
         if norm.bn is not None:
             calls.append(call)
         position += 1 + norm.length
-    if not stack.gains:
+    return (stack, position) if stack.gains else nothing
+
+
+def _run_on_batches(children, parts, batches, tracked):
+    """FusedSequential.on_batches for a list of modules."""
+    if not all(type(child) in _PERCEPTRON for child in children) or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return None
-    return stack.run(), position
+    input, position = torch.cat(parts), 0
+    if type(children[0]) is nn.Flatten and children[0].start_dim == 1 and _plain(children[0]):
+        input, position = input.flatten(1, children[0].end_dim), 1
+    stack, end = _match_perceptron(children, position, input, batches, tracked)
+    return stack.run() if stack is not None and end == len(children) else None
 
 
 @contextlib.contextmanager

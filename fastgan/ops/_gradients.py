@@ -9,7 +9,7 @@ from fastgan import _extension
 def gradients_added_in_place(put_off: bool = False):
     """Inside, ``backward()`` adds the weight gradients of conv_stack and linear_stack on the CPU to ``weight.grad`` while it computes
     them, where that exists, has the weight's layout and nobody's hooks are to see what is added: no tensor of its own, no pass
-    over both. The results are the same to the bit (of linear_stack up to 256 rows, the most that fuse gives it). For this thread.
+    over both. The results are the same to the bit (of linear_stack up to 256 rows). For this thread.
 
     With ``put_off``, gradients of conv_stack that are more than twice as large as what they are computed from are computed at the end
     of the context: where it spans several backward passes, none of these then holds them. Before it ends, ``weight.grad`` lacks them;

@@ -135,19 +135,30 @@ class CatGANObjective(Objective):
             chosen = torch.randint(len(self.labeled.images), (count,), device=fake.device)
             images.append(self._noisy(normalize(self.labeled.images[chosen])))
             labels = self.labeled.labels[chosen]
-        logits = discriminator(torch.cat(images)).float()
+        # The running statistics are those of real images. Generated ones in the same call, where there is one for several batches.
+        rows = [sum(map(len, images)), len(fake)]
+        logits = discriminator.on_batches([*images, fake], rows, tracked=1)
+        fake_logits = None
+        if logits is None:
+            logits = discriminator(torch.cat(images)).float()
+        else:
+            logits, fake_logits = logits.split(rows)
         real = logits[: views * len(batch.images)]
         labeled_logits = None if labels is None else real if self.all_labeled else logits[len(real) :]
         mixed = mix_views(real, views)
         marginal_weight = 1 + (self.config.marginal_weight - 1) * max(0.0, 1 - 2 * self.progress)
-        yield _real_categories_loss(
+        loss, figures = _real_categories_loss(
             mixed, labeled_logits, labels, self.config.supervised_weight, marginal_weight, self.ranks.group
         )
-        if self.norms is None:  # looked for once: it takes as long as a layer
-            self.norms = [m for m in discriminator.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        with _running_statistics_kept(self.norms):  # the running statistics are those of real images
-            loss = _fake_categories_loss(discriminator(fake))
-        yield loss, {"entropy_fake": -loss.detach()}
+        if fake_logits is None:
+            yield loss, figures
+            loss, figures = 0.0, {}
+            if self.norms is None:  # looked for once: it takes as long as a layer
+                self.norms = [m for m in discriminator.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+            with _running_statistics_kept(self.norms):
+                fake_logits = discriminator(fake)
+        fake_loss = _fake_categories_loss(fake_logits)
+        yield loss + fake_loss, figures | {"entropy_fake": -fake_loss.detach()}
 
     def generator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
         if self.kind == "catgan":
