@@ -185,7 +185,7 @@ def sources(cuda):
     operators = sorted((ROOT / "csrc" / "ops").glob("*.cpp"))
     kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     chosen = [*operators, *kernels] if cuda else [path for path in operators if not path.name.startswith("cuda")]
-    return ["csrc/library.cpp", *(path.relative_to(ROOT).as_posix() for path in chosen)]
+    return ["csrc/library.cpp", "csrc/recording.cpp", *(path.relative_to(ROOT).as_posix() for path in chosen)]
 
 
 def extension(cuda):

@@ -11,6 +11,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "ops/held_gradients.h"
+#include "recording.h"
 
 TORCH_LIBRARY(fastgan, m) {
   // Public. Stems as in fastgan/ops, csrc/ops and tests. process_group: the name of a torch.distributed group of
@@ -121,10 +122,11 @@ TORCH_LIBRARY(fastgan, m) {
       "Tensor logits, Tensor? labels, int ignore_index, Tensor mean_probabilities, Tensor log_normalizer) -> Tensor");
 
   // One step of Adam on the CPU, of what is float32, dense, and has a parameter's strides; else false, and nothing is changed.
+  // lr_tensor, if given, replaces lr; found_inf that is not 0: true, and nothing happens.
   m.def(
       "adam_group_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-      "Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled_weight_decay) "
-      "-> bool");
+      "Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled_weight_decay, "
+      "Tensor? lr_tensor=None, Tensor? found_inf=None) -> bool");
 
   // One step of Adam; CUDA alone has it. Float32; the tensors of a parameter have its strides. steps: one [] each, counted on the
   // device. blocks_arrived: int32 [1], 0 between calls. lr_on_device, if given, replaces lr; found_inf that is not 0: nothing
@@ -181,6 +183,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("add_gradients_in_place", &fastgan::add_gradients_in_place);
   m.def("put_off_gradients", &fastgan::put_off_gradients);
   m.def("finish_gradients", &fastgan::finish_gradients, pybind11::call_guard<pybind11::gil_scoped_release>());
+  fastgan::bind_recording(m);
   m.def("cpu_info", [] {
     pybind11::dict info;
     pybind11::list isas;

@@ -28,7 +28,7 @@ class Adam(torch.optim.Adam):
     - its parameters are float32 on the CPU or on one CUDA device, of any shape and any dense memory format, and their gradients
       and averages are too, with the same strides;
     - ``amsgrad``, ``maximize`` and ``differentiable`` are off; ``weight_decay`` may be of either kind;
-    - ``lr`` is a number, or a float32 tensor with one element on that device or the CPU;
+    - ``lr`` is a number, or a float32 tensor with one element on that device or the CPU, where it may be float64, too;
     - the kernels for the device were built.
 
     Every other step is :class:`torch.optim.Adam`'s own; so are those for which :class:`torch.amp.GradScaler` sets ``grad_scale``.
@@ -81,20 +81,17 @@ class Adam(torch.optim.Adam):
         return gradients, exp_avgs, exp_avg_sqs, steps
 
     def _step_on_cpu(self, group: dict[str, Any], parameters: list[Tensor]) -> bool:
-        device, lr, found_inf = parameters[0].device, group["lr"], getattr(self, "found_inf", None)
         if getattr(self, "grad_scale", None) is not None or group["capturable"]:  # PyTorch raises for the latter
-            return False
-        if not all(_is_scalar_on(device, number) for number in (lr, found_inf) if isinstance(number, Tensor)):
             return False
         gradients, exp_avgs, exp_avg_sqs, steps = self._states(group)
         if not _TYPES.issuperset(map(type, (*parameters, *gradients))) or not all([p.is_cpu for p in parameters]):
             return False
-        if found_inf is not None and found_inf != 0:
-            return True
+        lr, in_tensor = group["lr"], isinstance(group["lr"], Tensor)
         with torch.no_grad():
             return torch.ops.fastgan.adam_group_(
-                parameters, gradients, exp_avgs, exp_avg_sqs, steps, float(lr), *group["betas"], group["eps"],
-                group["weight_decay"], group["decoupled_weight_decay"],
+                parameters, gradients, exp_avgs, exp_avg_sqs, steps, 0.0 if in_tensor else lr, *group["betas"], group["eps"],
+                group["weight_decay"], group["decoupled_weight_decay"], lr if in_tensor else None,
+                getattr(self, "found_inf", None),
             )  # fmt: skip
 
     def _step_on_cuda(self, group: dict[str, Any], parameters: list[Tensor]) -> bool:

@@ -83,6 +83,8 @@ class StandIn:
     """In place of CUDARecorder: the capture computes nothing in the end, a replay calls the function again and fills what the
     capture returned."""
 
+    name, draws_on_cpu, behind = CUDARecorder.name, CUDARecorder.draws_on_cpu, CUDARecorder.behind
+
     def __init__(self, trainer, waits=(), failure=None):
         self.trainer, self.waits, self.failure = trainer, list(waits), failure
         self.captures = self.replays = self.rehearsals = 0
@@ -95,7 +97,7 @@ class StandIn:
         self.rehearsals += 1
         yield self.waits
 
-    def capture(self, function):
+    def capture(self, function, inputs):
         self.captures += 1
         state = {part: getattr(self.trainer, part) for part in ("networks", "optimizers")}
         state = tensors({part: {n: item.state_dict() for n, item in items.items()} for part, items in state.items()})

@@ -559,7 +559,7 @@ def test_decay_lowers_the_step_size_over_the_last_part_of_the_run(tmp_path, imag
     for batch in trainer.batches.epoch(0):
         trainer.train_step(batch)
         trainer.step += 1
-        rates.append(trainer.optimizers["generator"].param_groups[0]["lr"])
+        rates.append(float(trainer.optimizers["generator"].param_groups[0]["lr"]))
     assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 8e-4, 4e-4])
     with pytest.raises(ValueError, match="--decay must be at most 1, got 2"):
         DCGANConfig(decay=2)

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "../cpu/adam.h"
@@ -13,11 +14,22 @@ namespace {
 
 using at::Tensor;
 
+using OptionalTensor = std::optional<Tensor>;
+
+// One number on the CPU, in float or double.
+bool is_number(const Tensor& t) {
+  const bool known = t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble;
+  return known && t.is_cpu() && t.layout() == at::kStrided && t.numel() == 1;
+}
+double number(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? *t.const_data_ptr<double>() : static_cast<double>(*t.const_data_ptr<float>());
+}
+
 bool is_float(const Tensor& t) { return t.scalar_type() == at::kFloat && t.is_cpu() && t.layout() == at::kStrided; }
 
 bool adam_group_cpu(at::TensorList parameters, at::TensorList gradients, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
                     at::TensorList steps, double lr, double beta1, double beta2, double eps, double weight_decay,
-                    bool decoupled_weight_decay) {
+                    bool decoupled_weight_decay, const OptionalTensor& lr_tensor, const OptionalTensor& found_inf) {
   const auto check_count = [&](const char* argument, at::TensorList list) {
     TORCH_CHECK_VALUE(list.size() == parameters.size(), "adam_group_: ", argument, " must be as many as parameters, ",
                       parameters.size(), ", got ", list.size());
@@ -26,6 +38,8 @@ bool adam_group_cpu(at::TensorList parameters, at::TensorList gradients, at::Ten
   check_count("exp_avgs", exp_avgs);
   check_count("exp_avg_sqs", exp_avg_sqs);
   check_count("steps", steps);
+  for (const OptionalTensor& given : {lr_tensor, found_inf})
+    if (given && !is_number(*given)) return false;
   for (size_t i = 0; i < parameters.size(); ++i) {
     const Tensor& parameter = parameters[i];
     if (!is_float(parameter) || !parameter.is_non_overlapping_and_dense()) return false;
@@ -33,6 +47,8 @@ bool adam_group_cpu(at::TensorList parameters, at::TensorList gradients, at::Ten
     for (const Tensor& tensor : {gradients[i], exp_avgs[i], exp_avg_sqs[i]})
       if (!is_float(tensor) || !same_order(tensor, parameter)) return false;
   }
+  if (found_inf && number(*found_inf) != 0) return true;
+  if (lr_tensor) lr = number(*lr_tensor);
   std::vector<cpu::AdamTensor> tensors;
   tensors.reserve(parameters.size());
   for (size_t i = 0; i < parameters.size(); ++i) {

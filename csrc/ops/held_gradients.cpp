@@ -1,5 +1,6 @@
 #include "held_gradients.h"
 
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -64,6 +65,7 @@ std::vector<at::Tensor> held_gradients(at::TensorList parameters, at::IntArrayRe
   // Empty in backward(), which gives every leaf its gradient; torch.autograd.grad wants them returned.
   const auto* only = torch::autograd::get_current_graph_task_exec_info();
   if (!adds_in_place || only == nullptr || !only->empty()) return {};
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return {};  // which are to see every operator
   std::vector<at::Tensor> held(output_mask.size());
   for (size_t i = 1; i < output_mask.size(); ++i)
     if (output_mask[i] && takes_gradients(parameters[i - 1])) held[i] = parameters[i - 1].grad();

@@ -112,6 +112,8 @@ class CatGANObjective(Objective):
         count = len(dataset) if config.labels == "all" else int(config.labels)
         self.all_labeled = count > 0 and count == len(dataset)
         self.norms: list[_BatchNorm] | None = None  # the discriminator's
+        if config.marginal_weight != 1:
+            self.no_recording = "the weight of the marginal entropy changes with the progress of the run"
         self.labeled = None
         if count and not self.all_labeled:
             if config.labeled_batch % self.ranks.size:

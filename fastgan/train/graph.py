@@ -2,7 +2,8 @@
 
 A small step takes the host longer to start, kernel by kernel, than the GPU to compute. In a graph nothing of the step's Python
 runs any more, so whatever changes from step to step reaches it through tensors: the batch and the latent vectors in static
-buffers, the step size in Adam's groups. And nothing in it may wait for the device: the losses are looked at a step later.
+buffers, the step size in Adam's groups. And nothing in it may wait for the device: the losses are looked at a step later. On the CPU a
+recording (recording.py) takes the graph's place.
 """
 
 import contextlib
@@ -24,15 +25,13 @@ from fastgan.train.distributed import random_state
 # Eager steps before the capture: in them libraries and Adam allocate what they keep, which a capture must not see. The last of
 # them is watched for what a graph could not repeat.
 WARM_UP = 3
-WITHOUT = "the steps run without a CUDA graph"
 
 
 def adam(parameters: Iterable[nn.Parameter], rate: float, betas: tuple[float, float], device: torch.device) -> Adam:
-    """Fused Adam. On a GPU its step size is a tensor there, which a captured step reads; in a ``state_dict`` it is a number, so
+    """Fused Adam. Its step size is a tensor on the device, which a captured step reads; in a ``state_dict`` it is a number, so
     that checkpoints go from one device to the other."""
-    if device.type == "cpu":
-        return optim.Adam(parameters, lr=rate, betas=betas, fused=True)
-    return with_rate_on_device(optim.Adam(parameters, lr=torch.tensor(rate, device=device), betas=betas, fused=True))
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    return with_rate_on_device(optim.Adam(parameters, lr=torch.tensor(rate, dtype=dtype, device=device), betas=betas, fused=True))
 
 
 def with_rate_on_device(optimizer: Adam) -> Adam:
@@ -61,7 +60,17 @@ def set_rate(optimizer: Adam, rate: float) -> None:
 
 
 class CUDARecorder:
-    """Captures work on the GPU in a graph and starts it again; steps before that run on the capture's stream."""
+    """Captures work on the GPU in a graph and starts it again; steps before that run on the capture's stream.
+
+    Attributes:
+        name: of what it makes, for messages.
+        draws_on_cpu: whether a replay can draw random numbers on the CPU.
+        behind: how many of the last steps may still run on the device when their losses are looked at.
+    """
+
+    name = "a CUDA graph"
+    draws_on_cpu = False
+    behind = 1
 
     def __init__(self):
         self._stream = torch.cuda.Stream()
@@ -96,7 +105,7 @@ class CUDARecorder:
             elif "Synchronization debug mode" not in str(each.message):
                 warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
-    def capture(self, function: Callable[[], Any]) -> Any:
+    def capture(self, function: Callable[[], Any], inputs: Iterable[Tensor]) -> Any:
         """What ``function`` returns, tensors that every :meth:`replay` fills anew; nothing is computed yet.
 
         Raises:
@@ -146,7 +155,7 @@ class GraphedStep:
         optimizers: those it uses.
         device: where it runs.
         nonfinite: ``(name, loss, batch, latent, number)`` of a loss that is not finite to the exception to raise.
-        recorder: makes the graph, as :class:`CUDARecorder`; None for eager steps.
+        recorder: makes the graph, as :class:`CUDARecorder`, or takes its place; None for eager steps.
 
     Attributes:
         guarded: whether the step that runs must not wait for the device.
@@ -236,7 +245,7 @@ class GraphedStep:
         result = self._result(values, batch, taken, number)
         if waits:
             self._give_up(f"the host waits for the device in {waits[0]}")
-        elif "cpu" in drawn:
+        elif "cpu" in drawn and not self._recorder.draws_on_cpu:
             self._give_up("random numbers are drawn on the CPU in the step")
         elif drawn and len(taken) > 1:
             # In a graph all latent vectors are drawn before these: another order, other numbers.
@@ -247,11 +256,12 @@ class GraphedStep:
         self.check()
         static = Batch(*(None if each is None else each.clone() for each in batch)), [z.clone() for z in latents]
         try:
-            with _capturable(self._optimizers):
-                self._values = self._recorder.capture(lambda: self._guarded(*static))
+            with _capturable(self._optimizers) if self._device.type == "cuda" else contextlib.nullcontext():
+                self._values = self._recorder.capture(lambda: self._guarded(*static), _tensors(*static))
         except RuntimeError as error:
-            self._recorder, self.fallback = None, f"the capture failed: {str(error).partition(chr(10))[0]}"
-            warnings.warn(f"{WITHOUT}: {self.fallback}", RuntimeWarning, stacklevel=4)
+            self.fallback = f"the capture failed: {str(error).partition(chr(10))[0]}"
+            warnings.warn(without(self._recorder, self.fallback), RuntimeWarning, stacklevel=4)
+            self._recorder = None
             return
         self._inputs = _tensors(*static)
         self._gradients = [
@@ -277,12 +287,17 @@ class GraphedStep:
         losses, figures = values[: len(self._losses)], values[len(self._losses) :]
         self._unseen.append((self._recorder.fetch(losses), batch, latents, number))
         # Only now, with this step started, so that the device has work while the host waits for the one before.
-        self.check(but_last=1)
+        self.check(but_last=self._recorder.behind)
         return dict(zip(self._figures, figures.unbind()))
 
     def _give_up(self, reason: str) -> None:
+        tqdm.write(without(self._recorder, reason))
         self._recorder, self.fallback = None, reason
-        tqdm.write(f"{WITHOUT}: {reason}")
+
+
+def without(recorder: Any, reason: str) -> str:
+    """The line that says why there is nothing to replay; ``recorder`` is one, or a class of them."""
+    return f"the steps run without {recorder.name}: {reason}"
 
 
 def _tensors(batch: Batch, latents: list[Tensor]) -> list[Tensor]:

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
+from fastgan import _extension
 from fastgan.data import Batch, ImageDataset
 from fastgan.losses import fake_loss, generator_loss, gradient_penalty, r1_penalty, real_loss
 from fastgan.nn import convert_sync_batch_norm, fuse
@@ -30,8 +32,9 @@ from fastgan.train.board import Board, require_tensorboard
 from fastgan.train.checkpoint import TrainingError, save_checkpoint
 from fastgan.train.config import PRECISIONS, TrainConfig
 from fastgan.train.distributed import Ranks, resume_words, set_random_state
-from fastgan.train.graph import WITHOUT, CUDARecorder, GraphedStep, adam, set_rate
+from fastgan.train.graph import CUDARecorder, GraphedStep, adam, set_rate, without
 from fastgan.train.nonfinite import locate_nonfinite
+from fastgan.train.recording import CPURecorder
 from fastgan.train.outputs import (
     Metrics, Progress, copy_history, prepare_folder, save_animation, save_curves, save_grid, write_json,
 )
@@ -55,17 +58,20 @@ class Objective:
 
     Attributes:
         averaged: the networks whose averaged weights are of use.
+        progress: the part of the run that is done, from 0 to 1; set by the trainer.
         no_graph: why a step with these losses cannot be captured in a CUDA graph, None where it can. In a graph Python decides
             nothing any more: what depends on ``progress`` would stay what it was in the captured step.
+        no_recording: the same for a recording on the CPU.
     """
 
     averaged = ("generator",)
     no_graph: str | None = None
+    no_recording: str | None = None
 
     def __init__(self, kind: str = "non_saturating", augment: Callable[[Tensor], Tensor] | None = None, *,
                  gradient_penalty: float = 0.0, r1: float = 0.0, label_smoothing: float = 0.0):
         self.kind = kind
-        self.progress = 0.0  # the part of the run that is done, from 0 to 1; set by the trainer
+        self.progress = 0.0
         self.augment = augment or nn.Identity()
         self.gradient_penalty, self.r1, self.label_smoothing = gradient_penalty, r1, label_smoothing
 
@@ -309,8 +315,10 @@ class Trainer:
             loss_g, figures_g = self._descend("generator", losses, part, z)
         return {"loss_d": loss_d, "loss_g": loss_g} | figures_d | figures_g
 
-    def _graph_recorder(self) -> CUDARecorder | None:
-        """What captures the step, where it can be; says why not where it was asked for."""
+    def _graph_recorder(self) -> CUDARecorder | CPURecorder | None:
+        """What captures the step, where it can be; says why not where a CUDA graph was asked for."""
+        if self.device.type == "cpu":
+            return CPURecorder(self._parameters, self.objective) if self.config.cpu_graph and self._gains_by_recording() else None
         if self.device.type != "cuda" or not self.config.cuda_graph:
             return None
         reason = self.objective.no_graph
@@ -321,8 +329,17 @@ class Trainer:
         if reason is None:
             return CUDARecorder()
         if self.ranks.main:
-            tqdm.write(f"{WITHOUT}: {reason}")
+            tqdm.write(without(CUDARecorder, reason))
         return None
+
+    def _gains_by_recording(self) -> bool:
+        """Whether a step on the CPU can be recorded and takes long enough outside its operators. Convolutions take longer, and less memory
+        as what a recording does not see: gradients that are added in place and put off."""
+        modules = [module for network in self.networks.values() for module in network.modules()]
+        return (
+            _extension.has_kernels("cpu") and self.ranks.group is None and self.config.precision == "fp32"
+            and self.objective.no_recording is None and not any(isinstance(module, _ConvNd) for module in modules)
+        )
 
     def _set_learning_rates(self) -> None:
         rate = self.config.learning_rate_at(self.objective.progress)
