@@ -58,6 +58,8 @@ class CPURecorder:
             recording.end([values, *gradients.values()])
             self._objective.progress = (progress + 0.5) % 1
             self._try(recording, function, inputs, values, gradients)
+        except Exception as error:
+            raise RuntimeError(str(error)) from error
         finally:
             self._objective.progress = progress
             _restore(recording.found(), random)
@@ -73,11 +75,11 @@ class CPURecorder:
         for run in (function, recording.replay):
             _restore(found, random)
             for each in inputs:
-                each.copy_(each.flip(0))
+                each.copy_(each.flip(0).mul(0.75 if each.is_floating_point() else 1))
             returned = run()
             new = (self._gradients(), returned) if run is function else (gradients, values)
-            results.append([*new[0].values(), new[1], torch.get_rng_state(), *(memory for memory, _ in found)])
-            results[-1] = [tensor.clone() for tensor in results[-1]]
+            new = [*new[0].values(), new[1], torch.get_rng_state(), *(memory for memory, _ in found)]
+            results.append([tensor.flatten().view(torch.uint8).clone() for tensor in new])  # as NaN is no number that equals itself
         if len(results[0]) != len(results[1]) or not all(map(torch.equal, *results)):
             raise RuntimeError("repeated, the step gave other numbers than the step itself")
 
