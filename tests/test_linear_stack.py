@@ -5,6 +5,7 @@ import copy
 import functools
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,12 +14,13 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import fastgan
-from fastgan import _extension, ops
+from fastgan import _extension
 from fastgan.models import catgan
 from fastgan.nn import GaussianNoise
 from fastgan.ops import linear_stack
 from fastgan.ops._gradients import gradients_added_in_place
 from fastgan.ops.linear_stack import LinearStackCall
+from test_batch_norm_act_noise import box_muller, threefry_normals
 
 pytestmark = pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="the compiled extension is missing")
 
@@ -236,13 +238,21 @@ def stack_with_noise(x, seeds, tensors, training=True, batches=()):
 
 
 def composed_with_noise(x, seeds, tensors, training=True, batches=None):
-    """The same from batch_norm_act_noise, one seed a layer."""
+    """The same from PyTorch's operators, one seed a layer."""
     w1, w2, gamma, beta, mean, var = tensors
 
     def noise(z, std, seed):
-        zeros = torch.zeros_like(z, dtype=torch.float32)
-        constant = dict(running_mean=torch.zeros(z.shape[1]), running_var=torch.ones(z.shape[1]), training=False, eps=0.0)
-        return z + ops.batch_norm_act_noise(zeros, **constant, activation="identity", noise_std=std, seed=seed).to(z.dtype)
+        """Features in blocks, even in number above one, that begin at multiples of 8; a chunk of 64 normals a row and block."""
+        rows, features = z.shape
+        blocks, eights = -(-features // 64), -(-features // 8)
+        blocks += blocks % 2 if blocks > 1 else 0
+        starts = [min(block * eights // blocks * 8, features) for block in range(blocks + 1)]
+        drawn = [
+            [box_muller(*threefry_normals(int(seed), row * blocks + block))[: starts[block + 1] - starts[block]]
+             for block in range(blocks)]
+            for row in range(rows)
+        ]  # fmt: skip
+        return z + std * torch.from_numpy(np.array([np.concatenate(row) for row in drawn])).to(z.dtype)
 
     z = nn.functional.linear(noise(x, 0.3, seeds[0]), w1)
     parts = z.split(batches or len(z))
@@ -261,10 +271,10 @@ def noise_case(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_noise_is_that_of_batch_norm_act_noise(training):
+def test_noise_is_threefry_and_box_muller_of_the_position(training):
     x, seeds, tensors = noise_case()
     found = stack_with_noise(x, seeds, [t.clone() for t in tensors], training)
-    torch.testing.assert_close(found, composed_with_noise(x, seeds, [t.clone() for t in tensors], training), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, composed_with_noise(x, seeds, [t.clone() for t in tensors], training), rtol=1e-3, atol=3e-4)
 
 
 def test_noise_follows_pytorchs_seed_and_not_the_number_of_threads():

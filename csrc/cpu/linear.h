@@ -41,7 +41,7 @@ struct LinearForward {
   const float* bias;  // [outputs], or null
   LinearNorm norm;
   ActivationSpec activation;
-  GaussianNoise noise;  // as batch_norm_act_noise draws it for [rows, outputs]
+  GaussianNoise noise;  // a function of the seed and of the place in [rows, outputs]
   float* raw;           // by feature: products + bias, what backward needs
   float* output;        // by feature; may be raw, which is then overwritten
   float* by_row;        // the output, `stride` floats a row; or null

@@ -1,6 +1,6 @@
 // Compiled once per instruction set (see isa.h).
 //
-// Tasks are blocks of kBlock features: of the outputs, or of the inputs for their gradient. Depths are cut so that a panel of
+// Tasks are blocks of up to kBlock features: of the outputs, or of the inputs for their gradient. Depths are cut so that a panel of
 // the right operand stays in the second-level cache, or the first, while the block's rows pass over it.
 #include "linear.h"
 
@@ -29,6 +29,21 @@ constexpr int kMostRows = 6;
 constexpr int64_t kDepth = 256;
 constexpr bool kGathers = true;  // columns of the weight before they are the left operand of so many, narrow panels
 #endif
+
+// Features first .. first + count.
+struct Block {
+  int64_t first, count;
+};
+
+// Blocks are even in number and nearly equal, so that two threads have the same to do, and begin at a multiple of kSide.
+inline int64_t count_blocks(int64_t features) {
+  const int64_t blocks = ceil_div(features, kBlock);
+  return blocks > 1 ? blocks + blocks % 2 : blocks;
+}
+inline Block block_of(int64_t features, int64_t block, int64_t blocks) {
+  const int64_t sides = ceil_div(features, kSide), first = block * sides / blocks * kSide;
+  return {first, min64((block + 1) * sides / blocks * kSide, features) - first};
+}
 
 // ---- products
 
@@ -263,9 +278,9 @@ void add_noise(int64_t rows, int64_t features, int64_t blocks, int64_t block, Ga
 }
 
 void read(int64_t rows, int64_t features, const float* input, GaussianNoise noise, float* by_feature, float* by_row) {
-  const int64_t stride = linear_stride(rows), blocks = ceil_div(features, kBlock);
+  const int64_t stride = linear_stride(rows), blocks = count_blocks(features);
   parallel_for(blocks, [&](int64_t block) {
-    const int64_t f0 = block * kBlock, count = min64(kBlock, features - f0);
+    const auto [f0, count] = block_of(features, block, blocks);
     float* to = by_feature + f0 * stride;
     transpose_features(count, rows, input + f0, features, to, stride);
     for (int64_t f = 0; f < count; ++f)
@@ -316,10 +331,10 @@ void finish_feature(const LinearForward& to, int64_t rows, int64_t f) {
 }
 
 void forward(const LinearShape& shape, const float* weight, const float* input, const LinearForward& to) {
-  const int64_t stride = linear_stride(shape.rows), blocks = ceil_div(shape.outputs, kBlock);
+  const int64_t stride = linear_stride(shape.rows), blocks = count_blocks(shape.outputs);
   const int64_t cuts = ceil_div(shape.inputs, kDepth);
   parallel_for(blocks, [&](int64_t block) {
-    const int64_t f0 = block * kBlock, count = min64(kBlock, shape.outputs - f0);
+    const auto [f0, count] = block_of(shape.outputs, block, blocks);
     for (int64_t cut = 0; cut < cuts; ++cut) {
       const int64_t k = part_start(shape.inputs, cut, cuts), depth = part_start(shape.inputs, cut + 1, cuts) - k;
       multiply<true>(Left{weight + f0 * shape.inputs + k, shape.inputs}, count, input + k * stride, stride, depth,
@@ -374,9 +389,9 @@ void finish_gradient(const LinearBackward& to, int64_t rows, int64_t f) {
 }
 
 void read_gradient(int64_t rows, int64_t features, const float* gradient, const LinearBackward& to) {
-  const int64_t stride = linear_stride(rows);
-  parallel_for(ceil_div(features, kBlock), [&](int64_t block) {
-    const int64_t f0 = block * kBlock, count = min64(kBlock, features - f0);
+  const int64_t stride = linear_stride(rows), blocks = count_blocks(features);
+  parallel_for(blocks, [&](int64_t block) {
+    const auto [f0, count] = block_of(features, block, blocks);
     transpose_features(count, rows, gradient + f0, features, to.gradient + f0 * stride, stride);
     for (int64_t f = f0; f < f0 + count; ++f) finish_gradient(to, rows, f);
   });
@@ -395,9 +410,9 @@ void gather(const float* weight, int64_t stride, int64_t depth, int64_t count, c
 
 void input_gradient(const LinearShape& shape, const float* weight, const float* gradient, const LinearBackward& below,
                     float* by_row) {
-  const int64_t stride = linear_stride(shape.rows), cuts = ceil_div(shape.outputs, kDepth);
-  parallel_for(ceil_div(shape.inputs, kBlock), [&](int64_t block) {
-    const int64_t k0 = block * kBlock, count = min64(kBlock, shape.inputs - k0);
+  const int64_t stride = linear_stride(shape.rows), cuts = ceil_div(shape.outputs, kDepth), blocks = count_blocks(shape.inputs);
+  parallel_for(blocks, [&](int64_t block) {
+    const auto [k0, count] = block_of(shape.inputs, block, blocks);
     float gathered[kGathers ? kDepth * kBlock : 1];  // the weight's columns of this block
     float* sums = below.gradient + k0 * stride;
     for (int64_t cut = 0; cut < cuts; ++cut) {

@@ -50,8 +50,8 @@ def fuse(module, inplace=False, report=False):
     """Makes every run ``ConvTranspose2d | Conv2d [+ BatchNorm2d] [+ ReLU | LeakyReLU | Tanh | Sigmoid]`` of `module`
     run on the fused operators; on the CPU also every run ``Linear [+ BatchNorm1d] [+ ReLU | LeakyReLU | Tanh | Sigmoid]
     [+ fastgan.nn.GaussianNoise]`` of an ``nn.Sequential``, with noise before it, in float32 where it is faster (docs/fuse.md
-    says where), and otherwise what comes after its ``Linear``. (Noise has the values that
-    :func:`fastgan.ops.batch_norm_act_noise` draws, not ``randn``'s.) ``SyncBatchNorm`` may stand for ``BatchNorm2d``; on the
+    says where), and otherwise what comes after its ``Linear``. (Noise comes from the generator of
+    :func:`fastgan.ops.batch_norm_act_noise`, not ``randn``'s.) ``SyncBatchNorm`` may stand for ``BatchNorm2d``; on the
     CPU, where PyTorch's own does not run, it does so then.
 
     Runs are found inside any ``nn.Sequential``, at any depth, and inside any module whose ``forward`` calls such layers

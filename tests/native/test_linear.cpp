@@ -69,13 +69,21 @@ Floats by_feature(const Floats& by_row, int64_t rows, int64_t features) {
 
 Floats uninitialised(int64_t n) { return Floats(static_cast<size_t>(n), NAN); }
 
-// What batch_norm_act_noise adds to [rows, features].
+// The noise of [rows, features]: what batch_norm_act_noise adds to [rows * blocks, 64], whose rows are a chunk of normals each, cut to the
+// features of the block. Blocks are even in number above one and begin at multiples of 8.
 Floats noise_of(int64_t rows, int64_t features) {
-  const Floats zeros(static_cast<size_t>(rows * features));
-  Floats mean(static_cast<size_t>(features)), var(mean.size(), 1.0f), invstd(mean), noise(zeros);
-  batch_norm_act_noise_kernels<float>().forward({rows, features, 1}, zeros.data(), nullptr, nullptr, 0.0, false,
+  const int64_t least = (features + 63) / 64, blocks = least > 1 ? least + least % 2 : least, eights = (features + 7) / 8;
+  const Floats zeros(static_cast<size_t>(rows * blocks * 64));
+  Floats mean(64), var(64, 1.0f), invstd(64), chunks(zeros), noise(static_cast<size_t>(rows * features));
+  batch_norm_act_noise_kernels<float>().forward({rows * blocks, 64, 1}, zeros.data(), nullptr, nullptr, 0.0, false,
                                                 {Activation::identity, 0.0}, {kStd, kSeed}, mean.data(), var.data(), invstd.data(),
-                                                noise.data());
+                                                chunks.data());
+  for (int64_t n = 0; n < rows; ++n)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t begin = block * eights / blocks * 8, end = std::min((block + 1) * eights / blocks * 8, features);
+      for (int64_t f = begin; f < end; ++f)
+        noise[static_cast<size_t>(n * features + f)] = chunks[static_cast<size_t>((n * blocks + block) * 64 + f - begin)];
+    }
   return noise;
 }
 
