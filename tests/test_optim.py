@@ -185,9 +185,11 @@ def test_found_inf_leaves_out_the_step(pytorchs):
     assert len(pytorchs) == (0 if _extension.has_kernels("cpu") else 4)
 
 
-def test_learning_rate_in_a_tensor(pytorchs):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_learning_rate_in_a_tensor(pytorchs, dtype):
     ours, theirs = parameters(), parameters()
-    own, other = optim.Adam(ours, lr=torch.tensor(0.1)), torch.optim.Adam(theirs, lr=torch.tensor(0.1), fused=True)
+    own, other = (optim.Adam(ours, lr=torch.tensor(0.1, dtype=dtype)),
+                  torch.optim.Adam(theirs, lr=torch.tensor(0.1, dtype=dtype), fused=True))
     for rate in (0.1, 0.02):
         for optimizer, tensors in ((own, ours), (other, theirs)):
             optimizer.param_groups[0]["lr"].fill_(rate)
@@ -203,10 +205,11 @@ def test_operator_changes_nothing_that_it_does_not_take():
     def call(**changes):
         lists = {name: [torch.ones(2, 3), torch.ones(2)] for name in ("parameters", "gradients", "exp_avgs", "exp_avg_sqs")}
         lists["steps"] = [torch.zeros(()), torch.zeros(())]
+        given = {name: changes.pop(name) for name in ("lr_tensor", "found_inf") if name in changes}
         for name, tensor in changes.items():
             lists[name][1] = tensor
         before = [tensor.clone() for tensors in lists.values() for tensor in tensors]
-        taken = torch.ops.fastgan.adam_group_(**lists, **numbers)
+        taken = torch.ops.fastgan.adam_group_(**lists, **numbers, **given)
         unchanged = all(map(torch.equal, before, [tensor for tensors in lists.values() for tensor in tensors]))
         return taken, unchanged
 
@@ -215,8 +218,10 @@ def test_operator_changes_nothing_that_it_does_not_take():
         ("parameters", torch.ones(2).double()), ("parameters", torch.ones(4)[::2]), ("gradients", torch.ones(3)),
         ("gradients", torch.ones(2, dtype=torch.bfloat16)), ("exp_avgs", torch.ones(4)[::2]),
         ("exp_avg_sqs", torch.ones(2, 1)), ("steps", torch.zeros(2)), ("steps", torch.zeros((), dtype=torch.float64)),
+        ("lr_tensor", torch.ones(2)), ("lr_tensor", torch.tensor(1)), ("found_inf", torch.zeros(0)),
     ):  # fmt: skip
         assert call(**{name: tensor}) == (False, True)
+    assert call(found_inf=torch.tensor(float("nan"))) == (True, True)
     with pytest.raises(ValueError, match="adam_group_: steps must be as many as parameters, 1, got 0"):
         ones = [torch.ones(2)]
         torch.ops.fastgan.adam_group_(ones, ones, ones, ones, [], **numbers)
