@@ -4,7 +4,7 @@
     python benchmarks/peak_memory.py --cases grey28-b128-fp32 --peers eager trainer
 
 torch.profiler records every allocation and release of PyTorch's CPU allocator, from before the networks are built to the
-end of the third step; the figure is the most that was allocated at once: weights, gradients, optimizer, images,
+end of the sixth step (the trainer records its fourth and repeats the others from that); the figure is the most that was allocated at once: weights, gradients, optimizer, images,
 activations and fastgan's workspaces. What oneDNN and MKL take from the operating system behind PyTorch's back is not
 seen: it would add to eager's figure.
 """
@@ -30,7 +30,7 @@ def measure(case, peer):
             setting = Setting(case)
             step = setting.peer(peer, Path(folder))
             setting.networks = None  # what every peer has copied
-            for _ in range(3):
+            for _ in range(6):
                 step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     allocated = most = 0

@@ -3,15 +3,14 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
-#include <ATen/ops/alias.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <optional>
 #include <unordered_map>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -35,23 +34,29 @@ void for_tensors(const c10::IValue& value, const F& f) {
   }
 }
 
-bool same_view(const Tensor& a, const Tensor& b) {
-  return a.dtype() == b.dtype() && a.storage_offset() == b.storage_offset() && a.sizes() == b.sizes() && a.strides() == b.strides();
-}
+// How a tensor lies in its memory.
+struct View {
+  caffe2::TypeMeta dtype;
+  int64_t offset;
+  std::vector<int64_t> sizes, strides;
+
+  explicit View(const Tensor& t) : dtype(t.dtype()), offset(t.storage_offset()), sizes(t.sizes().vec()), strides(t.strides().vec()) {}
+  bool operator==(const View& other) const {
+    return dtype == other.dtype && offset == other.offset && sizes == other.sizes && strides == other.strides;
+  }
+};
 
 // Calls of operators, below autograd, in the order in which they were made. Memory is either that of a call's result, which every replay
 // allocates anew, or it is there before and after: then replays read and write it where it lies.
 class Recording {
  public:
-  // What a call is about to be made with. To be followed by called().
-  void call(const c10::OperatorHandle& op, Stack arguments);
+  // What a call is about to be made with. To be followed by called(). Returns memory, as bytes, that was there before and is new to the
+  // recording.
+  std::vector<Tensor> call(const c10::OperatorHandle& op, Stack arguments);
   // What it returned: its tensors in order, undefined where it has returned none.
   void called(const std::vector<Tensor>& results);
-  // Ends the recording. The tensors `kept`, results each, get in every replay the memory of the newly computed ones.
+  // Ends the recording. The tensors `kept`, results each, get in every replay the memory of the newly computed ones, and have none till then.
   void end(const std::vector<Tensor>& kept);
-  // All memory that was there before, as bytes, and a copy of what it held.
-  const std::vector<std::pair<Tensor, Tensor>>& found() const { return found_; }
-  void forget_found() { found_.clear(); }
   void replay();
 
  private:
@@ -70,28 +75,36 @@ class Recording {
   };
 
   std::optional<size_t> result_of(const Tensor& tensor) const;
+  void release_kept();
   void run();
 
   std::vector<Call> calls_;
-  std::vector<Tensor> results_;  // while recording: all, so that no memory is used twice; in a replay those that are still needed
+  size_t result_count_ = 0;
+  std::vector<Tensor> results_;  // in a replay, those that are still needed
   std::vector<std::pair<Tensor, size_t>> kept_;
-  std::vector<std::pair<Tensor, Tensor>> found_;
-  // While recording, by a tensor's memory: autograd may make another object of a result.
-  std::unordered_set<const c10::StorageImpl*> found_memory_;
-  std::unordered_map<const c10::StorageImpl*, std::vector<size_t>> result_memory_;
+  // While recording, by a tensor's memory: autograd may make another object of a result. The weak pointers let go of the memory but not of
+  // the object that stands for it, so that no other gets its address.
+  struct Results {
+    c10::weak_intrusive_ptr<c10::StorageImpl> memory;
+    std::vector<std::pair<View, size_t>> views;
+  };
+  std::unordered_map<const c10::StorageImpl*, c10::Storage> found_memory_;
+  std::unordered_map<const c10::StorageImpl*, Results> result_memory_;
 };
 
 std::optional<size_t> Recording::result_of(const Tensor& tensor) const {
-  const auto memory = result_memory_.find(tensor.storage().unsafeGetStorageImpl());
-  if (memory == result_memory_.end()) return std::nullopt;
-  for (auto i = memory->second.rbegin(); i != memory->second.rend(); ++i)
-    if (same_view(results_[*i], tensor)) return *i;
+  const auto found = result_memory_.find(tensor.storage().unsafeGetStorageImpl());
+  if (found == result_memory_.end()) return std::nullopt;
+  const auto& views = found->second.views;
+  const auto same = std::find_if(views.rbegin(), views.rend(), [view = View(tensor)](const auto& each) { return each.first == view; });
+  if (same != views.rend()) return same->second;
   TORCH_CHECK(false, "a tensor of shape ", tensor.sizes(), " is a view that no operator has made");
 }
 
-void Recording::call(const c10::OperatorHandle& op, Stack arguments) {
+std::vector<Tensor> Recording::call(const c10::OperatorHandle& op, Stack arguments) {
   const at::AutoDispatchBelowADInplaceOrView below;
-  Call call{op, std::move(arguments), {}, results_.size(), {}};
+  std::vector<Tensor> found;
+  Call call{op, std::move(arguments), {}, result_count_, {}};
   for (size_t i = 0; i < call.arguments.size(); ++i) {
     for_tensors(call.arguments[i], [&](const Tensor& tensor, int64_t place) {
       if (!tensor.defined()) return;
@@ -99,9 +112,8 @@ void Recording::call(const c10::OperatorHandle& op, Stack arguments) {
       const c10::Storage& storage = tensor.storage();
       if (found_memory_.count(storage.unsafeGetStorageImpl()) > 0) return;
       if (const auto result = result_of(tensor)) return call.uses.push_back({i, place, *result});
-      found_memory_.insert(storage.unsafeGetStorageImpl());
-      const Tensor bytes = at::empty({0}, at::kByte).set_(storage, 0, {static_cast<int64_t>(storage.nbytes())}, {1});
-      found_.emplace_back(bytes, bytes.clone());
+      found_memory_.emplace(storage.unsafeGetStorageImpl(), storage);
+      found.push_back(at::empty({0}, at::kByte).set_(storage, 0, {static_cast<int64_t>(storage.nbytes())}, {1}));
     });
   }
   for (const Use& use : call.uses) {
@@ -114,26 +126,29 @@ void Recording::call(const c10::OperatorHandle& op, Stack arguments) {
     }
   }
   calls_.push_back(std::move(call));
+  return found;
 }
 
 void Recording::called(const std::vector<Tensor>& results) {
-  const at::AutoDispatchBelowADInplaceOrView below;
   for (const Tensor& tensor : results) {
-    if (tensor.defined()) result_memory_[tensor.storage().unsafeGetStorageImpl()].push_back(results_.size());
-    // An object of its own: of a tensor that somebody else holds, AccumulateGrad makes a copy.
-    results_.push_back(tensor.defined() ? at::alias(tensor) : tensor);
+    if (tensor.defined()) {
+      const c10::Storage& storage = tensor.storage();
+      const auto memory = result_memory_.try_emplace(storage.unsafeGetStorageImpl(), Results{storage.getWeakStorageImpl(), {}}).first;
+      memory->second.views.emplace_back(View(tensor), result_count_);
+    }
+    ++result_count_;
   }
 }
 
 void Recording::end(const std::vector<Tensor>& kept) {
-  std::vector<bool> needed(results_.size());
+  std::vector<bool> needed(result_count_);
   for (const Tensor& tensor : kept) {
     const auto result = result_of(tensor);
     TORCH_CHECK(result.has_value(), "a tensor of shape ", tensor.sizes(), " that is asked for is no result");
     needed[*result] = true;
     kept_.emplace_back(tensor, *result);
   }
-  size_t end = results_.size();
+  size_t end = result_count_;
   for (auto call = calls_.rbegin(); call != calls_.rend(); ++call) {
     const auto use = [&](size_t result) {
       if (!needed[result]) call->last_used.push_back(result);
@@ -143,16 +158,21 @@ void Recording::end(const std::vector<Tensor>& kept) {
     for (size_t result = call->first_result; result < end; ++result) use(result);
     end = call->first_result;
   }
-  results_.assign(results_.size(), Tensor());
+  release_kept();
+  results_.assign(result_count_, Tensor());
   found_memory_.clear();
   result_memory_.clear();
 }
 
-void Recording::replay() {
-  const at::AutoDispatchBelowADInplaceOrView below;
-  // What they hold is then there to be taken again.
+// What they hold is then there to be taken again.
+void Recording::release_kept() {
   const c10::Storage none = at::empty({0}, at::kByte).storage();
   for (const auto& [tensor, result] : kept_) tensor.unsafeGetTensorImpl()->set_storage_keep_dtype(none);
+}
+
+void Recording::replay() {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  release_kept();
   try {
     run();
   } catch (...) {
@@ -200,7 +220,7 @@ void bind_recording(pybind11::module_& m) {
            [](Recording& self, const char* name, const char* overload, const py::args& arguments, const py::kwargs& keywords) {
              const torch::jit::ToIValueAllowNumbersAsTensors numbers(true);  // as in tensor / 2, a call of div.Tensor
              const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, overload);
-             self.call(op, torch::jit::createStackForSchema(op.schema(), arguments, keywords, std::nullopt));
+             return self.call(op, torch::jit::createStackForSchema(op.schema(), arguments, keywords, std::nullopt));
            })
       .def("called",
            [](Recording& self, const py::list& results) {
@@ -209,8 +229,6 @@ void bind_recording(pybind11::module_& m) {
              self.called(tensors);
            })
       .def("end", &Recording::end)
-      .def("found", &Recording::found)
-      .def("forget_found", &Recording::forget_found)
       .def("replay", &Recording::replay, py::call_guard<py::gil_scoped_release>());
 }
 

@@ -34,7 +34,7 @@ def same_thread_count_after_the_test():
 
 
 def trainer_in(folder, config_class=DCGANConfig, checkpoint=None, **settings):
-    settings = {**(DCGAN if config_class is DCGANConfig else {}), "device": "cpu", **settings}
+    settings = {**(DCGAN if config_class is DCGANConfig else {}), "device": "cpu", "cpu_graph": False, **settings}
     return Trainer(config_class(output=str(folder), **settings), DATASET, checkpoint)
 
 

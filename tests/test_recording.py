@@ -27,6 +27,9 @@ GAN = dict(image_size=16, batch_size=4, digit=None, latent_dim=5, hidden_feature
 CATGAN = dict(architecture="mlp", image_size=16, batch_size=20, labels="20", labeled_batch=10, latent_dim=5, epochs=3, log_every=1)
 
 
+DCGAN = dict(image_size=16, channels=1, batch_size=16, base_channels=4, latent_dim=5, epochs=3, log_every=1)
+
+
 @pytest.fixture(autouse=True)
 def same_thread_count_after_the_test():
     threads = torch.get_num_threads()
@@ -35,7 +38,7 @@ def same_thread_count_after_the_test():
 
 
 def trainer_in(folder, config_class=GANConfig, checkpoint=None, **settings):
-    defaults = {GANConfig: GAN, CatGANConfig: CATGAN, DCGANConfig: dict(image_size=16, channels=1)}[config_class]
+    defaults = {GANConfig: GAN, CatGANConfig: CATGAN, DCGANConfig: DCGAN}[config_class]
     config = config_class(output=str(folder), device="cpu", threads=2, **{**defaults, **settings})
     trainer = Trainer(config, DATASET, checkpoint)
     trainer.objective.judged = None  # the real test set's images are larger
@@ -54,6 +57,9 @@ def run(folder, config_class=GANConfig, **settings):
     (GANConfig, {"generator_loss": "hinge", "discriminator_learning_rate": 1e-4}), (GANConfig, {"fuse": False}),
     (CatGANConfig, {}), (CatGANConfig, {"labels": "0", "views": 1}), (CatGANConfig, {"labels": "all", "augment": False}),
     (CatGANConfig, {"generator_loss": "feature-matching", "ema": 0.0}), (CatGANConfig, {"decay": 1.0, "fuse": False}),
+    (CatGANConfig, {"architecture": "conv", "base_channels": 4}), (DCGANConfig, {}), (DCGANConfig, {"augment": True, "ema": 0.0}),
+    (DCGANConfig, {"precision": "bf16", "decay": 0.5}), (DCGANConfig, {"spectral_norm": True, "gradient_penalty": 1.0}),
+    (DCGANConfig, {"discriminator_steps": 2}), (DCGANConfig, {"fuse": False, "generator_loss": "wasserstein"}),
 ], ids=str)  # fmt: skip
 def test_repeated_steps_are_the_steps_to_the_bit(tmp_path, config_class, settings):
     assert not run(tmp_path / "eager", config_class, cpu_graph=False, **settings)
@@ -173,8 +179,8 @@ def test_a_step_that_cannot_be_repeated_stays_eager_and_says_why(tmp_path, objec
 
 
 @pytest.mark.parametrize("config_class, settings", [
-    (DCGANConfig, {}), (CatGANConfig, {"architecture": "conv"}), (CatGANConfig, {"marginal_weight": 2.0}), (GANConfig, {"precision": "bf16"}),
-    (GANConfig, {"cpu_graph": False}),
+    (CatGANConfig, {"marginal_weight": 2.0}), (GANConfig, {"cpu_graph": False}),
+    (GANConfig, {"hidden_features": 1000, "digit": None}),
 ], ids=str)  # fmt: skip
 def test_where_nothing_is_recorded(tmp_path, config_class, settings):
     assert trainer_in(tmp_path, config_class, **settings)._graph_recorder() is None

@@ -82,8 +82,8 @@ class TrainConfig:
     fuse: bool = option(True, "run the networks on fastgan's fused ops")
     cuda_graph: bool = option(True, "on a GPU, capture the training step in a CUDA graph; where it cannot be, the run says why",
                               may_change=True)
-    cpu_graph: bool = option(True, "on the CPU, record the training step of networks without convolutions and repeat it without "
-                             "Python", may_change=True)
+    cpu_graph: bool = option(True, "on the CPU, record the training step of networks of up to 4 million weights and repeat it "
+                             "without Python", may_change=True)
     threads: int | None = option(None, "CPU threads; by default PyTorch's choice", minimum=1, may_change=True)
     seed: int = option(0, "seed of weights, noise and the order of the images", minimum=0, below=2**32)
     log_every: int = option(10, "steps between two lines of metrics.jsonl", minimum=1, may_change=True)

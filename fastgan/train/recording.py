@@ -5,6 +5,8 @@ nothing of that happens any more, and what changes from step to step has to come
 """
 
 import contextlib
+import hashlib
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -49,38 +51,39 @@ class CPURecorder:
         Raises:
             RuntimeError: it did what cannot be repeated. Everything is as it was, but for gradients.
         """
-        recording, random, inputs = _extension._C.Recording(), torch.get_rng_state(), list(inputs)
-        progress = self._objective.progress
-        try:
-            with _Recorder(recording):
-                values = function()
-            gradients = self._gradients()
-            recording.end([values, *gradients.values()])
-            self._objective.progress = (progress + 0.5) % 1
-            self._try(recording, function, inputs, values, gradients)
-        except Exception as error:
-            raise RuntimeError(str(error)) from error
-        finally:
-            self._objective.progress = progress
-            _restore(recording.found(), random)
+        recording, inputs, progress = _extension._C.Recording(), list(inputs), self._objective.progress
+        with _State() as state:
+            try:
+                with _Recorder(recording, state):
+                    values = function()
+                gradients = self._gradients()
+                recording.end([values, *gradients.values()])
+                self._objective.progress = (progress + 0.5) % 1
+                self._try(recording, function, inputs, values, gradients, state)
+            except Exception as error:
+                raise RuntimeError(str(error)) from error
+            finally:
+                self._objective.progress = progress
+                state.restore()
         for parameter in self._parameters:
             parameter.grad = gradients.get(parameter)
-        recording.forget_found()
         self._recording = recording
         return values
 
     def _try(self, recording: Any, function: Callable[[], Tensor], inputs: list[Tensor], values: Tensor,
-             gradients: dict[nn.Parameter, Tensor]) -> None:
-        found, random, results = recording.found(), torch.get_rng_state(), []
+             gradients: dict[nn.Parameter, Tensor], state: "_State") -> None:
+        random, results = torch.get_rng_state(), []
         for run in (function, recording.replay):
-            _restore(found, random)
+            state.restore()
+            torch.set_rng_state(random)
             for each in inputs:
                 each.copy_(each.flip(0).mul(0.75 if each.is_floating_point() else 1))
             returned = run()
             new = (self._gradients(), returned) if run is function else (gradients, values)
-            new = [*new[0].values(), new[1], torch.get_rng_state(), *(memory for memory, _ in found)]
-            results.append([tensor.flatten().view(torch.uint8).clone() for tensor in new])  # as NaN is no number that equals itself
-        if len(results[0]) != len(results[1]) or not all(map(torch.equal, *results)):
+            results.append([_digest(tensor) for tensor in (*new[0].values(), new[1], torch.get_rng_state(), *state.memory)])
+            for parameter in self._parameters:  # less memory; those of the recording are in `gradients`
+                parameter.grad = None
+        if results[0] != results[1]:
             raise RuntimeError("repeated, the step gave other numbers than the step itself")
 
     def _gradients(self) -> dict[nn.Parameter, Tensor]:
@@ -95,10 +98,38 @@ class CPURecorder:
         return values.clone().tolist
 
 
-def _restore(found: Iterable[tuple[Tensor, Tensor]], random: Tensor) -> None:
-    for memory, before in found:
-        memory.copy_(before)
-    torch.set_rng_state(random)
+def _digest(tensor: Tensor) -> bytes:
+    """Of a tensor's bits: two tensors need not be held to be compared, and NaN equals itself."""
+    return hashlib.blake2b(tensor.detach().flatten().view(torch.uint8).numpy()).digest()
+
+
+class _State:
+    """All memory that a recording found, and what it was before; the random numbers to come, too. In a file: at this time there is more
+    in memory than at any other.
+
+    Attributes:
+        memory: uint8 tensors.
+    """
+
+    def __init__(self):
+        self.memory: list[Tensor] = []
+        self._random, self._file = torch.get_rng_state(), tempfile.TemporaryFile()
+
+    def __enter__(self) -> "_State":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.close()
+
+    def add(self, memory: Tensor) -> None:
+        self.memory.append(memory)
+        self._file.write(memory.numpy().data)
+
+    def restore(self) -> None:
+        self._file.seek(0)
+        for memory in self.memory:
+            self._file.readinto(memory.numpy().data)
+        torch.set_rng_state(self._random)
 
 
 class _Recorder(TorchDispatchMode):
@@ -108,9 +139,9 @@ class _Recorder(TorchDispatchMode):
         RuntimeError: one tells Python a number, on which the work may then depend.
     """
 
-    def __init__(self, recording: Any):
+    def __init__(self, recording: Any, state: _State):
         super().__init__()
-        self._recording = recording
+        self._recording, self._state = recording, state
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -119,7 +150,8 @@ class _Recorder(TorchDispatchMode):
         # The fastgan operators' only other result says whether they took the call.
         if function.namespace != "fastgan" and not all("Tensor" in str(each.type) for each in function._schema.returns):
             raise RuntimeError(f"the host reads a value, by {function}")
-        self._recording.call(function._schema.name, function._schema.overload_name, *args, **kwargs)
+        for memory in self._recording.call(function._schema.name, function._schema.overload_name, *args, **kwargs):
+            self._state.add(memory)
         result = function(*args, **kwargs)
         self._recording.called(list(_tensors(result)))
         return result

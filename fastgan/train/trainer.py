@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
 from fastgan import _extension
@@ -41,6 +40,9 @@ from fastgan.train.outputs import (
 
 # Curves and animation take seconds to draw: at most every so many seconds, and at the end.
 DRAWING_INTERVAL = 60.0
+# Networks with more weights are not recorded on the CPU: a step is some percent faster then, for the memory of gradients that are else
+# added where they lie, or put off.
+RECORDED_WEIGHTS = 4_000_000
 
 
 class Objective:
@@ -318,7 +320,10 @@ class Trainer:
     def _graph_recorder(self) -> CUDARecorder | CPURecorder | None:
         """What captures the step, where it can be; says why not where a CUDA graph was asked for."""
         if self.device.type == "cpu":
-            return CPURecorder(self._parameters, self.objective) if self.config.cpu_graph and self._gains_by_recording() else None
+            weights = sum(parameter.numel() for parameter in self._parameters)
+            possible = _extension.has_kernels("cpu") and self.ranks.group is None
+            wanted = self.config.cpu_graph and self.objective.no_recording is None and weights <= RECORDED_WEIGHTS
+            return CPURecorder(self._parameters, self.objective) if possible and wanted else None
         if self.device.type != "cuda" or not self.config.cuda_graph:
             return None
         reason = self.objective.no_graph
@@ -331,15 +336,6 @@ class Trainer:
         if self.ranks.main:
             tqdm.write(without(CUDARecorder, reason))
         return None
-
-    def _gains_by_recording(self) -> bool:
-        """Whether a step on the CPU can be recorded and takes long enough outside its operators. Convolutions take longer, and less memory
-        as what a recording does not see: gradients that are added in place and put off."""
-        modules = [module for network in self.networks.values() for module in network.modules()]
-        return (
-            _extension.has_kernels("cpu") and self.ranks.group is None and self.config.precision == "fp32"
-            and self.objective.no_recording is None and not any(isinstance(module, _ConvNd) for module in modules)
-        )
 
     def _set_learning_rates(self) -> None:
         rate = self.config.learning_rate_at(self.objective.progress)
