@@ -14,9 +14,15 @@ import time
 import torch
 from bench_step import environment
 
-from fastgan.train import CatGANConfig, GANConfig, Trainer
+from fastgan.train import CatGANConfig, DCGANConfig, GANConfig, Trainer
 
 CASES = [
+    (DCGANConfig, {}),
+    (DCGANConfig, {"batch_size": 16}),
+    (DCGANConfig, {"image_size": 64, "batch_size": 16}),
+    (DCGANConfig, {"image_size": 32, "base_channels": 64}),
+    (DCGANConfig, {"image_size": 32, "base_channels": 64, "precision": "bf16"}),
+    (CatGANConfig, {}),
     (GANConfig, {"digit": 3}),
     (GANConfig, {"digit": 3, "gradient_penalty": 10.0}),
     (GANConfig, {"digit": 3, "r1": 1.0}),
