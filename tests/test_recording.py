@@ -2,6 +2,7 @@
 
 import os
 import signal
+import types
 import warnings
 
 import pytest
@@ -166,7 +167,6 @@ def test_a_step_that_cannot_be_repeated_stays_eager_and_says_why(tmp_path, objec
     plain, trainer = trainer_in(tmp_path / "eager", cpu_graph=False), trainer_in(tmp_path / "recorded")
     for each in (plain, trainer):
         each.objective = objective()
-        each.graph._recorder = each._graph_recorder()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for each in (plain, trainer):
@@ -189,12 +189,8 @@ def test_where_nothing_is_recorded(tmp_path, config_class, settings):
 # ---- the recorder itself
 
 
-class Still:
-    progress = 0.0
-
-
 def captured(function, inputs, parameters=()):
-    recorder = CPURecorder(parameters, Still())
+    recorder = CPURecorder(parameters, types.SimpleNamespace(objective=Objective()))
     return recorder, recorder.capture(function, inputs)
 
 
@@ -218,7 +214,7 @@ def test_capture_computes_nothing_and_replay_everything():
     before, random = [t.clone() for t in (x, state, halves)], torch.get_rng_state()
     recorder, values = captured(work, [x], [weight])
     assert all(map(torch.equal, before, (x, state, halves))) and torch.equal(torch.get_rng_state(), random)
-    assert recorder._objective.progress == 0.0
+    assert recorder._trainer.objective.progress == 0.0
     gradient = weight.grad
     for seed in (1, 2):
         x.copy_(torch.randn(6, 4))

@@ -25,15 +25,15 @@ class CPURecorder:
 
     Args:
         parameters: whose gradients, where the work leaves any, every replay fills anew.
-        objective: whose ``progress`` the work might look at.
+        trainer: whose ``objective.progress`` the work might look at.
     """
 
     name = "a recording"
     draws_on_cpu = True
     behind = 0
 
-    def __init__(self, parameters: Iterable[nn.Parameter], objective: Any):
-        self._parameters, self._objective = list(parameters), objective
+    def __init__(self, parameters: Iterable[nn.Parameter], trainer: Any):
+        self._parameters, self._trainer = list(parameters), trainer
 
     def warm_up(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
@@ -51,19 +51,20 @@ class CPURecorder:
         Raises:
             RuntimeError: it did what cannot be repeated. Everything is as it was, but for gradients.
         """
-        recording, inputs, progress = _extension._C.Recording(), list(inputs), self._objective.progress
+        recording, inputs, objective = _extension._C.Recording(), list(inputs), self._trainer.objective
+        progress = objective.progress
         with _State() as state:
             try:
                 with _Recorder(recording, state):
                     values = function()
                 gradients = self._gradients()
                 recording.end([values, *gradients.values()])
-                self._objective.progress = (progress + 0.5) % 1
+                objective.progress = (progress + 0.5) % 1
                 self._try(recording, function, inputs, values, gradients, state)
             except Exception as error:
                 raise RuntimeError(str(error)) from error
             finally:
-                self._objective.progress = progress
+                objective.progress = progress
                 state.restore()
         for parameter in self._parameters:
             parameter.grad = gradients.get(parameter)

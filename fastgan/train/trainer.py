@@ -323,7 +323,7 @@ class Trainer:
             weights = sum(parameter.numel() for parameter in self._parameters)
             possible = _extension.has_kernels("cpu") and self.ranks.group is None
             wanted = self.config.cpu_graph and self.objective.no_recording is None and weights <= RECORDED_WEIGHTS
-            return CPURecorder(self._parameters, self.objective) if possible and wanted else None
+            return CPURecorder(self._parameters, self) if possible and wanted else None
         if self.device.type != "cuda" or not self.config.cuda_graph:
             return None
         reason = self.objective.no_graph
