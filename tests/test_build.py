@@ -94,10 +94,9 @@ def test_cuda_sources_are_compiled_with_cuda_only(setup_script, tmp_path, monkey
         (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "csrc" / name).touch()
     monkeypatch.setattr(setup_script, "ROOT", tmp_path)
-    assert setup_script.sources(cuda=False) == ["csrc/library.cpp", "csrc/ops/conv.cpp"]
-    assert setup_script.sources(cuda=True) == [
-        "csrc/library.cpp", "csrc/ops/conv.cpp", "csrc/ops/cuda_conv.cpp", "csrc/cuda/conv.cu"
-    ]  # fmt: skip
+    always = ["csrc/library.cpp", "csrc/recording.cpp", "csrc/ops/conv.cpp"]
+    assert setup_script.sources(cuda=False) == always
+    assert setup_script.sources(cuda=True) == [*always, "csrc/ops/cuda_conv.cpp", "csrc/cuda/conv.cu"]
 
 
 # ---- which PyTorch -----------------------------------------------------------------------------------------------

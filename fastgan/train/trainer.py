@@ -128,7 +128,7 @@ class Trainer:
     Attributes:
         ranks: the processes of the run.
         step: updates of the generator done, each after ``discriminator_steps`` of the discriminator.
-        graph: what runs the steps, from a CUDA graph where there can be one.
+        graph: what runs the steps, from a CUDA graph or a recording where there can be one.
         averaged: exponential averages by name of the networks that the objective wants them of, where ``config.ema`` is not 0.
         program: what Python is to run with --resume to go on with the run: a script, or ``-m`` and a module.
 
