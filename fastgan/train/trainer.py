@@ -33,10 +33,10 @@ from fastgan.train.config import PRECISIONS, TrainConfig
 from fastgan.train.distributed import Ranks, resume_words, set_random_state
 from fastgan.train.graph import CUDARecorder, GraphedStep, adam, set_rate, without
 from fastgan.train.nonfinite import locate_nonfinite
-from fastgan.train.recording import CPURecorder
 from fastgan.train.outputs import (
     Metrics, Progress, copy_history, prepare_folder, save_animation, save_curves, save_grid, write_json,
 )
+from fastgan.train.recording import CPURecorder
 
 # Curves and animation take seconds to draw: at most every so many seconds, and at the end.
 DRAWING_INTERVAL = 60.0
