@@ -4,9 +4,9 @@
     python benchmarks/peak_memory.py --cases grey28-b128-fp32 --peers eager trainer
 
 torch.profiler records every allocation and release of PyTorch's CPU allocator, from before the networks are built to the
-end of the sixth step (the trainer records its fourth and repeats the others from that); the figure is the most that was allocated at once: weights, gradients, optimizer, images,
-activations and fastgan's workspaces. What oneDNN and MKL take from the operating system behind PyTorch's back is not
-seen: it would add to eager's figure.
+end of the sixth step (the trainer records its fourth and repeats the others from that); the figure is the most that was
+allocated at once: weights, gradients, optimizer, images, activations and fastgan's workspaces. What oneDNN and MKL take
+from the operating system behind PyTorch's back is not seen: it would add to eager's figure.
 """
 
 import argparse

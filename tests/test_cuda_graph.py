@@ -76,6 +76,18 @@ def poison(trainer, step, network="generator", layer=3):
     trainer.train_step = poisoned
 
 
+def interrupt(trainer, step):
+    """Send the process SIGTERM before a step."""
+    train_step = trainer.train_step
+
+    def interrupted(batch):
+        if trainer.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(batch)
+
+    trainer.train_step = interrupted
+
+
 # --- the logic, on the CPU
 
 
@@ -231,14 +243,7 @@ def test_no_weight_and_no_moment_takes_a_step_on_a_loss_that_is_not_finite(tmp_p
 def test_a_signal_ends_a_run_of_replays(tmp_path):
     trainer = trainer_in(tmp_path)
     graphed(trainer)
-    step = trainer.train_step
-
-    def interrupted(batch):
-        if trainer.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(batch)
-
-    trainer.train_step = interrupted
+    interrupt(trainer, 7)
     with pytest.raises(SystemExit):
         trainer.train()
     assert saved(tmp_path)["step"] == 7

@@ -1,7 +1,5 @@
 """Recordings: steps on the CPU that are repeated without Python."""
 
-import os
-import signal
 import types
 import warnings
 
@@ -15,7 +13,7 @@ from fastgan.data import Batch, ImageDataset
 from fastgan.train import CatGANConfig, DCGANConfig, GANConfig, Objective, Trainer, TrainingError
 from fastgan.train.graph import WARM_UP
 from fastgan.train.recording import CPURecorder
-from test_cuda_graph import assert_same_run, poison, saved, tensors
+from test_cuda_graph import assert_same_run, interrupt, poison, same_thread_count_after_the_test, saved, tensors  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="the compiled extension is missing")
 
@@ -29,13 +27,6 @@ CATGAN = dict(architecture="mlp", image_size=16, batch_size=20, labels="20", lab
 
 
 DCGAN = dict(image_size=16, channels=1, batch_size=16, base_channels=4, latent_dim=5, epochs=3, log_every=1)
-
-
-@pytest.fixture(autouse=True)
-def same_thread_count_after_the_test():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def trainer_in(folder, config_class=GANConfig, checkpoint=None, **settings):
@@ -124,14 +115,7 @@ def test_nan_ends_the_run_at_its_step(tmp_path, step):
 
 def test_a_signal_ends_a_run_of_repeated_steps(tmp_path):
     trainer = trainer_in(tmp_path)
-    step = trainer.train_step
-
-    def interrupted(batch):
-        if trainer.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(batch)
-
-    trainer.train_step = interrupted
+    interrupt(trainer, 7)
     with pytest.raises(SystemExit):
         trainer.train()
     assert trainer.graph.captured and saved(tmp_path)["step"] == 7
