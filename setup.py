@@ -192,8 +192,10 @@ def extension(cuda):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     # at::parallel_for is a template that is serial without -fopenmp. Its runtime is the one PyTorch has loaded, so
-    # nothing is linked: a second OpenMP runtime would mean a second pool of threads.
-    arguments = {"cxx": ["-O2", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]}
+    # nothing is linked: a second OpenMP runtime would mean a second pool of threads. Clang would call another than GCC's
+    # (csrc/library.cpp calls that one itself).
+    openmp = [] if is_clang(find_compiler()) else ["-fopenmp"]
+    arguments = {"cxx": ["-O2", "-g0", *openmp, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]}
     if cuda:
         arguments["nvcc"] = ["-O3", "--expt-relaxed-constexpr"]
         if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]:
@@ -214,6 +216,10 @@ def find_compiler():
     return command
 
 
+def is_clang(compiler):
+    return "clang" in subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+
+
 def kernel_jobs(out):
     """(source, object file, flags) for every compilation of csrc/cpu."""
     jobs = []
@@ -231,6 +237,10 @@ def build_command(config):
 
     class BuildFastgan(BuildExtension):
         """Compiles the torch-free CPU kernels, then leaves the rest to PyTorch's builder."""
+
+        def finalize_options(self):
+            super().finalize_options()
+            self.force = True  # what is compiled and linked follows from more than the files that setuptools looks at
 
         def build_extensions(self):
             compiler = find_compiler()

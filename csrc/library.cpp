@@ -147,6 +147,32 @@ struct alignas(128) Share {
   int64_t end;
 };
 
+#if AT_PARALLEL_OPENMP && !defined(_OPENMP)
+}  // namespace
+// Clang's own OpenMP would bring a second pool of threads, and at::parallel_for is serial without. These are in the library that PyTorch
+// has loaded, under the names by which GCC calls it.
+extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+extern "C" int omp_get_thread_num();
+namespace {
+
+template <typename F>
+void on_threads(int64_t threads, const F& body) {
+  if (at::in_parallel_region()) return body(0);
+  const auto function = [](void* data) {
+    const int thread = omp_get_thread_num();
+    const at::internal::ThreadIdGuard guard(thread);
+    (*static_cast<const F*>(data))(thread);
+  };
+  GOMP_parallel(function, const_cast<F*>(&body), static_cast<unsigned>(threads), 0);
+}
+#else
+// Calls body(thread), for each of so many threads or, inside a parallel region, for the first alone.
+template <typename F>
+void on_threads(int64_t threads, const F& body) {
+  at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { body(thread); });
+}
+#endif
+
 // Every thread has a share of neighbouring tasks, the same at every call: what it wrote in one pass is near it in the next. When it is
 // done with them it takes those left of the others', so that a thread that other work holds up holds up nobody.
 void run_on_torch_threads(int64_t tasks, void (*body)(void*, int64_t), void* context) {
@@ -160,7 +186,7 @@ void run_on_torch_threads(int64_t tasks, void (*body)(void*, int64_t), void* con
     shares[i].next.store(tasks * i / threads, std::memory_order_relaxed);
     shares[i].end = tasks * (i + 1) / threads;
   }
-  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
+  on_threads(threads, [&](int64_t first) {
     for (int64_t i = 0; i < threads; ++i) {
       Share& share = shares[(first + i) % threads];
       for (int64_t task = share.next++; task < share.end; task = share.next++) body(context, task);

@@ -169,6 +169,18 @@ def test_compile_with_the_default_backend():
     torch.testing.assert_close(case.run(compiled, torch.float32), plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("op", ["conv2d_act", "conv2d_bn_act"])
+def test_compile_with_the_default_backend_where_image_and_weight_differ_in_format(op):
+    torch._dynamo.reset()  # inductor asserts the strides that the fake kernels of backward promise
+    gradients = []
+    for function in (OPS[op][0], torch.compile(OPS[op][0], fullgraph=True)):
+        x = torch.linspace(-1, 1, 4 * 3 * 64).reshape(4, 3, 8, 8).sin().to(memory_format=torch.channels_last).requires_grad_()
+        w = torch.linspace(-1, 1, 16 * 27).reshape(16, 3, 3, 3).cos().requires_grad_()
+        function(x, w, padding=1).pow(3).sum().backward()
+        gradients.append((x.grad, w.grad))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_empty_batch_gives_empty_output_zero_gradients_and_no_update(op, device):
     case = dcgan_case(op, 3, 4, 6, batch=0)
@@ -259,6 +271,43 @@ def test_nan_and_infinity_go_through_as_in_pytorch(activation, device):
     torch.testing.assert_close(
         function(x, w, activation=activation), reference(x, w, activation=activation), equal_nan=True
     )
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid", "identity"])
+@pytest.mark.parametrize("op", ["conv2d_act", "conv_transpose2d_act"])
+def test_nan_goes_through_the_filtering_loops(op, activation):
+    x = torch.full((2, 16, 8, 8), float("nan")).to(memory_format=torch.channels_last)
+    w = torch.randn(16, 16, 4, 4)
+    assert OPS[op][0](x, w, stride=2, padding=1, activation=activation).isnan().all()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("op", ["conv2d_act", "conv_transpose2d_act", "conv2d_bn_act", "conv_transpose2d_bn_act"])
+def test_an_output_whose_values_backward_does_not_read_may_be_changed_in_place(op, layout, device):
+    activation = "leaky_relu" if "bn" in op else "identity"
+    x = torch.randn(2, 16, 8, 8, device=device).to(memory_format=layout)
+    gradients = []
+    for function in OPS[op]:
+        w = torch.linspace(-1, 1, 16 * 16 * 16, device=device).reshape(16, 16, 4, 4).sin().requires_grad_()
+        y = function(x, w, stride=2, padding=1, activation=activation)
+        y *= 2
+        y.pow(2).sum().backward()
+        gradients.append(w.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
+def test_one_pixel_in_channels_last_gives_channels_last():
+    z, w = torch.randn(4, 100, 1, 1).to(memory_format=torch.channels_last), torch.randn(100, 64, 4, 4)
+    assert ops.conv_transpose2d_act(z, w).stride() == torch.nn.functional.conv_transpose2d(z, w).stride()
+
+
+def test_running_statistics_that_require_a_gradient_are_refused():
+    mean, var = torch.zeros(4, requires_grad=True), torch.ones(4)
+    x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    with pytest.raises(ValueError, match="conv2d_bn_act: running_mean must not require a gradient"):
+        ops.conv2d_bn_act(x, w, None, None, None, mean, var, training=False)
+    with torch.no_grad():
+        ops.conv2d_bn_act(x, w, None, None, None, mean, var, training=False)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -386,11 +435,13 @@ def test_survives_the_shape_on_which_pytorchs_own_backward_corrupts_the_heap():
 import torch, fastgan
 for _ in range(20):
     x = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
-    w = torch.randn(8, 8, 1, 1, requires_grad=True)
-    for op in (fastgan.ops.conv_transpose2d_act, fastgan.ops.conv_transpose2d_bn_act):
-        op(x, w, stride=2, output_padding=1).pow(2).sum().backward()
-        (g,) = torch.autograd.grad(op(x, w, stride=2, output_padding=1).pow(2).sum(), x, create_graph=True)
-        g.pow(2).sum().backward()
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        w = torch.randn(8, 8, 1, 1).to(memory_format=memory_format).requires_grad_()
+        for op in (fastgan.ops.conv_transpose2d_act, fastgan.ops.conv_transpose2d_bn_act):
+            op(x, w, stride=2, output_padding=1).pow(2).sum().backward()
+            y = op(x, w, stride=2, output_padding=1, activation="leaky_relu", negative_slope=-0.3)
+            g = torch.autograd.grad(y.pow(2).sum(), (x, w), create_graph=True)
+            sum(each.pow(2).sum() for each in g).backward()
 """
     result = run_python(code, MALLOC_CHECK_="3", MALLOC_PERTURB_="165")
     assert result.returncode == 0, result.stderr
@@ -402,11 +453,14 @@ def test_low_precision_weight_gradient_of_taps_that_meet_only_padding_is_zero():
 import torch, fastgan
 x = torch.ones(3, 1, 1, 1, dtype=torch.bfloat16)
 w = torch.ones(3, 1, 4, 4, dtype=torch.bfloat16, requires_grad=True)
-for _ in range(20):
-    (g,) = torch.autograd.grad(fastgan.ops.conv2d_act(x, w, stride=(3, 2), padding=(2, 3)).sum(), w)
-    met = torch.zeros(4, 4, dtype=torch.bool)
-    met[2, 1::2] = True
-    assert (g[..., ~met] == 0).all() and (g[..., met] == 3).all(), g
+met = torch.zeros(4, 4, dtype=torch.bool)
+met[2, 1::2] = True
+for slope in (0.2, -0.3):
+    for create_graph in (False, True):
+        for _ in range(20):
+            y = fastgan.ops.conv2d_act(x, w, stride=(3, 2), padding=(2, 3), negative_slope=slope)
+            (g,) = torch.autograd.grad(y.sum(), w, create_graph=create_graph)
+            assert (g[..., ~met] == 0).all() and (g[..., met] == 3).all(), g
 """
     result = run_python(code, MALLOC_PERTURB_="128")
     assert result.returncode == 0, result.stderr

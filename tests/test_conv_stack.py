@@ -267,6 +267,18 @@ def test_gradients_put_off(kind, autocast, memory_format):
     with gradients_added_in_place(put_off=True):
         assert torch.equal(torch.autograd.grad(loss(), [network[0].weight, weight])[1], once)
     assert torch.equal(weight.grad, before if waits else before + once)  # neither added what had to wait
+    before = weight.grad.clone()
+    with gradients_added_in_place(put_off=True):
+        loss().backward()
+        with gradients_added_in_place(put_off=True):
+            loss().backward()
+    torch.testing.assert_close(weight.grad, before + once + once)
+    before = weight.grad.clone()
+    with gradients_added_in_place(put_off=True):
+        with torch.autograd.graph.save_on_cpu():  # backward then meets copies of the parameters
+            kept = loss()
+        kept.backward()
+    torch.testing.assert_close(weight.grad, before + once)
     before, seen = weight.grad.clone(), []
     with weight.register_hook(seen.append), gradients_added_in_place(put_off=True):
         loss().backward()

@@ -84,9 +84,9 @@ inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an addition: 
 inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 
-// e^x to about 1 ulp for |x| <= 87, clamped beyond; Cody-Waite reduction, polynomial of degree 6.
+// e^x to about 1 ulp for |x| <= 87, clamped beyond, NaN of NaN; Cody-Waite reduction, polynomial of degree 6.
 inline Vec vexp(Vec x) {
-  x = vmin(vmax(x, splat(-87.0f)), splat(87.0f));
+  x = vmin(splat(87.0f), vmax(splat(-87.0f), x));  // of a comparison with NaN the second operand
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const Vec shifted = x * 1.44269504088896341f + magic;
   const Vec n = shifted - magic;

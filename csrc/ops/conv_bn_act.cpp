@@ -349,7 +349,7 @@ class ConvBnAct : public torch::autograd::Function<ConvBnAct> {
     variable_list gradients(15);  // one an argument of forward; undefined for all but the first five
     if (at::GradMode::is_enabled()) {
       if (training) refuse_second_derivative(s.layer.transposed ? "conv_transpose2d_bn_act" : "conv2d_bn_act", group);
-      const Tensor y = convolution(input, weight, optional(bias), s.layer);
+      const Tensor y = differentiable_convolution(input, weight, optional(bias), s.layer);
       const Tensor z = differentiable_batch_norm(y, bn_weight, bn_bias, mean, invstd, training,
                                                  ctx->saved_data["eps"].toDouble());
       const auto found = differentiable_gradients(
@@ -383,7 +383,9 @@ class ConvAct : public torch::autograd::Function<ConvAct> {
     const Tensor output =
         op.call(input, weight, bias, layer.stride, layer.padding, layer.dilation, layer.transposed,
                 layer.output_padding, layer.groups, activation, negative_slope);
-    ctx->save_for_backward({input, weight, or_undefined(bias), output});
+    // Without an activation backward reads no values of it, and the caller may change them.
+    ctx->save_for_backward({input, weight, or_undefined(bias), activation == "identity" ? Tensor() : output});
+    ctx->saved_data["format"] = output.suggest_memory_format();
     save_layer(ctx, layer, activation, negative_slope);
     return output;
   }
@@ -395,7 +397,7 @@ class ConvAct : public torch::autograd::Function<ConvAct> {
     const auto mask = needed_gradients<3>(ctx, saved);
     variable_list gradients(6);
     if (at::GradMode::is_enabled()) {
-      const Tensor z = convolution(input, weight, optional(bias), s.layer);
+      const Tensor z = differentiable_convolution(input, weight, optional(bias), s.layer);
       const auto found =
           differentiable_gradients(activate(z, parse_activation("conv_act", s.activation), s.negative_slope),
                                    {input, weight, bias}, std::vector<bool>(mask.begin(), mask.end()), grad_outputs[0]);
@@ -405,8 +407,9 @@ class ConvAct : public torch::autograd::Function<ConvAct> {
     static auto op = c10::Dispatcher::singleton()
                          .findSchemaOrThrow("fastgan::conv_act_backward", "")
                          .typed<decltype(conv_act_backward_cpu)>();
+    const Tensor like = output.defined() ? output : grad_outputs[0].contiguous(ctx->saved_data["format"].toMemoryFormat());
     auto [grad_input, grad_weight, grad_bias] =
-        op.call(grad_outputs[0], input, weight, output, s.layer.stride, s.layer.padding, s.layer.dilation,
+        op.call(grad_outputs[0], input, weight, like, s.layer.stride, s.layer.padding, s.layer.dilation,
                 s.layer.transposed, s.layer.output_padding, s.layer.groups, s.activation, s.negative_slope, mask);
     const Tensor all[3] = {grad_input, grad_weight, grad_bias};
     for (size_t i = 0; i < 3; ++i)
@@ -467,7 +470,7 @@ Tensor conv_act(const char* op, const Tensor& input, const Tensor& weight, const
   const Tensor x = batched ? images : images.unsqueeze(0), w = autocast(weight, dtype), b = autocast(or_undefined(bias), dtype);
   // With a negative slope below 0 the output does not tell the sign of its argument, which the fused backward needs.
   const bool composed = kind == Activation::leaky_relu && !(negative_slope >= 0);
-  const Tensor output = composed ? at::leaky_relu(convolution(x, w, optional(b), layer), negative_slope)
+  const Tensor output = composed ? at::leaky_relu(differentiable_convolution(x, w, optional(b), layer), negative_slope)
                                  : ConvAct::apply(x, w, optional(b), layer, activation, negative_slope);
   return batched ? output : output.squeeze(0);
 }

@@ -50,12 +50,13 @@ void check_batch_norm_arrays(const char* op, const Tensor& input, const c10::Sym
 // The convolution itself and its gradient. Today's main loop is ATen's (oneDNN on the CPU, cuDNN on CUDA); a kernel
 // of ours replaces it here.
 Tensor convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvLayer& layer);
-// grad_input, grad_weight; undefined where the mask says false
+// grad_input, grad_weight, each in its tensor's memory format; undefined where the mask says false
 std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
                                                 const ConvLayer& layer, std::array<bool, 2> output_mask);
 
-// The same layers from differentiable ATen operators: what a backward differentiates when it must itself be
-// differentiable (gradient penalties). In evaluation mode mean and invstd are constants.
+// The same layers from differentiable operators: what a backward differentiates when it must itself be differentiable
+// (gradient penalties). The convolution's gradient is convolution_backward(). In evaluation mode mean and invstd are constants.
+Tensor differentiable_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvLayer& layer);
 Tensor activate(const Tensor& z, Activation activation, double negative_slope);
 // Not over several processes: their second derivatives would need collectives that are differentiable themselves.
 void refuse_second_derivative(const char* op, const ProcessGroup& group);

@@ -142,6 +142,9 @@ void check_batch_norm_arrays(const char* op, const Tensor& input, const SymInt& 
   const bool has_var = running_var.has_value() && running_var->defined();
   TORCH_CHECK_VALUE(has_mean == has_var, op, ": running_mean and running_var must be given together, got only ",
                     has_mean ? "running_mean" : "running_var");
+  for (const auto& [name, array] : {std::pair("running_mean", running_mean), std::pair("running_var", running_var)})
+    TORCH_CHECK_VALUE(!has_mean || !at::GradMode::is_enabled() || !array->requires_grad(), op, ": ", name,
+                      " must not require a gradient (none is computed for running statistics)");
   TORCH_CHECK_VALUE(training || has_mean, op,
                     ": running_mean must be given when training=False (there are no batch statistics to use), got None");
   TORCH_CHECK_VALUE(eps >= 0, op, ": eps must be at least 0, got ", eps);

@@ -782,7 +782,10 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
     const auto [output, raw, statistics] =
         op.call(input, parameters, running, layers, numbers, save_for_backward, group.name, group.size);
     if (save_for_backward) {
-      variable_list saved{input, output, raw, statistics};
+      // What backward takes from the last layer is the raw output after batch norm and nothing without an activation: then the caller may
+      // change the output.
+      const StackLayer last = parse_stack(layers, numbers).back();
+      variable_list saved{input, last.has_batch_norm || last.activation == Activation::identity ? Tensor() : output, raw, statistics};
       saved.insert(saved.end(), parameters.begin(), parameters.end());
       ctx->save_for_backward(saved);
       ctx->saved_data["layers"] = layers;
@@ -795,7 +798,7 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &input = saved[0], &output = saved[1], &raw = saved[2], &statistics = saved[3];
+    const Tensor &input = saved[0], &output = saved[1].defined() ? saved[1] : grad_outputs[0], &raw = saved[2], &statistics = saved[3];
     const at::TensorList parameters = at::TensorList(saved).slice(4);
     const auto layers = ctx->saved_data["layers"].toIntVector();
     const auto numbers = ctx->saved_data["numbers"].toDoubleVector();
@@ -830,7 +833,7 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
   }
 
  private:
-  // The whole run from differentiable ATen operators, for backward passes that are differentiated themselves.
+  // The whole run from differentiable operators, for backward passes that are differentiated themselves.
   static Tensor differentiable_stack(const Tensor& input, at::TensorList parameters, const Tensor& statistics,
                                      at::IntArrayRef layers, at::ArrayRef<double> numbers) {
     const auto stack = parse_stack(layers, numbers);
@@ -840,7 +843,9 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
     for (size_t i = 0; i < stack.size(); ++i) {
       const StackLayer& layer = stack[i];
       const LayerParameters& p = split[i];
-      x = aten_convolution(layer, x, p.weight, p.bias.defined() ? OptionalTensor(p.bias) : std::nullopt);
+      const auto dtype = x.scalar_type();
+      x = differentiable_convolution(x, p.weight.to(dtype), p.bias.defined() ? OptionalTensor(p.bias.to(dtype)) : std::nullopt,
+                                     conv_layer(layer));
       if (layer.has_batch_norm) {
         const int64_t channels = x.size(1);
         const Tensor mean = statistics.narrow(0, offset, channels);
@@ -917,7 +922,8 @@ OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, cons
   const double numbers[StackLayer::kNumbers] = {one.momentum, one.eps, one.negative_slope};
   const ProcessGroup group = one.together ? bn->group : ProcessGroup{};
   const Tensor output = conv_stack(input, parameters, running, integers, numbers, group.name, group.size);
-  const bool channels_last = !from_pixel || weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  const auto suggests = [](const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; };
+  const bool channels_last = !from_pixel || suggests(input) || suggests(weight);
   return channels_last ? output : contiguous_images(output, at::MemoryFormat::Contiguous);
 }
 

@@ -5,6 +5,7 @@
 #include <ATen/ops/relu.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/tanh.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include "conv_bn_act.h"
 
@@ -15,17 +16,51 @@ namespace {
 bool has_dead_taps(const Tensor& grad, const Tensor& input, const Tensor& weight, const ConvLayer& layer) {
   const Tensor &steps = layer.transposed ? input : grad, &read = layer.transposed ? grad : input;
   for (int dim = 0; dim < 2; ++dim) {
-    for (int64_t tap = 0; tap < weight.size(2 + dim); ++tap) {
+    const auto length = [dim](const Tensor& of) { return of.sym_size(2 + dim).guard_int(__FILE__, __LINE__); };
+    for (int64_t tap = 0; tap < length(weight); ++tap) {
       bool meets = false;
-      for (int64_t i = 0; i < steps.size(2 + dim) && !meets; ++i) {
+      for (int64_t i = 0; i < length(steps) && !meets; ++i) {
         const int64_t at = i * layer.stride[dim] - layer.padding[dim] + tap * layer.dilation[dim];
-        meets = at >= 0 && at < read.size(2 + dim);
+        meets = at >= 0 && at < length(read);
       }
       if (!meets) return true;
     }
   }
   return false;
 }
+
+// Its elements in the default layout, with that layout's strides: contiguous() leaves those of sides of 1, by which ATen tells channels_last.
+Tensor in_default_strides(const Tensor& tensor) { return tensor.reshape({-1}).view_symint(tensor.sym_sizes()); }
+
+class Convolution : public torch::autograd::Function<Convolution> {
+ public:
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                        const ConvLayer& layer) {
+    ctx->save_for_backward({input, weight});
+    ctx->saved_data["has_bias"] = bias.has_value() && bias->defined();
+    ctx->saved_data["stride"] = layer.stride;
+    ctx->saved_data["padding"] = layer.padding;
+    ctx->saved_data["dilation"] = layer.dilation;
+    ctx->saved_data["transposed"] = layer.transposed;
+    ctx->saved_data["output_padding"] = layer.output_padding;
+    ctx->saved_data["groups"] = layer.groups;
+    return convolution(input, weight, bias, layer);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto pair = [&](const char* name) { return ctx->saved_data[name].toIntVector(); };
+    const auto stride = pair("stride"), padding = pair("padding"), dilation = pair("dilation"), output_padding = pair("output_padding");
+    const ConvLayer layer{stride, padding, dilation, ctx->saved_data["transposed"].toBool(), output_padding,
+                          ctx->saved_data["groups"].toInt()};
+    const bool input = ctx->needs_input_grad(0), weight = ctx->needs_input_grad(1);
+    torch::autograd::variable_list gradients(4);
+    if (input || weight)
+      std::tie(gradients[0], gradients[1]) = convolution_backward(grads[0], saved[0], saved[1], layer, {input, weight});
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) gradients[2] = grads[0].sum({0, 2, 3});
+    return gradients;
+  }
+};
 
 }  // namespace
 
@@ -45,6 +80,10 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const OptionalTens
                          layer.output_padding, layer.groups);
 }
 
+Tensor differentiable_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvLayer& layer) {
+  return Convolution::apply(input, weight, bias, layer);
+}
+
 std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
                                                 const ConvLayer& layer, std::array<bool, 2> output_mask) {
   // Two defects of PyTorch 2.13's CPU backward. With output_padding, a transposed convolution in channels_last writes
@@ -56,13 +95,16 @@ std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor
                         has_dead_taps(grad, input, weight, layer);
   const auto arrange = [&](const Tensor& tensor) {
     const Tensor widened = in_float ? tensor.to(at::kFloat) : tensor;
-    return avoid_channels_last ? widened.contiguous() : widened;
+    return avoid_channels_last ? in_default_strides(widened) : widened;
   };
   auto [grad_input, grad_weight, grad_bias] = at::convolution_backward(
       arrange(grad), arrange(input), arrange(weight), std::nullopt, layer.stride, layer.padding, layer.dilation,
       layer.transposed, layer.output_padding, layer.groups, {output_mask[0], output_mask[1], false});
   if (in_float && output_mask[0]) grad_input = grad_input.to(dtype);
   if (in_float) grad_weight = grad_weight.to(dtype);
+  // ATen's choice of a format depends on the kernel that it has taken; the fake kernels promise these.
+  if (output_mask[0]) grad_input = grad_input.contiguous(input.suggest_memory_format());
+  if (output_mask[1]) grad_weight = grad_weight.contiguous(weight.suggest_memory_format());
   return {grad_input, grad_weight};
 }
 

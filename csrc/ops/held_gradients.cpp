@@ -3,6 +3,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <utility>
@@ -33,8 +34,10 @@ bool takes_gradients(const at::Tensor& parameter) {
     return false;
   const at::Tensor& held = parameter.grad();
   if (held.defined() && (!is_plain(held) || held.strides() != parameter.strides() || held.requires_grad())) return false;
-  const auto accumulator = impl::try_get_grad_accumulator(parameter);
-  return accumulator != nullptr && accumulator->pre_hooks().empty() && accumulator->post_hooks().empty();
+  const auto node = impl::try_get_grad_accumulator(parameter);
+  const auto* accumulator = dynamic_cast<torch::autograd::AccumulateGrad*>(node.get());
+  // What hooks on saved tensors have unpacked is another tensor than the leaf.
+  return accumulator != nullptr && accumulator->variable.is_same(parameter) && node->pre_hooks().empty() && node->post_hooks().empty();
 }
 
 }  // namespace

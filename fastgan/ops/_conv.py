@@ -91,6 +91,9 @@ if _extension.has_kernels("cpu"):
         )
         return y.contiguous(memory_format=torch._prims_common.suggest_memory_format(y))
 
+    def _dense_like(tensor):
+        return torch.empty_like(tensor, memory_format=torch._prims_common.suggest_memory_format(tensor))
+
     def _cuda_main_loop(input, weight, y, stride, padding, dilation, transposed, groups):
         """Whether the raw output y comes from a main loop of csrc/cuda, in channels_last whatever the
         format of its operands: known_geometry() in csrc/ops/cuda_conv_bn_act.cpp."""
@@ -155,6 +158,6 @@ if _extension.has_kernels("cpu"):
     def _fake_conv_gradients(y, input, weight, output_mask):
         none = y.new_empty([0])
         return (
-            torch.empty_like(input) if output_mask[0] else none,
-            torch.empty_like(weight) if output_mask[1] else none.clone(),
+            _dense_like(input) if output_mask[0] else none,
+            _dense_like(weight) if output_mask[1] else none.clone(),
         )

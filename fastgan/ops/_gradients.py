@@ -18,6 +18,7 @@ def gradients_added_in_place(put_off: bool = False):
         yield
         return
     extension = _extension._C
+    extension.finish_gradients()  # of a context around this one
     before = extension.add_gradients_in_place(True), extension.put_off_gradients(put_off)
     try:
         yield
