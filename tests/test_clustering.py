@@ -34,6 +34,12 @@ def test_error_without_a_map_is_that_of_a_classifier():
     assert evaluate(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2).error == pytest.approx(100 / 3)
 
 
+def test_a_classifiers_categories_beyond_the_classes_are_errors_of_the_last_column():
+    result = evaluate(torch.tensor([3, 1, 2, 0]), torch.tensor([0, 1, 1, 0]), 2)
+    assert result.error == 50.0
+    assert result.confusion.tolist() == [[1, 0, 1], [0, 1, 1]]
+
+
 def test_lengths_that_differ_are_refused():
     with pytest.raises(ValueError, match=r"same shape \[N\] with N > 0, got \[2\] and \[3\]"):
         evaluate(torch.zeros(2).long(), torch.zeros(3).long(), 2)

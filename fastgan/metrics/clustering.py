@@ -23,7 +23,7 @@ class Evaluation:
     Attributes:
         error: percentage of images whose category maps to another class than theirs.
         confusion: int64 [classes, classes + 1]; row: the image's class, column: the class its category maps to, the
-            last one for categories that map to none.
+            last one for categories that map to none, or are none without a map.
     """
 
     error: float
@@ -115,7 +115,7 @@ def evaluate(categories: Tensor, labels: Tensor, num_classes: int, mapping: Tens
             f"got {list(categories.shape)} and {list(labels.shape)}"
         )
     predicted = categories if mapping is None else mapping[categories]
-    column = torch.where(predicted == UNMAPPED, num_classes, predicted)
+    column = torch.where((predicted == UNMAPPED) | (predicted >= num_classes), num_classes, predicted)
     confusion = count_categories(labels, column, num_classes, num_classes + 1)
     return Evaluation(100.0 * (predicted != labels).double().mean().item(), confusion)
 
