@@ -9,11 +9,12 @@ from torch import nn
 
 from fastgan.cli import main
 from fastgan.data import ImageDataset, load_dataset
+from fastgan.metrics.command import _intended
 from fastgan.metrics.distances import (
     appearance, frechet_distance, kernel_distance, nearest_images, nearest_neighbour_test, precision_recall,
 )
 from fastgan.metrics.features import FeatureExtractor, LeNet, RandomExtractor, ScriptedExtractor, feature_extractor
-from fastgan.metrics.generator import real_features, save_nearest
+from fastgan.metrics.generator import generate, real_features, save_nearest
 from fastgan.train import DCGANConfig, GANConfig, Trainer
 
 
@@ -117,6 +118,19 @@ def test_command_scores_a_checkpoint_beside_held_out_images(tmp_path, monkeypatc
     assert extractor == {"extractor": "untrained", "test_accuracy": 0.5}
     assert held_out["of"] == "held-out images" and scored["of"] == checkpoint
     assert held_out["frechet_distance"] < scored["frechet_distance"] and len(scored["intended_digit"]) == 10
+
+
+@pytest.mark.parametrize("count", [10, 1000, 1500, 2000, 2010])
+def test_intended_digits_are_those_of_any_number_of_images(count):
+    def generator(z):  # every network draws its digit, the eighth a 1 in place of a 7
+        return torch.tensor([0, 1, 2, 3, 4, 5, 6, 1, 8, 9]).repeat_interleave(len(z) // 10).view(-1, 1, 1, 1)
+
+    def extractor(images):
+        return images, torch.nn.functional.one_hot(images.flatten(), 10)
+
+    images = generate(GANConfig(device="cpu"), generator, count)
+    assert len(images) == count and _intended(extractor, images, None) == [1.0] * 7 + [0.0] + [1.0] * 2
+    assert _intended(extractor, images, 1) == [0.2]
 
 
 def test_distances_are_those_of_torchmetrics():

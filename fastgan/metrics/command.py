@@ -72,5 +72,5 @@ def _intended(extractor: Extractor, images: Tensor, digit: int | None) -> list[f
     predicted = extractor(images)[1].argmax(1)
     if digit is not None:
         return [float((predicted == digit).double().mean())]
-    by_class = predicted.view(-1, 10, CHUNK // 10)
-    return [float((by_class[:, label] == label).double().mean()) for label in range(10)]
+    by_class = torch.cat([part.view(10, -1) for part in predicted.split(CHUNK)], 1)
+    return [float((by_class[label] == label).double().mean()) for label in range(10)]

@@ -29,7 +29,7 @@ def generate(config: TrainConfig, generator: nn.Module, count: int, *, seed: int
     Args:
         config: settings of its run; with the generator as of :func:`fastgan.sample.load_generator`.
         generator: the network.
-        count: images. The vector GAN of ten digits gives a hundred of each in order in every thousand.
+        count: images. The vector GAN of ten digits gives a tenth of each in order in every thousand, and in the rest.
         seed: of the noise.
 
     Returns:
