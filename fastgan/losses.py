@@ -199,7 +199,7 @@ def _input_gradients(discriminator: Callable[[Tensor], Tensor], samples: Tensor)
     samples = samples.requires_grad_()  # a tensor of our own: detached or just computed
     with torch.enable_grad(), torch.autocast(samples.device.type, enabled=False):
         (gradients,) = torch.autograd.grad(discriminator(samples).sum(), samples, create_graph=True)
-    gradients = gradients.flatten(1)
+    gradients = gradients.reshape(len(gradients), -1)
     return gradients.float() if gradients.dtype in (torch.float16, torch.bfloat16) else gradients
 
 

@@ -30,6 +30,12 @@ def test_penalties_of_a_linear_discriminator_by_hand():
     assert r1_penalty(linear(slope), real, weight=1.0).item() == pytest.approx(12.5)
 
 
+def test_penalties_take_samples_that_are_numbers():
+    real, fake = torch.randn(2, 5, dtype=torch.float64)
+    assert gradient_penalty(lambda x: 3 * x, real, fake).item() == pytest.approx(10 * (3 - 1) ** 2)
+    assert r1_penalty(lambda x: 3 * x, real).item() == pytest.approx(10 / 2 * 9)
+
+
 def test_gradient_penalty_looks_between_each_real_and_its_generated_sample():
     seen = []
 
