@@ -23,6 +23,16 @@ def test_mean_and_deviation_of_the_last_values(tmp_path, capsys):
     assert capsys.readouterr().out == "seed 0: 1\nseed 1: 2\nseed 7: 3\ntest_error: 2 ± 1 over 3 seeds\n"
 
 
+def test_a_run_is_finished_with_its_last_step_or_epoch(tmp_path, capsys):
+    runs = [run(tmp_path / str(seed), seed, 1.0, epochs, max_steps=steps) for seed, epochs, steps in ((0, 3, 4), (1, 2, 9))]
+    assert [main([each]) for each in runs] == [0, 0]
+
+
+def test_a_run_short_of_its_last_step_and_epoch_is_refused(tmp_path, capsys):
+    assert main([run(tmp_path / "run", 0, 1.0, epochs=3, max_steps=5)]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'run'} is not finished: it is at step 4 of 5\n"
+
+
 @pytest.mark.parametrize(
     "second, figure, message",
     [

@@ -38,8 +38,10 @@ def last_figures(runs: list[Path], figure: str) -> dict[int, float]:
         if not found:
             names = sorted({name for record in records for name in record})
             raise ValueError(f"{run}: no figure {figure!r} in metrics.jsonl; there are {', '.join(names)}")
-        if found[-1]["epoch"] != config["epochs"] and not config.get("max_steps"):
-            raise ValueError(f"{run} is not finished: {figure} is of epoch {found[-1]['epoch']} of {config['epochs']}")
+        steps, limit = records[-1]["step"], config.get("max_steps")
+        if found[-1]["epoch"] != config["epochs"] and not (limit and steps >= limit):
+            reached = f"it is at step {steps} of {limit}" if limit else f"{figure} is of epoch {found[-1]['epoch']} of {config['epochs']}"
+            raise ValueError(f"{run} is not finished: {reached}")
         settings = {name: value for name, value in config.items() if name not in MAY_DIFFER}
         first = first or settings
         differing = [name for name in settings if settings[name] != first.get(name)]
