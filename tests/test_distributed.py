@@ -538,6 +538,10 @@ def test_the_shares_of_a_batch_are_the_batch(processes):
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(DataError, match="batch_size must be divisible by the number of processes, 3, got 8"):
         Batches(dataset_of(40), 8, seed=1).divide(3, lambda rows: rows)
+    with pytest.raises(DataError, match="batch_size must be divisible by the number of processes, 2, got 5"):
+        Batches(dataset_of(40), 10, seed=1, parts=2).divide(2, lambda rows: rows)
+    with pytest.raises(DataError, match="batch_size must be divisible by the number of processes, 2, got 5"):
+        ClassBatches(dataset_of(40, torch.arange(40) % 2), 5, 1, (0, 1)).divide(2, lambda rows: rows)
 
 
 # --- torchrun

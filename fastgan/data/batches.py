@@ -63,13 +63,18 @@ class Batches:
             share: takes the rows of this process out of those of a whole batch.
 
         Raises:
-            DataError: a batch that cannot be shared equally.
+            DataError: a batch of parts that cannot be shared equally.
         """
-        if self.batch_size % processes:
+        if self._part_size % processes:
             raise DataError(
-                f"batch_size must be divisible by the number of processes, {processes}, got {self.batch_size}"
+                f"batch_size must be divisible by the number of processes, {processes}, got {self._part_size}"
             )
         self.share = share
+
+    @property
+    def _part_size(self) -> int:
+        """Images in each of the parts."""
+        return self.batch_size // self.parts
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -123,6 +128,10 @@ class ClassBatches(Batches):
 
     def __len__(self) -> int:
         return min(map(len, self.members)) // self.batch_size
+
+    @property
+    def _part_size(self) -> int:
+        return self.batch_size
 
     def _order(self, generator: torch.Generator) -> Tensor:
         parts = [
