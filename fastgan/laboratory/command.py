@@ -17,7 +17,7 @@ from fastgan.laboratory.experiment import (
 )
 from fastgan.laboratory.mixture import Mixture, distances
 from fastgan.train.checkpoint import TrainingError, load_checkpoint, save_checkpoint, write_atomically
-from fastgan.train.config import parse_arguments, resumed_config
+from fastgan.train.config import parse_arguments, resumed_checkpoint, resumed_config
 from fastgan.train.outputs import prepare_folder, write_json
 
 CRITERION = "|mean error| < 0.1, std ratio 0.7 to 1.3, KS < 0.15"
@@ -59,8 +59,8 @@ def experiment(given: dict[str, Any], program: list[str]) -> int:
         Exit status: 0, 1 for an error (one line on standard error), or 130 after an interrupt.
     """
     try:
-        if given.get("resume"):
-            resumed = load_checkpoint(Path(given["resume"]) / "checkpoint.pt", LaboratoryConfig.family)
+        if path := resumed_checkpoint(given):
+            resumed = load_checkpoint(path, LaboratoryConfig.family)
             config = resumed_config(LaboratoryConfig, given, resumed["config"], resumed["step"])
         else:
             resumed, config = None, LaboratoryConfig(**given)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgan.train.checkpoint import TrainingError, load_checkpoint
-from fastgan.train.config import TrainConfig, parse_arguments, resumed_config
+from fastgan.train.config import TrainConfig, parse_arguments, resumed_checkpoint, resumed_config
 from fastgan.train.distributed import process_group
 from fastgan.train.trainer import Trainer
 
@@ -38,8 +38,7 @@ def train(config_class: type[TrainConfig], given: dict[str, Any], program: list[
     try:
         with process_group() as ranks:
             try:
-                if given.get("resume"):
-                    path = Path(given["resume"]) / "checkpoint.pt"
+                if path := resumed_checkpoint(given):
                     checkpoint = ranks.on_main(lambda: _load(path, config_class.family))
                     config = resumed_config(config_class, given, checkpoint["config"], checkpoint["step"])
                 else:

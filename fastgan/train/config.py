@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import types
 import typing
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -234,6 +235,19 @@ def add_options(parser: argparse.ArgumentParser, config_class: type[TrainConfig]
             details = {"type": kind, "choices": field.metadata["choices"],
                        "metavar": None if field.metadata["choices"] else "DIR" if field.name in _FOLDERS else metavar}
         groups[field.name in shared].add_argument(flag, help=help, default=argparse.SUPPRESS, **details)
+
+
+def resumed_checkpoint(given: dict[str, Any]) -> Path | None:
+    """The checkpoint of the run that the settings ``given`` go on with, None where they start a new one.
+
+    Raises:
+        ValueError: an empty path, as of a shell's variable that is not set.
+    """
+    if given.get("resume") is None:
+        return None
+    if not given["resume"]:
+        raise ValueError("--resume must be the folder of a run, got an empty path")
+    return Path(given["resume"]) / "checkpoint.pt"
 
 
 def resumed_config(
