@@ -361,6 +361,44 @@ def test_truncated_checkpoint_write_leaves_the_previous_one(tmp_path, monkeypatc
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_two_writers_of_a_file_do_not_meet_in_a_temporary_one(tmp_path, monkeypatch):
+    path, fsync = tmp_path / "cache.pt", os.fsync
+
+    def write_in_between(descriptor):
+        monkeypatch.setattr(os, "fsync", fsync)
+        write_atomically(path, b"another process's")
+
+    monkeypatch.setattr(os, "fsync", write_in_between)
+    before = os.umask(0o027)
+    try:
+        write_atomically(path, b"own")
+    finally:
+        os.umask(before)
+    assert path.read_bytes() == b"own" and list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), KeyboardInterrupt()], ids=["disk", "interrupt"])
+def test_a_write_that_fails_leaves_no_temporary_file(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(TrainingError if isinstance(error, OSError) else KeyboardInterrupt):
+        write_atomically(tmp_path / "file", b"new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_temporary_file_that_cannot_be_removed_does_not_hide_why_nothing_was_written(tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(TrainingError, match="file cannot be written: Read-only file system"):
+        write_atomically(tmp_path / "file", b"new")
+
+
 def test_curves_that_cannot_be_drawn_cost_no_step(tmp_path, images):
     trainer = trainer_in(tmp_path, images, max_steps=7)
     (tmp_path / "losses.png").mkdir()

@@ -1,7 +1,9 @@
 """Files that are either the old or the new version, whatever happens while they are written."""
 
+import contextlib
 import io
 import os
+import secrets
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,20 +21,25 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         TrainingError: the file cannot be written; the old one is still there.
     """
-    part = path.with_name(path.name + ".part")
+    # A name of its own: another process may write the same file, as one of a cache.
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        try:
+            with open(part, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # what went wrong before says more
+                part.unlink()
+            raise
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     except OSError as error:
-        part.unlink(missing_ok=True)
         kept = " (the previous one is kept)" if path.exists() else ""
         raise TrainingError(f"{path} cannot be written: {error.strerror or error}{kept}") from error
 
