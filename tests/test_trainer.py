@@ -482,6 +482,26 @@ def test_learning_rate_that_explodes_is_reported_in_one_line(tmp_path, tiny, cap
     assert error.startswith("error: step ") and "layer" in error and error.count("\n") == 1
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, tiny, capsys):
+    # The loss of the step is finite: only the next one would show them.
+    rates = ["--learning-rate", "1e39", "--discriminator-learning-rate", "1e-4"]
+    assert run(DCGANConfig, [*tiny, *rates, "--max-steps", "1", "--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: step 1: not finite: generator, layer main.0 (weight of ConvTranspose") and error.count("\n") == 1
+    saved = checkpoint(tmp_path)
+    assert saved["step"] == 0 and all(tensor.isfinite().all() for tensor in tensors(saved["networks"]).values())
+
+
+def test_running_statistics_that_are_not_finite_are_not_saved_and_a_mask_is(tmp_path, images):
+    trainer = trainer_in(tmp_path, images, fuse=False)
+    trainer.networks["discriminator"].register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    trainer.save()
+    trainer.networks["generator"].main[1].running_var[0] = torch.inf
+    with pytest.raises(TrainingError, match=r"not finite: generator, layer main\.1 \(running_var of BatchNorm2d\)"):
+        trainer.save()
+    assert checkpoint(tmp_path)["networks"]["generator"]["main.1.running_var"].isfinite().all()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

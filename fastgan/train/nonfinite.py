@@ -1,5 +1,7 @@
 """Finding the layer in which a run went wrong."""
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,11 +23,24 @@ def locate_nonfinite(generator: nn.Module, discriminator: nn.Module, images: Ten
     return "the loss itself"
 
 
-def _first_nonfinite_layer(network: nn.Module, batch: Tensor) -> str | None:
-    for name, parameter in network.named_parameters():
-        if not parameter.isfinite().all():
+def nonfinite_weight(network: nn.Module) -> str | None:
+    """The layer and the name of the first parameter, or else the first running statistic, that is not finite; None where all are."""
+    # Another buffer may hold infinity for good, as a mask does.
+    statistics = (pair for pair in network.named_buffers() if pair[0].endswith(("running_mean", "running_var")))
+    return _first_nonfinite(network, itertools.chain(network.named_parameters(), statistics))
+
+
+def _first_nonfinite(network: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    for name, tensor in tensors:
+        if not tensor.isfinite().all():
             layer, _, kind = name.rpartition(".")
             return f"layer {layer} ({kind} of {type(network.get_submodule(layer)).__name__})"
+    return None
+
+
+def _first_nonfinite_layer(network: nn.Module, batch: Tensor) -> str | None:
+    if weight := _first_nonfinite(network, network.named_parameters()):
+        return weight
     found: list[str] = []
 
     def hook(name: str, module: nn.Module, output: Any) -> None:

@@ -32,7 +32,7 @@ from fastgan.train.checkpoint import TrainingError, save_checkpoint
 from fastgan.train.config import PRECISIONS, TrainConfig
 from fastgan.train.distributed import Ranks, resume_words, set_random_state
 from fastgan.train.graph import CUDARecorder, GraphedStep, adam, set_rate, without
-from fastgan.train.nonfinite import locate_nonfinite
+from fastgan.train.nonfinite import locate_nonfinite, nonfinite_weight
 from fastgan.train.outputs import (
     Metrics, Progress, copy_history, prepare_folder, save_animation, save_curves, save_grid, write_json,
 )
@@ -413,8 +413,15 @@ class Trainer:
         return images.float()
 
     def save(self, path: Path | None = None) -> None:
-        """Write checkpoint.pt, or another file at ``path``. Raises TrainingError, with the previous checkpoint intact."""
+        """Write checkpoint.pt, or another file at ``path``. Raises TrainingError, with the previous checkpoint intact: also for
+        weights that are not finite, of which the step's loss, from before its update, tells nothing."""
         self.graph.check()
+        for name, network in self.networks.items():
+            if where := nonfinite_weight(network):
+                raise TrainingError(
+                    f"step {self.step}: not finite: {name}, {where}. The checkpoint in {self.output} stays as it was; a lower "
+                    "--learning-rate often helps"
+                )
         path = path or self.output / "checkpoint.pt"
         epoch, position = divmod(self.step, len(self.batches))
         state = {
