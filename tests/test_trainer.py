@@ -295,6 +295,29 @@ def test_interrupt_saves_and_says_how_to_resume(tmp_path, tiny, number, status):
     assert (out / "samples.gif").exists()
 
 
+@pytest.mark.parametrize("method", ["train_step", "_draw"])
+def test_an_interrupt_in_or_after_the_last_step_leaves_a_finished_run(tmp_path, images, capsys, method):
+    trainer = trainer_in(tmp_path, images, max_steps=3)
+    original = getattr(trainer, method)
+
+    def interrupted(*arguments):
+        if trainer.step >= 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments)
+
+    setattr(trainer, method, interrupted)
+    trainer.train()
+    assert checkpoint(tmp_path)["step"] == 3 and "to go on" not in capsys.readouterr().out
+
+
+def test_an_interrupt_before_the_first_step_is_not_lost(tmp_path, images, monkeypatch):
+    trainer = trainer_in(tmp_path, images)
+    monkeypatch.setattr("fastgan.train.trainer.keep_freed_memory", lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert checkpoint(tmp_path)["step"] == 1
+
+
 def test_resume_refuses_another_configuration_by_name(tmp_path, tiny, capsys):
     run(DCGANConfig, [*tiny, "--output", str(tmp_path), "--max-steps", "1"])
     before = (tmp_path / "checkpoint.pt").read_bytes()

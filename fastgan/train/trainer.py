@@ -208,8 +208,20 @@ class Trainer:
         Raises:
             TrainingError: a loss that is not finite, or an output that cannot be written; the last
                 checkpoint is intact.
-            KeyboardInterrupt, SystemExit: the run was interrupted and saved.
+            KeyboardInterrupt, SystemExit: the run was interrupted before its last step, and saved.
         """
+        with _deferred_signals() as self._signals:
+            self._train()
+        # One that came later than that has cut nothing short.
+        if self.step < self.total_steps and (self._signals or self._stopping):
+            if self.ranks.main:
+                print(f"stopped at step {self.step} of {self.total_steps} and saved; to go on:\n  {self._resume_command()}")
+            number = self._signals[0] if self._signals else signal.SIGTERM
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + number)
+
+    def _train(self) -> None:
         if self.device.type == "cpu":
             keep_freed_memory()
         steps_per_epoch = len(self.batches)
@@ -217,7 +229,7 @@ class Trainer:
         progress = Progress(self.step, self.total_steps, hidden=not self.ranks.main)
         drawn = time.monotonic()
         timed_images, seconds = 0, 0.0
-        with _deferred_signals() as self._signals, contextlib.closing(progress):
+        with contextlib.closing(progress):
             for epoch, batch in self._remaining_batches():
                 started = time.monotonic()
                 figures = self.train_step(batch)
@@ -266,13 +278,6 @@ class Trainer:
                     break
             # No process leaves before the results are written: torchrun would end the others.
             self.ranks.wait()
-        if self._signals or self._stopping:
-            if self.ranks.main:
-                print(f"stopped at step {self.step} of {self.total_steps} and saved; to go on:\n  {self._resume_command()}")
-            number = self._signals[0] if self._signals else signal.SIGTERM
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            raise SystemExit(128 + number)
 
     def _remaining_batches(self) -> Iterator[tuple[int, Batch]]:
         """The epoch's number from 0 and the batch, from the current step to the last."""
