@@ -1,5 +1,8 @@
 """Recordings: steps on the CPU that are repeated without Python."""
 
+import contextlib
+import resource
+import tempfile
 import types
 import warnings
 
@@ -226,6 +229,33 @@ def test_a_failed_capture_changes_nothing():
     with pytest.raises(RuntimeError, match="the host reads a value, by aten"):
         captured(work, [x])
     assert torch.equal(state, torch.zeros(6)) and torch.equal(x, before) and torch.equal(torch.get_rng_state(), random)
+
+
+def no_folder():
+    raise FileNotFoundError(2, "No usable temporary directory found")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("room", [None, 0, 30])
+def test_a_state_without_room_in_a_file_is_kept_in_memory(monkeypatch, room, fails):
+    states = [torch.full((4,), float(i)) for i in range(4)]  # 16 bytes each
+
+    def work():
+        for state in states:
+            state.add_(x.sum())
+        return states[0].sum() * (x[0].item() if fails else 1.0)
+
+    x, before, limits = torch.randn(3), [state.clone() for state in states], resource.getrlimit(resource.RLIMIT_FSIZE)
+    if room is None:
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda *_, **__: no_folder())
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(RuntimeError, match="the host reads a value") if fails else contextlib.nullcontext():
+            captured(work, [x])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert all(map(torch.equal, states, before))
 
 
 def test_an_error_in_a_replay_leaves_tensors_that_can_be_read():

@@ -105,8 +105,8 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 class _State:
-    """All memory that a recording found, and what it was before; the random numbers to come, too. In a file: at this time there is more
-    in memory than at any other.
+    """All memory that a recording found, and what it was before; the random numbers to come, too. In a file, as far as there is room
+    for one: at this time there is more in memory than at any other.
 
     Attributes:
         memory: uint8 tensors.
@@ -114,22 +114,48 @@ class _State:
 
     def __init__(self):
         self.memory: list[Tensor] = []
-        self._random, self._file = torch.get_rng_state(), tempfile.TemporaryFile()
+        self._random = torch.get_rng_state()
+        self._kept: list[Tensor] = []  # what the last of them were, those that are not in the file
+        try:
+            # A buffer would tell that the disk is full only when the file is read.
+            self._file = tempfile.TemporaryFile(buffering=0)
+        except OSError:
+            self._file = None
 
     def __enter__(self) -> "_State":
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def add(self, memory: Tensor) -> None:
+        if self._kept or not self._written(memory):
+            self._kept.append(memory.clone())
         self.memory.append(memory)
-        self._file.write(memory.numpy().data)
+
+    def _written(self, memory: Tensor) -> bool:
+        """Whether the file has taken it."""
+        if self._file is None:
+            return False
+        rest = memory.numpy().data
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            return False
+        return True
 
     def restore(self) -> None:
-        self._file.seek(0)
-        for memory in self.memory:
-            self._file.readinto(memory.numpy().data)
+        in_file = len(self.memory) - len(self._kept)
+        if self._file is not None:
+            self._file.seek(0)
+        for memory in self.memory[:in_file]:
+            rest = memory.numpy().data
+            while rest:
+                rest = rest[self._file.readinto(rest) :]
+        for memory, kept in zip(self.memory[in_file:], self._kept):
+            memory.copy_(kept)
         torch.set_rng_state(self._random)
 
 
