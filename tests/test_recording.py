@@ -134,7 +134,8 @@ class Reading(Objective):
 
 class Progressing(Objective):
     def generator_loss(self, discriminator, batch, fake):
-        return super().generator_loss(discriminator, batch, fake)[0] * (1 + self.progress), {}
+        # Only late in the run: no trial on other values would notice.
+        return super().generator_loss(discriminator, batch, fake)[0] * (1 + max(0.0, self.progress - 0.9)), {}
 
 
 class Leaving(Objective):
@@ -147,7 +148,7 @@ class Leaving(Objective):
 
 @pytest.mark.parametrize("objective, reason", [
     (Reading, "the host reads a value, by aten._local_scalar_dense.default"),
-    (Progressing, "repeated, the step gave other numbers than the step itself"),
+    (Progressing, "the objective reads the progress of the run"),
     (Leaving, "repeated, the step gave other numbers than the step itself"),
 ])  # fmt: skip
 def test_a_step_that_cannot_be_repeated_stays_eager_and_says_why(tmp_path, objective, reason):
@@ -201,7 +202,7 @@ def test_capture_computes_nothing_and_replay_everything():
     before, random = [t.clone() for t in (x, state, halves)], torch.get_rng_state()
     recorder, values = captured(work, [x], [weight])
     assert all(map(torch.equal, before, (x, state, halves))) and torch.equal(torch.get_rng_state(), random)
-    assert recorder._trainer.objective.progress == 0.0
+    assert recorder._trainer.objective.progress == 0.0  # which can be read again
     gradient = weight.grad
     for seed in (1, 2):
         x.copy_(torch.randn(6, 4))

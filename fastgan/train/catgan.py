@@ -148,7 +148,9 @@ class CatGANObjective(Objective):
         real = logits[: views * len(batch.images)]
         labeled_logits = None if labels is None else real if self.all_labeled else logits[len(real) :]
         mixed = mix_views(real, views)
-        marginal_weight = 1 + (self.config.marginal_weight - 1) * max(0.0, 1 - 2 * self.progress)
+        marginal_weight = self.config.marginal_weight
+        if marginal_weight != 1:  # a step that reads the progress is not recorded
+            marginal_weight = 1 + (marginal_weight - 1) * max(0.0, 1 - 2 * self.progress)
         loss, figures = _real_categories_loss(
             mixed, labeled_logits, labels, self.config.supervised_weight, marginal_weight, self.ranks.group
         )

@@ -20,12 +20,12 @@ from fastgan import _extension
 class CPURecorder:
     """Records work on the CPU and repeats it; see :class:`fastgan.train.graph.CUDARecorder`.
 
-    Before a recording is used it is tried, on other inputs, with other random numbers and at another progress of the run: it must give what
-    the work itself gives, to the bit.
+    Before a recording is used it is tried, on other inputs and with other random numbers: it must give what the work itself gives, to the
+    bit.
 
     Args:
         parameters: whose gradients, where the work leaves any, every replay fills anew.
-        trainer: whose ``objective.progress`` the work might look at.
+        trainer: whose ``objective.progress`` the work must not look at.
     """
 
     name = "a recording"
@@ -52,19 +52,18 @@ class CPURecorder:
             RuntimeError: it did what cannot be repeated. Everything is as it was, but for gradients.
         """
         recording, inputs, objective = _extension._C.Recording(), list(inputs), self._trainer.objective
-        progress = objective.progress
         with _State() as state:
             try:
+                objective._recorded = True
                 with _Recorder(recording, state):
                     values = function()
                 gradients = self._gradients()
                 recording.end([values, *gradients.values()])
-                objective.progress = (progress + 0.5) % 1
                 self._try(recording, function, inputs, values, gradients, state)
             except Exception as error:
                 raise RuntimeError(str(error)) from error
             finally:
-                objective.progress = progress
+                objective._recorded = False
                 state.restore()
         for parameter in self._parameters:
             parameter.grad = gradients.get(parameter)

@@ -60,22 +60,34 @@ class Objective:
 
     Attributes:
         averaged: the networks whose averaged weights are of use.
-        progress: the part of the run that is done, from 0 to 1; set by the trainer.
         no_graph: why a step with these losses cannot be captured in a CUDA graph, None where it can. In a graph Python decides
             nothing any more: what depends on ``progress`` would stay what it was in the captured step.
-        no_recording: the same for a recording on the CPU.
+        no_recording: the same for a recording on the CPU. To be set where the losses depend on numbers of your own in Python, such as
+            a counter for a term of every k-th step: it stands still in recorded steps.
     """
 
     averaged = ("generator",)
     no_graph: str | None = None
     no_recording: str | None = None
+    _progress = 0.0
+    _recorded = False  # whether a recording of the step is just being made
 
     def __init__(self, kind: str = "non_saturating", augment: Callable[[Tensor], Tensor] | None = None, *,
                  gradient_penalty: float = 0.0, r1: float = 0.0, label_smoothing: float = 0.0):
         self.kind = kind
-        self.progress = 0.0
         self.augment = augment or nn.Identity()
         self.gradient_penalty, self.r1, self.label_smoothing = gradient_penalty, r1, label_smoothing
+
+    @property
+    def progress(self) -> float:
+        """The part of the run that is done, from 0 to 1; set by the trainer. A step that reads it is not recorded on the CPU."""
+        if self._recorded:
+            raise RuntimeError("the objective reads the progress of the run")
+        return self._progress
+
+    @progress.setter
+    def progress(self, progress: float) -> None:
+        self._progress = progress
 
     @property
     def discriminator_kind(self) -> str:
