@@ -16,6 +16,7 @@ from bench_step import environment
 from torch.profiler import ProfilerActivity, profile
 
 from fastgan.bench import CASES, PEERS, Setting
+from fastgan.train.graph import WARM_UP
 
 # The first pattern found in an operator's name decides.
 PARTS = {
@@ -44,7 +45,8 @@ def profile_peer(case, peer, steps):
     """{part: ms a step}"""
     with tempfile.TemporaryDirectory() as folder:
         step = Setting(case).peer(peer, Path(folder))
-        step(), step()
+        for _ in range(WARM_UP + 1):  # the trainer records the last of them, if any
+            step()
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             for _ in range(steps):
                 step()

@@ -1,4 +1,4 @@
-"""Fused C++/CUDA kernels of PyTorch for training GANs."""
+"""Fused C++/CUDA kernels for PyTorch that make training GANs faster."""
 
 from fastgan._source_folder import installed_package_takes_over
 

@@ -253,9 +253,9 @@ def processor_name():
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [case.name for case in CASES]
     parser.add_argument("--case", choices=names, default="grey32-b128-fp32", metavar="CASE",
-                        help=f"of {', '.join(names)} (default: grey32-b128-fp32)")  # fmt: skip
+                        help=f"one of {', '.join(names)} (default: grey32-b128-fp32)")  # fmt: skip
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=("eager", "channels_last", "tuned", "fuse", "trainer"),
-                        metavar="PEER", help=f"of {', '.join(PEERS)} (default: all without compile)")  # fmt: skip
+                        metavar="PEER", help=f"any of {', '.join(PEERS)} (default: all without compile)")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=10, metavar="INT", help="timed steps of each peer (default: 10)")
     parser.add_argument("--threads", type=int, metavar="INT", help="CPU threads; by default PyTorch's choice")
 

@@ -18,15 +18,15 @@ Train GANs on fused kernels, and use what was trained.
   fastgan train dcgan                                          handwritten digits, in runs/dcgan
   fastgan sample --checkpoint runs/dcgan --out digits.png      a grid of new ones"""
 _EPILOG = """\
-`fastgan COMMAND --help` tells all about a command.
+`fastgan COMMAND --help` lists the options of a command.
 Exit status: 0 done, 1 an error (one line on standard error), 2 wrong arguments, 130 interrupted."""
 _COMMANDS = {
-    "train": ("train a model family, or go on with a run (--resume)", None),
+    "train": ("train a model, or resume a run (--resume)", None),
     "sample": ("draw a grid of images from a checkpoint", "fastgan.sample"),
-    "evaluate": ("score generators beside held-out images, a line of JSON each", "fastgan.metrics.command"),
+    "evaluate": ("score generators and held-out images; prints one line of JSON for each", "fastgan.metrics.command"),
     "export": ("write a trained generator for use without fastgan", "fastgan.export"),
     "bench": ("time a training step in fastgan and in plain PyTorch on this machine", "fastgan.bench"),
-    "info": ("print what this installation is made of", None),
+    "info": ("print what was built, and why", None),
 }
 _FAMILIES = {
     "dcgan": "convolutional GAN on images (Radford et al. 2015)",

@@ -1,4 +1,4 @@
-"""Adversarial losses. All take logits, are minimised, and work in log space."""
+"""Adversarial losses. All take logits, are to be minimised, and are computed in log space."""
 
 from collections.abc import Callable
 from typing import Any
@@ -137,13 +137,13 @@ def generator_loss(fake_logits: Tensor, kind: str = "non_saturating") -> Tensor:
 def gradient_penalty(
     discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, *, target: float = 1.0, weight: float = 10.0
 ) -> Tensor:
-    """Penalty that keeps the discriminator's slope near ``target`` between real and generated samples: WGAN-GP
+    """Penalty that keeps the norm of the discriminator's gradient near ``target`` between real and generated samples: WGAN-GP
     (Gulrajani et al. 2017, arXiv 1704.00028, equation 3 and algorithm 1).
 
     ``weight * E (||grad D(x)|| - target)^2`` at ``x = e real + (1 - e) fake``, e from U(0, 1) for each pair. Add it to
     :func:`discriminator_loss`, which with ``kind="wasserstein"`` needs it. The discriminator should judge each sample
     by itself: with batch norm the gradient of a sample's logit also runs through the others, and the penalty no
-    longer bounds the slope (the paper's section 4); take layer norm or none, see
+    longer bounds the gradient (the paper's section 4); take layer norm or none, see
     ``fastgan.models.dcgan(discriminator_normalization=...)``.
 
     Args:
@@ -151,7 +151,7 @@ def gradient_penalty(
             gradients the penalty is made of.
         real: real samples, [N, ...], floating point; taken as constant.
         fake: generated samples of that shape; taken as constant.
-        target: the slope wanted; 0 for the penalty of Thanh-Tung et al. 2019.
+        target: the gradient norm wanted; 0 for the penalty of Thanh-Tung et al. 2019.
         weight: the factor in front, lambda in the paper.
 
     Returns:
@@ -173,10 +173,10 @@ def gradient_penalty(
 
 
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, *, weight: float = 10.0) -> Tensor:
-    """Penalty on the discriminator's slope at real samples: R1 (Mescheder et al. 2018, arXiv 1801.04406, equation 9).
+    """Penalty on the discriminator's gradient at real samples: R1 (Mescheder et al. 2018, arXiv 1801.04406, equation 9).
 
-    ``weight / 2 * E ||grad D(x)||^2``: the discriminator is to be flat where generator and data agree, without which
-    training need not converge. Add it to :func:`discriminator_loss`, of any kind.
+    ``weight / 2 * E ||grad D(x)||^2``: the discriminator should be flat where generator and data agree; without
+    this training need not converge. Add it to :func:`discriminator_loss`, of any kind.
 
     Args:
         discriminator: maps samples to logits. Called once, without autocast.
@@ -244,11 +244,11 @@ def catgan_discriminator_loss(
         fake_logits: logits of generated images, [M, K].
         labeled_logits: logits of images whose class is known, [L, K]; ``real_logits`` itself where every real image
             is labeled, which then costs no further pass. None without labels.
-        labels: their classes, int64 [L] in [0, K), or -100 for an image whose class is not known after all.
+        labels: their classes, int64 [L] in [0, K), or -100 for an image without a label.
         supervised_weight: weight of the cross-entropy.
         marginal_weight: weight of the marginal entropy, 1 in the paper; a larger one keeps categories from falling
             empty.
-        process_group: a group of ``torch.distributed``, one process a part of the batch: the marginal is then that
+        process_group: a group of ``torch.distributed``, each process holding part of the batch: the marginal is then that
             of the real images of all of them (one all-reduce of K + 1 numbers). Gradients averaged over the
             processes, as by DistributedDataParallel, are those of one process with the whole batch.
 

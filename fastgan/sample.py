@@ -62,9 +62,9 @@ def walk(start: Tensor, end: Tensor, count: int, distribution: str) -> Tensor:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a run's folder, or its checkpoint.pt")
-    parser.add_argument("--grid", type=_grid, metavar="ROWSxCOLUMNS", help="by default the grid of the run, such as 8x8")
+    parser.add_argument("--grid", type=_grid, metavar="ROWSxCOLUMNS", help="such as 8x8; default: the grid of the run")
     parser.add_argument("--interpolate", action="store_true",
-                        help="each row walks from one latent point to another, instead of points of their own")
+                        help="each row interpolates between two latent points, instead of independent samples")
     parser.add_argument("--seed", type=_seed, default=0, metavar="INT", help="of the latent points (default: 0)")
     parser.add_argument("--out", type=_picture, default=Path("grid.png"), metavar="FILE",
                         help="PNG file to write (default: grid.png)")  # fmt: skip

@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, default=64, metavar="INT", help="of images in folders (default: 64)")
     parser.add_argument("--features", default="lenet", metavar="NAME", help="lenet, trained on the data set; random, "
                         "for any images; or a TorchScript file (default: lenet)")
-    parser.add_argument("--samples", type=int, default=10_000, metavar="INT", help="images drawn (default: 10000)")
-    parser.add_argument("--nearest", action="store_true", help="draw the nearest training image beside each sample, "
-                        "into a picture beside the checkpoint")
-    parser.add_argument("--threads", type=int, metavar="INT", help="CPU threads; by default PyTorch's choice")
+    parser.add_argument("--samples", type=int, default=10_000, metavar="INT", help="generated images to score (default: 10000)")
+    parser.add_argument("--nearest", action="store_true", help="write a picture, next to the checkpoint, of each sample "
+                        "and its nearest training image")
+    parser.add_argument("--threads", type=int, metavar="INT", help="CPU threads; default: PyTorch's choice")
 
 
 def run(options: argparse.Namespace) -> int:

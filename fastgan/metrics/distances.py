@@ -1,7 +1,7 @@
 """Distances between two sets of samples, given by their features.
 
 Every function takes ``real`` [N, D] and ``fake`` [M, D], features of any extractor, floating point; it computes in
-float64 and returns Python floats. The Fréchet distance wants some 10,000 samples; the kernel distance is unbiased
+float64 and returns Python floats. The Fréchet distance needs about 10,000 samples; the kernel distance is unbiased
 for small sets too. Scores from different extractors are not comparable.
 """
 

@@ -1,8 +1,8 @@
 """Categorical GAN (Springenberg 2015, arXiv 1511.06390): the discriminator is a classifier.
 
-It has a logit a category and none for "fake": it is to be sure about real images and unsure about generated ones.
-Gaussian noise on its input and its hidden layers, in training only, keeps it from putting the categories' borders
-just anywhere between the training images.
+It has one logit per category and none for "fake": it should be certain about real images and uncertain about generated
+ones. Gaussian noise on its input and its hidden layers, in training only, keeps it from placing the category borders
+arbitrarily between the training images.
 """
 
 import torch
@@ -42,7 +42,7 @@ class CatGANClassifier(nn.Module):
         return self.head(self.body(images))
 
     def on_batches(self, parts: list[torch.Tensor], batches: list[int], tracked: int) -> torch.Tensor | None:
-        """Logits of ``torch.cat(parts)``, which are several batches, for the time of one call.
+        """Logits of ``torch.cat(parts)``, which are several batches, in the time of one call.
 
         Args:
             parts: images [N, channels, image_size, image_size] each.
@@ -50,7 +50,7 @@ class CatGANClassifier(nn.Module):
             tracked: how many of the batches, from the first, the running statistics learn from.
 
         Returns:
-            [N of all, num_classes]; None, and nothing has happened, where there is no such call: with convolutions, without
+            [N of all, num_classes]; None, and nothing has happened, where this is not supported: with convolutions, without
             :func:`fastgan.fuse`, where one of its layers cannot be fused, and in other dtypes than float32.
         """
         parts = [self._checked(part) for part in parts]

@@ -113,7 +113,7 @@ class ConvBNAct2d(_ConvBNAct2d):
         padding: int or pair, at least 0, or "same" or "valid".
         groups: divides both channel counts.
         bias: of the convolution; batch norm cancels it.
-        padding_mode: "zeros", as there are no others here.
+        padding_mode: must be "zeros".
         device, dtype: of the parameters.
         eps, momentum, affine, track_running_stats: of :class:`torch.nn.BatchNorm2d`.
         activation: "relu", "leaky_relu", "tanh", "sigmoid" or "identity".
@@ -157,7 +157,7 @@ class ConvTransposeBNAct2d(_ConvBNAct2d):
         output_padding: int or pair, at least 0 and smaller than stride or dilation.
         groups: divides both channel counts.
         bias: of the convolution; batch norm cancels it.
-        padding_mode: "zeros", as there are no others here.
+        padding_mode: must be "zeros".
         device, dtype: of the parameters.
         eps, momentum, affine, track_running_stats: of :class:`torch.nn.BatchNorm2d`.
         activation: "relu", "leaky_relu", "tanh", "sigmoid" or "identity".

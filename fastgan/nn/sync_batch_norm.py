@@ -17,9 +17,9 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class SyncBatchNorm(_BatchNorm):
-    """What torch.nn.SyncBatchNorm computes, on the CPU too; made by :func:`convert_sync_batch_norm`.
+    """Like torch.nn.SyncBatchNorm, but on the CPU too; made by :func:`convert_sync_batch_norm`.
 
-    No subclass of PyTorch's layer, which DistributedDataParallel refuses on the CPU.
+    It does not inherit from PyTorch's layer, because DistributedDataParallel refuses that one on the CPU.
     """
 
     process_group: Any

@@ -1,4 +1,4 @@
-"""Fused operators. Each is a function of tensors with its plain-PyTorch reference beside it."""
+"""Fused operators: functions of tensors, each next to its reference in plain PyTorch."""
 
 from fastgan.ops._conv import ACTIVATIONS
 from fastgan.ops.batch_norm_act_noise import batch_norm_act_noise

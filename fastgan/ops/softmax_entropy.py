@@ -9,7 +9,7 @@ _CPU_KERNELS = _extension.has_kernels("cpu")
 
 
 def softmax_entropy(logits):
-    """Entropy of each prediction, and of their mean.
+    """Mean entropy of the predictions, and entropy of the mean prediction.
 
     The two numbers of the categorical GAN (Springenberg, "Unsupervised and semi-supervised learning with categorical
     generative adversarial networks", arXiv 1511.06390), computed in log space: finite for logits up to +-1e4, exactly

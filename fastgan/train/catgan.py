@@ -36,30 +36,30 @@ class CatGANConfig(TrainConfig):
 
     family: ClassVar[str] = "catgan"
 
-    labels: str = option("100", "labeled training images: a number, the same for each class, or 'all'")
-    categories: int | None = option(None, "outputs of the classifier; by default the classes, 20 without labels",
+    labels: str = option("100", "how many training images are labeled in all (equally many per class), 'all', or 0")
+    categories: int | None = option(None, "outputs of the classifier; default: one per class, 20 without labels",
                                     minimum=1)
     supervised_weight: float = option(1.0, "weight of the cross-entropy against the entropies", minimum=0)
-    marginal_weight: float = option(1.0, "weight of the real images' marginal entropy at the start; it goes linearly to "
-                                    "1 at the middle of --epochs", minimum=0)
-    architecture: str = option("conv", "perceptron or convolutions", choices=ARCHITECTURES)
+    marginal_weight: float = option(1.0, "weight of the real images' marginal entropy at the start; it reaches 1 "
+                                    "linearly by the middle of --epochs", minimum=0)
+    architecture: str = option("conv", "mlp: multilayer perceptron; conv: convolutions", choices=ARCHITECTURES)
     generator_loss: str = option("catgan", "loss of the generator", choices=GENERATOR_LOSSES)
     base_channels: int = option(16, "channels of the convolutions next to the image", minimum=1)
     input_noise: float | None = option(None, "standard deviation of the noise on the images; by default the model's",
                                        minimum=0)
     hidden_noise: float | None = option(None, "standard deviation of the noise on hidden layers; by default the "
                                         "model's", minimum=0)
-    augment: bool = option(True, "small random shifts, turns and sizes of the real images, a noise like the others")
-    views: int = option(2, "noisy versions of each real image whose mean prediction the entropies are of", minimum=1)
-    labeled_batch: int = option(50, "labeled images in a batch, beside the --batch-size others", minimum=1)
+    augment: bool = option(True, "randomly shift, rotate and scale the real images a little")
+    views: int = option(2, "random versions of each real image; the entropies are those of their mean prediction", minimum=1)
+    labeled_batch: int = option(50, "labeled images per batch, in addition to --batch-size", minimum=1)
     validation: int = option(0, "training images to hold out; the error is then measured on them and the test set is "
                              "not read", minimum=0)
-    decay: float = option(0.5, "last part of --epochs in which the step size falls linearly to 0", minimum=0)
+    decay: float = option(0.5, "final fraction (0 to 1) of the run over which the learning rate falls linearly to 0", minimum=0)
     image_size: int = option(28, "height and width of the images in pixels", minimum=1)
     epochs: int = option(10, "passes over the training images", minimum=1, may_change=True)
     batch_size: int = option(100, "images in a batch", minimum=2)
-    learning_rate: float = option(1e-3, "Adam's step size, of both networks", minimum=0)
-    ema: float = option(0.999, "decay of the averaged weights that are evaluated and drawn from; 0 for none",
+    learning_rate: float = option(1e-3, "Adam's learning rate for both networks", minimum=0)
+    ema: float = option(0.999, "decay of the averaged weights used for tests and sampling; 0 turns averaging off",
                         minimum=0, below=1)
     output: str = option("runs/catgan", "folder the results are written to", may_change=True)
 

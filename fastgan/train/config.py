@@ -60,38 +60,38 @@ class TrainConfig:
     dataset: str = option("digits", "data set", choices=DATASETS)
     data_root: str | None = option(None, "folder of the data files, or of the images for 'folder'", may_change=True)
     image_size: int = option(32, "height and width of the images in pixels", minimum=1)
-    channels: int | None = option(None, "1 for grey, 3 for RGB; by default what the data set has", choices=(1, 3))
+    channels: int | None = option(None, "1 for grey, 3 for RGB; default: as the data set", choices=(1, 3))
     epochs: int = option(10, "passes over the training images", minimum=1, may_change=True)
     max_steps: int | None = option(None, "stop after this many steps, counted from the start of the run",
                                    minimum=1, may_change=True)
     batch_size: int = option(32, "images in a batch", minimum=1)
     latent_dim: int = option(100, "length of the generator's input", minimum=1)
-    learning_rate: float = option(5e-4, "Adam's step size, of both networks", minimum=0)
+    learning_rate: float = option(5e-4, "Adam's learning rate for both networks", minimum=0)
     discriminator_learning_rate: float | None = option(
-        None, "Adam's step size of the discriminator, where it is to differ (two time scales, Heusel et al. 2017)",
+        None, "a different Adam learning rate for the discriminator (two time scales, Heusel et al. 2017)",
         minimum=0)
     beta1: float = option(0.5, "Adam's decay of the mean gradient", minimum=0, below=1)
     beta2: float = option(0.999, "Adam's decay of the mean squared gradient", minimum=0, below=1)
-    generator_loss: str = option("non_saturating", "loss of the generator; the discriminator's goes with it",
+    generator_loss: str = option("non_saturating", "adversarial loss; sets the matching discriminator loss too",
                                  choices=GENERATOR_LOSSES)
-    ema: float = option(0.995, "decay of the averaged weights that samples are drawn from; 0 for none",
+    ema: float = option(0.995, "decay of the averaged weights used for sampling; 0 turns averaging off",
                         minimum=0, below=1)
-    device: str = option("auto", "where to train; auto takes the GPU where there is one",
+    device: str = option("auto", "where to train; auto uses a GPU if there is one",
                          choices=("auto", "cpu", "cuda"), may_change=True)
     precision: str = option("fp32", "arithmetic of the networks, by autocast", choices=tuple(PRECISIONS))
     sync_batch_norm: bool = option(False, "batch norm over the images of all processes of a run, not of each alone")
     fuse: bool = option(True, "run the networks on fastgan's fused ops")
-    cuda_graph: bool = option(True, "on a GPU, capture the training step in a CUDA graph; where it cannot be, the run says why",
+    cuda_graph: bool = option(True, "on a GPU, capture the training step in a CUDA graph; if that is impossible, the run says why",
                               may_change=True)
-    cpu_graph: bool = option(True, "on the CPU, record the training step of networks of up to 4 million weights and repeat it "
+    cpu_graph: bool = option(True, "on the CPU, record the training step of networks of up to 4 million weights and replay it "
                              "without Python", may_change=True)
-    threads: int | None = option(None, "CPU threads; by default PyTorch's choice", minimum=1, may_change=True)
-    seed: int = option(0, "seed of weights, noise and the order of the images", minimum=0, below=2**32)
+    threads: int | None = option(None, "CPU threads; default: PyTorch's choice", minimum=1, may_change=True)
+    seed: int = option(0, "random seed for weights, noise and image order", minimum=0, below=2**32)
     log_every: int = option(10, "steps between two lines of metrics.jsonl", minimum=1, may_change=True)
-    checkpoint_every: int | None = option(None, "steps between two checkpoints; by default one an epoch",
+    checkpoint_every: int | None = option(None, "steps between two checkpoints; default: an epoch",
                                           minimum=1, may_change=True)
-    keep_checkpoints: str | None = option(None, "epochs whose checkpoint is kept in checkpoints/, with commas between, "
-                                          "or 'all'", may_change=True)
+    keep_checkpoints: str | None = option(None, "comma-separated epochs whose checkpoints are kept in "
+                                          "checkpoints/, or 'all'", may_change=True)
     tensorboard: bool = option(False, "also write TensorBoard files, into the folder tensorboard of --output",
                                may_change=True)
     output: str = option("runs/train", "folder the results are written to", may_change=True)
@@ -185,7 +185,7 @@ class AdversarialConfig(TrainConfig):
     gradient_penalty: float = option(0.0, "weight of WGAN-GP's gradient penalty (the paper: 10, with wasserstein)",
                                      minimum=0)
     r1: float = option(0.0, "weight of R1, the penalty on the discriminator's slope at real images", minimum=0)
-    label_smoothing: float = option(0.0, "taken off the label of real images, for the log losses (usual: 0.1)",
+    label_smoothing: float = option(0.0, "one-sided label smoothing: real images get the label 1 minus this (usual: 0.1); for non_saturating and minimax",
                                     minimum=0, below=1)
 
     def __post_init__(self):

@@ -21,14 +21,14 @@ class DCGANConfig(AdversarialConfig):
 
     base_channels: int = option(32, "channels of the layers next to the image; they double inwards", minimum=1)
     discriminator_normalization: str | None = option(
-        None, "inside the discriminator; by default batch norm, layer norm with --gradient-penalty, none with "
-        "--spectral-norm", choices=tuple(DISCRIMINATOR_NORMALIZATIONS))
+        None, "normalisation in the discriminator; default: batch norm, but layer norm with --gradient-penalty and none "
+        "with --spectral-norm", choices=tuple(DISCRIMINATOR_NORMALIZATIONS))
     spectral_norm: bool = option(False, "hold the largest singular value of the discriminator's weights at 1 "
                                  "(Miyato et al. 2018)")
-    discriminator_steps: int = option(1, "updates of the discriminator for each of the generator's, every one on "
-                                      "images of its own (WGAN-GP: 5)", minimum=1)
-    augment: bool = option(False, "change the images the discriminator sees, differentiably: for small sets")
-    decay: float = option(0.0, "last part of --epochs in which the step size falls linearly to 0; 0 for none", minimum=0)
+    discriminator_steps: int = option(1, "discriminator updates per generator update, each on a new batch "
+                                      "(WGAN-GP: 5)", minimum=1)
+    augment: bool = option(False, "differentiable augmentation of what the discriminator sees, for small data sets")
+    decay: float = option(0.0, "final fraction (0 to 1) of the run over which the learning rate falls linearly to 0; 0 for none", minimum=0)
     output: str = option("runs/dcgan", "folder the results are written to", may_change=True)
 
     def __post_init__(self):

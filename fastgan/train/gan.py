@@ -27,10 +27,10 @@ class GANConfig(AdversarialConfig):
     latent_distribution: ClassVar[str] = "uniform"
 
     image_size: int = option(28, "height and width of the images in pixels", minimum=1)
-    digit: int | None = option(None, "class to learn; by default every class, by a GAN of its own",
+    digit: int | None = option(None, "digit to learn; default: all ten, each with its own GAN",
                                choices=tuple(range(CLASSES)))
     epochs: int = option(100, "passes over the training images", minimum=1, may_change=True)
-    batch_size: int = option(50, "images of a class in a batch", minimum=1)
+    batch_size: int = option(50, "images per class in a batch", minimum=1)
     learning_rate: float = option(1e-3, "Adam's step size, of both networks", minimum=0)
     hidden_features: int = option(50, "units of every hidden layer", minimum=1)
     generator_layers: int = option(2, "layers of the generator, its output included", minimum=1)
