@@ -125,6 +125,35 @@ def test_every_required_argument_is_taken_for_a_tensor_and_optional_ones_at_thei
     assert "fastgan::conv2d_act" in [event.name for event in profile.events()]
 
 
+class Merge(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x, skip, times=2):
+        h = F.relu(self.conv(x)) - skip
+        return h * 3 if times is True else h / times if isinstance(times, float) else h * times
+
+
+def test_keyword_tensors_may_come_in_any_order():
+    torch.manual_seed(0)
+    plain = Merge()
+    fused = fastgan.fuse(plain)
+    x, skip = torch.randn(2, 3, 5, 5), torch.randn(2, 1, 1, 1)
+    torch.testing.assert_close(fused(x=x, skip=skip), plain(x, skip))
+    torch.testing.assert_close(fused(skip=skip, x=x), plain(x, skip))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_arguments_that_are_equal_and_of_different_types_have_traces_of_their_own(by_name):
+    plain = Merge()
+    fused = fastgan.fuse(plain)
+    x, skip = torch.randn(2, 3, 5, 5), torch.randn(2, 1, 1, 1)
+    for times in (1, True, 1.0, 1):
+        found = fused(x, skip, times=times) if by_name else fused(x, skip, times)
+        torch.testing.assert_close(found, plain(x, skip, times))
+
+
 class Refused(nn.Module):
     """One forward a name; each does something that a trace would lose."""
 

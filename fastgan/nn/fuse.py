@@ -131,14 +131,16 @@ class FusedModule:
         plan = self._fastgan_plan(args, kwargs)
         if plan is None:
             return super().forward(*args, **kwargs)
-        return plan.run(self, *[value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)])
+        # The trace takes the tensors in the order of the call that it was made for.
+        values = (*args, *[kwargs[name] for name in plan.keywords])
+        return plan.run(self, *[value for value in values if isinstance(value, torch.Tensor)])
 
     def _fastgan_plan(self, args, kwargs):
         """The trace for these arguments and the state the module is in, or None: then its own forward runs."""
         arguments, keywords = [kind(value) for value in args], {name: kind(value) for name, value in kwargs.items()}
         plans = self.__dict__["_fastgan_plans"]
         for plan in plans:
-            if plan.arguments == arguments and plan.keywords == keywords and plan.reads.hold(self):
+            if plan.takes(arguments, keywords) and plan.reads.hold(self):
                 return plan if plan.run is not None else None
         if len(plans) == _TRACES or torch.compiler.is_compiling() or Untraceable in (*arguments, *keywords.values()):
             return None
@@ -224,6 +226,14 @@ class _Plan(NamedTuple):
     run: object
     chains: list
     reasons: dict
+
+    def takes(self, arguments, keywords):
+        """Whether these are what it was traced for, also in their types: 1 == True == 1.0."""
+        if self.arguments != arguments or self.keywords != keywords:
+            return False
+        return [*map(type, self.arguments)] == [*map(type, arguments)] and all(
+            type(value) is type(keywords[name]) for name, value in self.keywords.items()
+        )
 
     @staticmethod
     def of(module, base, arguments, keywords):
