@@ -298,6 +298,21 @@ def test_errors_name_the_argument_and_change_nothing(change, error, message):
     assert all(torch.equal(given[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"activation": "gelu"}, "activation must be one of 'relu', .* got 'gelu'"),
+        ({"noise_std": -0.5}, "noise_std must be at least 0, got -0.5"),
+    ],
+)
+def test_the_reference_refuses_before_it_changes_statistics(change, message):
+    given = tensors((4, 3), torch.float32)
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    with pytest.raises(ValueError, match="batch_norm_act_noise: " + message):
+        batch_norm_act_noise_reference(**(given | change))
+    assert all(torch.equal(given[name], before[name]) for name in before)
+
+
 def test_explain_says_which_kernel_runs():
     assert "fused CPU kernels" in fastgan.explain(batch_norm_act_noise, torch.randn(4, 3))
 

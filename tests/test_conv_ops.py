@@ -371,6 +371,14 @@ def test_bad_call_names_the_argument_and_changes_nothing(name):
     assert all(torch.equal(originals[key], before[key]) for key in before)
 
 
+@pytest.mark.parametrize("op", ["conv2d_bn_act", "conv_transpose2d_bn_act"])
+def test_a_reference_refuses_an_unknown_activation_before_it_changes_statistics(op):
+    mean, var = torch.zeros(4), torch.ones(4)
+    with pytest.raises(ValueError, match=f"{op}: activation must be one of 'relu'.*got 'gelu'"):
+        OPS[op][1](torch.randn(2, 4, 8, 8), torch.randn(4, 4, 3, 3), None, None, None, mean, var, activation="gelu")
+    assert mean.eq(0).all() and var.eq(1).all()
+
+
 def test_bad_output_padding_is_refused():
     with pytest.raises(ValueError, match="conv_transpose2d_act: output_padding must be smaller than stride or dilation"):
         ops.conv_transpose2d_act(torch.ones(1, 2, 4, 4), torch.ones(2, 3, 4, 4), stride=2, output_padding=2)

@@ -12,8 +12,15 @@ ACTIVATION_CODES = {name: code for code, name in enumerate(("identity", "relu", 
 assert set(ACTIVATION_CODES) == set(ACTIVATIONS)
 
 
+def check_activation(op, activation):
+    """Refuses a name that is none of an activation: in time, before anything is changed."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+
+
 def activate(op, z, activation, negative_slope):
     """The activation by name, in plain PyTorch."""
+    check_activation(op, activation)
     if activation == "relu":
         return F.relu(z)
     if activation == "leaky_relu":
@@ -22,9 +29,7 @@ def activate(op, z, activation, negative_slope):
         return torch.tanh(z)
     if activation == "sigmoid":
         return torch.sigmoid(z)
-    if activation == "identity":
-        return z
-    raise ValueError(f"{op}: activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    return z
 
 
 def batch_norm(y, running_mean, running_var, weight, bias, training, momentum, eps, process_group=None):

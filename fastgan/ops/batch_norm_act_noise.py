@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgan import _extension
-from fastgan.ops._conv import activate
+from fastgan.ops._conv import activate, check_activation
 
 NO_CUDA_KERNEL = "batch_norm_act_noise has no CUDA kernel"
 
@@ -58,6 +58,9 @@ def batch_norm_act_noise_reference(
     activation="leaky_relu", negative_slope=0.2, noise_std=0.0, seed=None,
 ):  # fmt: skip
     """batch_norm_act_noise in plain PyTorch. Its noise has the same distribution and other values."""
+    check_activation("batch_norm_act_noise", activation)
+    if not noise_std >= 0:
+        raise ValueError(f"batch_norm_act_noise: noise_std must be at least 0, got {noise_std}")
     z = F.batch_norm(input, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
     output = activate("batch_norm_act_noise", z, activation, negative_slope)
     if noise_std == 0:

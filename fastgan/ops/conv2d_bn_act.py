@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fastgan.ops._conv import activate, batch_norm, explicit_padding, fast_path, group_arguments, pair
+from fastgan.ops._conv import activate, batch_norm, check_activation, explicit_padding, fast_path, group_arguments, pair
 
 
 def conv2d_bn_act(
@@ -73,6 +73,7 @@ def conv2d_bn_act_reference(
     activation="leaky_relu", negative_slope=0.2, process_group=None,
 ):  # fmt: skip
     """conv2d_bn_act in plain PyTorch: the fallback where there are no kernels, and the tests' oracle."""
+    check_activation("conv2d_bn_act", activation)
     y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     z = batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, process_group)
     return activate("conv2d_bn_act", z, activation, negative_slope)

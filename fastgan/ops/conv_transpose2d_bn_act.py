@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fastgan.ops._conv import activate, batch_norm, fast_path, group_arguments, pair
+from fastgan.ops._conv import activate, batch_norm, check_activation, fast_path, group_arguments, pair
 
 
 def conv_transpose2d_bn_act(
@@ -58,6 +58,7 @@ def conv_transpose2d_bn_act_reference(
     activation="relu", negative_slope=0.2, process_group=None,
 ):  # fmt: skip
     """conv_transpose2d_bn_act in plain PyTorch: the fallback where there are no kernels, and the tests' oracle."""
+    check_activation("conv_transpose2d_bn_act", activation)
     y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     z = batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, process_group)
     return activate("conv_transpose2d_bn_act", z, activation, negative_slope)
