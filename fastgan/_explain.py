@@ -6,7 +6,7 @@ import os
 import torch
 
 from fastgan import _extension, ops
-from fastgan.ops._conv import NO_GROUP_ON_CUDA, pair
+from fastgan.ops._conv import NO_GROUP_ON_CUDA, explicit_padding, pair
 from fastgan.ops.batch_norm_act_noise import NO_CUDA_KERNEL
 
 
@@ -34,6 +34,9 @@ def explain(op, *args, **kwargs):
     input = next(iter(call.arguments.values()))
     if not isinstance(input, torch.Tensor):
         raise TypeError(f"explain: the first argument of {name} must be a torch.Tensor, got {type(input).__name__}")
+    if "output_padding" not in call.arguments and isinstance(call.arguments.get("padding"), str):
+        given = [call.arguments[key] for key in ("input", "weight", "stride", "padding", "dilation")]
+        call.arguments["input"], call.arguments["padding"] = explicit_padding(name, *given)
     path, *reasons = _path(name, input, call.arguments)
     if "weight" in call.arguments and path not in (_PLAIN, _SHAPES):
         reasons.append(f"convolution: {_convolution_loop(call.arguments)}")
@@ -62,7 +65,9 @@ def _path(name, input, arguments):
         return _PLAIN, f"{name}_reference, because {NO_GROUP_ON_CUDA}"
     if device == "cuda" and input.dtype == torch.float64:
         return "PyTorch's operators", "float64 has no fused CUDA kernels"
-    if not name.endswith("bn_act") and arguments.get("activation") == "leaky_relu" and arguments["negative_slope"] < 0:
+    below = arguments.get("activation") == "leaky_relu" and arguments["negative_slope"] < 0
+    # The loops that do a layer as a stack of one keep the activation's argument then: conv_act in csrc/ops/conv_bn_act.cpp.
+    if below and name in ("conv2d_act", "conv_transpose2d_act") and not (device == "cpu" and _has_own_loop(arguments)):
         return (
             "PyTorch's convolution and leaky_relu",
             "negative_slope is below 0, and the fused backward takes the sign of an activation's argument from its result",
@@ -121,6 +126,10 @@ def _convolution_loop(arguments):
         "one pixel; of float32 in channels_last they take such layers to and from one pixel of up to 4 channels and, if "
         "torch.backends.cudnn.allow_tf32, images of up to 4 channels and, on Hopper, more channels where tiles of 128 fill the GPU"
     )
+
+
+def _has_own_loop(arguments):
+    return _convolution_loop(arguments).startswith("fastgan's")
 
 
 def _minimal_filtering(arguments):

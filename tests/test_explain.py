@@ -24,11 +24,35 @@ def test_fused_cpu_path_names_instruction_set_and_convolution(op):
 
 
 @requires_kernels
+@pytest.mark.parametrize("side, kernel, padding, fits", [(4, 4, "valid", True), (1, 2, "same", True), (4, 4, "same", False)])
+def test_padding_by_name_is_taken_for_its_numbers(side, kernel, padding, fits):
+    image = torch.ones(4, 64, side, side).as_strided((4, 64, side, side), (64 * side**2, 1, 64 * side, 64))
+    weight = torch.ones(1, 64, kernel, kernel)
+    assert ("fastgan's for images to one pixel" in fastgan.explain("conv2d_act", image, weight, padding=padding)) == fits
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.conv2d_act(image, weight, padding=padding)
+    assert ("fastgan::to_pixel" in [event.name for event in profile.events()]) == fits
+
+
+@requires_kernels
 def test_negative_slope_below_zero_leaves_the_fused_kernels_without_batch_norm():
     below = dict(activation="leaky_relu", negative_slope=-0.1)
     assert "negative_slope is below 0" in fastgan.explain(ops.conv2d_act, **layer(), **below)
     assert "fused CPU kernels" in fastgan.explain(ops.conv2d_bn_act, **layer(), **below)
     assert "fused CPU kernels" in fastgan.explain(ops.conv2d_act, **layer(), activation="relu", negative_slope=-0.1)
+
+
+@requires_kernels
+def test_negative_slope_below_zero_stays_in_the_loops_that_keep_the_activations_argument():
+    image, weight = torch.ones(2, 16, 8, 8).contiguous(memory_format=torch.channels_last), torch.ones(32, 16, 4, 4)
+    below = dict(activation="leaky_relu", negative_slope=-0.1)
+    text = fastgan.explain("conv2d_act", image, weight, stride=2, padding=1, **below)
+    assert "fused CPU kernels" in text and "negative_slope" not in text and "minimal filtering" in text
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.conv2d_act(image, weight, stride=2, padding=1, **below)
+    assert "fastgan::conv4x4s2_down" in [event.name for event in profile.events()]
+    assert "negative_slope is below 0" in fastgan.explain("conv2d_act", image, weight, padding=1, **below)
+    assert "fused CPU kernels" in fastgan.explain("batch_norm_act_noise", torch.ones(4, 3), **below)
 
 
 @requires_kernels

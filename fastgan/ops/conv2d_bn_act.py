@@ -95,7 +95,8 @@ def conv2d_act(
         padding: int or pair, at least 0, or "same" or "valid".
         groups: divides C_in and C_out.
         activation: "relu", "leaky_relu", "tanh", "sigmoid" or "identity".
-        negative_slope: of leaky_relu; below 0 PyTorch's own operators run.
+        negative_slope: of leaky_relu; below 0 PyTorch's own operators run, but for the layers that fastgan has loops of its own
+            for (:func:`fastgan.explain` says which).
 
     Returns:
         ``[N, C_out, H_out, W_out]`` (no N for unbatched input), dtype of input.
