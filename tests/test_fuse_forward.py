@@ -246,6 +246,85 @@ def test_hooks_parametrizations_and_replaced_children_are_honoured_at_every_call
     torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
+class Structured(nn.Module):
+    """Each of its parts is looked at in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.main = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        self.layers, self.extra = nn.ModuleList([nn.Conv2d(8, 8, 1)]), nn.ModuleList()
+        self.act, self.names = nn.ReLU(), nn.ModuleDict()
+        self.register_module("last", None)
+
+    def forward(self, x):
+        for layer in self.main:
+            x = layer(x)
+        for layer in self.layers:
+            x = layer(x)
+        if len(self.extra):
+            x = x * 3
+        if self.act is not None:
+            x = self.act(x)
+        if self.last is not None:
+            x = self.last(x)
+        return -x if "negate" in self.names else x
+
+
+CHANGES = {
+    "append": lambda network: network.layers.append(nn.Conv2d(8, 8, 1)),
+    "append to an empty list": lambda network: network.extra.append(nn.Identity()),
+    "None": lambda network: setattr(network, "act", None),
+    "no longer None": lambda network: setattr(network, "last", nn.Sigmoid()),
+    "in a dict": lambda network: network.names.update({"negate": nn.Identity()}),
+    "insert": lambda network: network.main.insert(1, nn.Tanh()),
+    "remove": lambda network: network.main.__delitem__(3),
+    "replace a list": lambda network: setattr(network, "layers", nn.ModuleList([nn.Tanh(), nn.Conv2d(8, 8, 1)])),
+    "delete": lambda network: network.layers.__delitem__(0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_children_that_come_or_go_are_followed(change):
+    torch.manual_seed(0)
+    plain, x = Structured(), torch.randn(2, 3, 6, 6)
+    fused = fastgan.fuse(copy.deepcopy(plain))
+    before = fused(x)
+    torch.testing.assert_close(before, plain(x), rtol=1e-4, atol=1e-5)
+    for network in (plain, fused):
+        torch.manual_seed(1)
+        CHANGES[change](network)
+    after = plain(x)
+    torch.testing.assert_close(fused(x), after, rtol=1e-4, atol=1e-5)
+    assert after.shape != before.shape or not torch.allclose(after, before, rtol=1e-3)
+    torch.manual_seed(0)
+    for network in (plain, fused):
+        network.zero_grad()
+        network(x).square().sum().backward()
+    for theirs, ours in zip(plain.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-2, atol=1e-2)
+    assert fused_calls(fused, x)
+
+
+def test_batch_norm_folded_after_fuse_may_be_in_a_sequential_that_forward_walks():
+    torch.manual_seed(0)
+    network, x = Structured(), torch.randn(2, 3, 6, 6)
+    network(x)
+    folded = fastgan.nn.fold_batch_norm(fastgan.fuse(network))
+    assert len(folded.main) == 3
+    torch.testing.assert_close(folded(x), network.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_children_of_modules_that_forward_only_calls_need_no_new_trace():
+    plain, x = Structured(), torch.randn(2, 3, 6, 6)
+    plain.act = nn.Sequential(nn.ReLU())
+    fused = fastgan.fuse(copy.deepcopy(plain))
+    before = list(fused._fastgan_plans)
+    for network in (plain, fused):
+        network.act.append(nn.Sigmoid())
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert fused._fastgan_plans == before
+
+
 class Mixed(nn.Module):
     """Layers that cannot be fused, or not with what follows."""
 

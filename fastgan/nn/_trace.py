@@ -3,8 +3,8 @@ trace would lose is refused.
 
 torch.fx runs forward once, on stand-ins for the tensors, and notes what is done to them. Everything else that forward
 does happens then and never again. So this records the attributes that forward reads of its module (`self.training`,
-`self.alpha`), to be compared at every call, and refuses a forward that sets attributes, prints, draws numbers, makes
-tensors of its own or enters a context such as no_grad.
+`self.alpha`) and the names of the children of the modules that it looks into, to be compared at every call, and refuses
+a forward that sets attributes, prints, draws numbers, makes tensors of its own or enters a context such as no_grad.
 """
 
 import copy
@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 _TORCH = os.path.dirname(torch.__file__)
+_FX = os.path.dirname(fx.__file__)
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 # Modules whose functions answer differently from call to call, and builtin functions that act on the world.
 _CHANGING = ("time", "datetime", "secrets")
@@ -43,10 +44,27 @@ class Untraceable(Exception):
 
 
 class Reads(dict):
-    """What a trace took for granted: attribute of the module by path -> its value (a copy) while tracing."""
+    """What a trace took for granted: attribute of the module by path -> its value (a copy) while tracing.
+
+    Attributes:
+        children: path of a module that forward looked into -> its children, as _children() gives them.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.children = {}
 
     def hold(self, module):
         """Whether `module` still is as it was when traced."""
+        try:
+            return self._hold(module)
+        except AttributeError:  # one of the paths leads nowhere any more
+            return False
+
+    def _hold(self, module):
+        for path, children in self.children.items():
+            if _children(module.get_submodule(path)) != children:
+                return False
         for path, value in self.items():
             now = self._now(module, path)
             if not (now is value or (type(now) is type(value) and not callable(value) and now == value)):
@@ -164,11 +182,21 @@ class _Tracer(fx.Tracer):
         return super().create_arg(value)
 
 
+def _children(module):
+    """The names of a module's children, and which of them are None."""
+    children = module._modules
+    return [*children], [child is None for child in children.values()]
+
+
 class _Recorder:
-    """Mixed into a module's class while it is traced: notes the attributes its own code reads."""
+    """Mixed into a module's class while it is traced: notes the attributes its own code reads, and the children it sees."""
 
     def __getattribute__(self, name):
         value = super().__getattribute__(name)
+        if name == "_modules":  # loops over a container, named_children(), ...
+            if _is_for_user(sys._getframe(1)):
+                self._fastgan_note_children()
+            return value
         if name.startswith("__") or not _is_users(sys._getframe(1)):
             return value
         if isinstance(value, (nn.Module, torch.Tensor, fx.Proxy, types.MethodType)):
@@ -179,6 +207,18 @@ class _Recorder:
                 raise Untraceable(f"it reads self.{path}{name} ({type(value).__name__}), whose contents may change")
             reads[path + name] = value if callable(value) else copy.deepcopy(value)
         return value
+
+    def __getattr__(self, name):  # of children, parameters and buffers
+        self._fastgan_note_children()
+        value = super().__getattr__(name)
+        if value is None and _is_users(sys._getframe(1)):
+            reads, path = self.__dict__["_fastgan_reads"]
+            reads[path + name] = None
+        return value
+
+    def _fastgan_note_children(self):
+        reads, path = self.__dict__["_fastgan_reads"]
+        reads.children.setdefault(path.removesuffix("."), _children(self))
 
     def __setattr__(self, name, value):
         if _is_users(sys._getframe(1)):
@@ -202,6 +242,15 @@ def _is_users_file(name):
 
 def _is_users(frame):
     return _is_users_file(frame.f_code.co_filename)
+
+
+def _is_for_user(frame):
+    """Whether torch.nn's code runs for forward's, and not for torch.fx or for this module."""
+    while frame is not None and not _is_users(frame):
+        if frame.f_code.co_filename == __file__ or frame.f_code.co_filename.startswith(_FX):
+            return False
+        frame = frame.f_back
+    return frame is not None
 
 
 class _watched:
