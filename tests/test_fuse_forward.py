@@ -246,6 +246,108 @@ def test_hooks_parametrizations_and_replaced_children_are_honoured_at_every_call
     torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
+class Asks(nn.Module):
+    """One forward a name; each asks what a stand-in for a tensor would answer differently."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.how = nn.Conv2d(3, 4, 3), how
+
+    def forward(self, x):
+        return getattr(self, self.how)(x, self.conv(x))
+
+    def is_instance(self, x, h):
+        return h * 2 if isinstance(x, torch.Tensor) else h
+
+    def is_one_of(self, x, h):
+        return torch.cat([h] if isinstance(x, (list, tuple)) else [h, h])
+
+    def is_optional(self, x, h):
+        return h * 2 if isinstance(x, torch.Tensor | None) else h
+
+    def is_tensor(self, x, h):
+        return h * 2 if torch.is_tensor(x) else h
+
+    def has_attribute(self, x, h):
+        return h if hasattr(x, "tensors") else h * 2
+
+    def has_method(self, x, h):
+        return h * 2 if hasattr(x, "relu") else h
+
+    def gets_attribute(self, x, h):
+        return h * getattr(x, "weight_of_sample", 2)
+
+    def is_type(self, x, h):
+        return h * 2 if type(x) is torch.Tensor else h
+
+    def is_legacy_type(self, x, h):
+        return h * 2 if isinstance(x, torch.FloatTensor) else h
+
+    def is_parameter(self, x, h):
+        return h * 2 if isinstance(x, nn.Parameter) else h
+
+    def is_callable(self, x, h):
+        return h if callable(x) else h * 2
+
+    def result_is_tensor(self, x, h):
+        return h * 2 if isinstance(h, torch.Tensor) else h
+
+    def size_is_int(self, x, h):
+        return h * 2 if isinstance(x.shape[0], int) else h
+
+    def swallows(self, x, h):
+        try:
+            return h if isinstance(h, tuple) else h * 2
+        except Exception:
+            return h
+
+    def others(self, x, h):
+        known = isinstance(self.conv, nn.Conv2d) and type(self.how) is str and isinstance(type("New", (), {}), type)
+        known = known and type(self.conv) is nn.Conv2d and type(self) in (Asks, *Asks.__subclasses__())
+        return h * 2 if known and hasattr(self, "conv") and getattr(self, "nothing", None) is None and callable(F.relu) else h
+
+
+ANSWERED = (
+    "is_instance", "is_one_of", "is_optional", "is_tensor", "has_method", "is_callable", "others",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [name for name in vars(Asks) if not name.startswith("_") and name != "forward"])
+def test_what_forward_asks_about_a_tensor_is_answered_as_for_one_or_refused(how):
+    torch.manual_seed(0)
+    plain, x = Asks(how), torch.randn(2, 3, 5, 5)
+    names = globals().copy()
+    fused, report = fastgan.fuse(plain, report=True)
+    assert globals() == names
+    for tensor in (x, nn.Parameter(x)):
+        torch.testing.assert_close(fused(tensor), plain(tensor), rtol=1e-4, atol=1e-5)
+    assert report.layers[0].fused == (how in ANSWERED)
+    if how not in ANSWERED:
+        assert "forward of Asks cannot be traced: it calls " in report.layers[0].reason
+
+
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gain = nn.Conv2d(3, 4, 3), 2.0
+
+    def forward(self, x):
+        h = self.conv(x) * getattr(self, "gain", 1.0)
+        return -h if hasattr(self, "negative") else h
+
+
+def test_attributes_asked_for_by_name_are_followed():
+    torch.manual_seed(0)
+    plain, x = Optional(), torch.randn(2, 3, 5, 5)
+    fused = fastgan.fuse(copy.deepcopy(plain))
+    changes = [lambda network: None, lambda network: setattr(network, "gain", 3.0), lambda network: setattr(network, "negative", True),
+               lambda network: delattr(network, "gain"), lambda network: delattr(network, "negative")]  # fmt: skip
+    for change in changes:
+        change(plain), change(fused)
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert fused_calls(fused, x) == ["conv2d_act"]
+
+
 class Structured(nn.Module):
     """Each of its parts is looked at in a way of its own."""
 

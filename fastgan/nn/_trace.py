@@ -7,6 +7,7 @@ does happens then and never again. So this records the attributes that forward r
 a forward that sets attributes, prints, draws numbers, makes tensors of its own or enters a context such as no_grad.
 """
 
+import abc
 import copy
 import functools
 import gc
@@ -15,6 +16,7 @@ import pickle
 import random
 import sys
 import types
+import typing
 
 import torch
 from torch import fx, nn
@@ -44,7 +46,8 @@ class Untraceable(Exception):
 
 
 class Reads(dict):
-    """What a trace took for granted: attribute of the module by path -> its value (a copy) while tracing.
+    """What a trace took for granted: attribute of the module by path -> its value (a copy) while tracing, Untraceable for one that
+    was missing.
 
     Attributes:
         children: path of a module that forward looked into -> its children, as _children() gives them.
@@ -102,13 +105,13 @@ def trace(module, base, arguments, keywords):
         Untraceable: with its reads.
     """
     count = sum(value is TENSOR for value in (*arguments, *keywords.values()))
-    reads = Reads()
+    reads, tracer = Reads(), _Tracer()
 
     def forward(self, *tensors):
         tensors = iter(tensors)
         values = [next(tensors) if value is TENSOR else value for value in arguments]
         named = {name: next(tensors) if value is TENSOR else value for name, value in keywords.items()}
-        with _watched():
+        with _watched(tracer.found):
             return base.forward(self, *values, **named)
 
     # torch.fx counts the arguments in the signature.
@@ -122,7 +125,7 @@ def trace(module, base, arguments, keywords):
             child.__dict__["_fastgan_reads"] = (reads, f"{name}." if name else "")
             child.__class__ = type(type(child).__name__, (_Recorder, type(child)), {})
         module.__class__.forward = scope["traced"]
-        graph = _Tracer().trace(module)
+        graph = tracer.trace(module)
         if changed := reads.changed_contents(module):
             raise Untraceable(f"it changes the contents of self.{changed[0]}")
         if pickle.dumps(_random_states()) != pickle.dumps(numbers):
@@ -169,7 +172,16 @@ def kind(value):
 
 
 class _Tracer(fx.Tracer):
+    """
+    Attributes:
+        found: what forward did that a trace would lose.
+    """
+
     proxy_buffer_attributes = True
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
 
     def is_leaf_module(self, module, name):
         return True
@@ -210,9 +222,15 @@ class _Recorder:
 
     def __getattr__(self, name):  # of children, parameters and buffers
         self._fastgan_note_children()
-        value = super().__getattr__(name)
-        if value is None and _is_users(sys._getframe(1)):
-            reads, path = self.__dict__["_fastgan_reads"]
+        reads, path = self.__dict__["_fastgan_reads"]
+        users = _is_users(sys._getframe(1))
+        try:
+            value = super().__getattr__(name)
+        except AttributeError:
+            if users:
+                reads[path + name] = Untraceable  # as Reads takes a missing one
+            raise
+        if users and value is None:
             reads[path + name] = None
         return value
 
@@ -241,6 +259,8 @@ def _is_users_file(name):
 
 
 def _is_users(frame):
+    if frame.f_code is _hasattr.__code__ or frame.f_code is _getattr.__code__:  # called in place of the builtins
+        frame = frame.f_back
     return _is_users_file(frame.f_code.co_filename)
 
 
@@ -253,11 +273,107 @@ def _is_for_user(frame):
     return frame is not None
 
 
+def _asks(value):
+    """Whether `value` is a stand-in, and the caller's caller forward's own code."""
+    if not isinstance(value, fx.Proxy):
+        return False
+    frame = sys._getframe(2)
+    return _is_users(frame.f_back if frame.f_code is torch.is_tensor.__code__ else frame)
+
+
+def _is_tensor(value):
+    """Whether what a stand-in stands for is a tensor without doubt: an argument or a buffer. A result may be a tuple or a size."""
+    return type(value) is fx.Proxy and value.node.op in ("placeholder", "get_attr")
+
+
+def _refuse(value, question):
+    message = f"it calls {question}, whose answer a trace cannot know"
+    value.tracer.found.append(message)  # forward may catch the error
+    raise Untraceable(message)
+
+
+def _isinstance(value, classes):
+    if not _asks(value):
+        return isinstance(value, classes)
+    if _is_tensor(value):
+        if issubclass(torch.Tensor, classes):
+            return True
+        if not any(map(_holds_for_some_tensors, _flat(classes))):
+            return False
+    _refuse(value, "isinstance" if _is_tensor(value) else "isinstance of a result")
+
+
+def _flat(classes):
+    if isinstance(classes, tuple):
+        return [cls for part in classes for cls in _flat(part)]
+    return typing.get_args(classes) or [classes]  # of a | b
+
+
+def _holds_for_some_tensors(cls):
+    if type(cls).__instancecheck__ not in (type.__instancecheck__, abc.ABCMeta.__instancecheck__):
+        return True  # goes by more than the class: nn.Parameter, torch.FloatTensor
+    return issubclass(cls, torch.Tensor)
+
+
+def _hasattr(value, name):
+    if not _asks(value):
+        return hasattr(value, name)
+    if _is_tensor(value) and _is_tensors_attribute(name):
+        return True
+    _refuse(value, f"hasattr(..., {name!r})")
+
+
+def _getattr(value, name, *default):
+    if default and _asks(value) and not (_is_tensor(value) and _is_tensors_attribute(name)):
+        _refuse(value, f"getattr(..., {name!r}, ...)")
+    return getattr(value, name, *default)
+
+
+def _is_tensors_attribute(name):
+    return any(name in vars(cls) for cls in torch.Tensor.__mro__)
+
+
+def _callable(value):
+    if not _asks(value):
+        return callable(value)
+    return False if _is_tensor(value) else _refuse(value, "callable")
+
+
+class _TypeOfType(type):
+    def __call__(cls, *arguments, **keywords):
+        if len(arguments) == 1 and _asks(arguments[0]):
+            _refuse(arguments[0], "type")  # an argument's may be a subclass of torch.Tensor
+        if len(arguments) == 1 and isinstance(arguments[0], _Recorder):
+            return type(arguments[0]).__bases__[1]
+        return type(*arguments, **keywords)
+
+    def __instancecheck__(cls, value):
+        return isinstance(value, type)
+
+    def __subclasscheck__(cls, other):
+        return issubclass(other, type)
+
+
+class _Type(metaclass=_TypeOfType):
+    pass
+
+
+# Builtins that a stand-in for a tensor would answer differently from a tensor, and what forward calls in their place.
+_ANSWERS = {"isinstance": _isinstance, "hasattr": _hasattr, "getattr": _getattr, "callable": _callable, "type": _Type}
+
+
 class _watched:
-    """While forward runs: raises Untraceable where its own code does what a trace would lose."""
+    """While forward runs: raises Untraceable where its own code does what a trace would lose, and answers what it asks about stand-ins.
+
+    Args:
+        found: list for what it does.
+    """
+
+    def __init__(self, found):
+        self.found = found
 
     def __enter__(self):
-        self.before, self.found = sys.getprofile(), []
+        self.before, self.answers, self.imports = sys.getprofile(), [], 0
         # What runs when garbage is collected is not forward's doing (Hypothesis reads the time then).
         self.collects = gc.isenabled()
         gc.disable()
@@ -274,7 +390,12 @@ class _watched:
                 self.found.append(f"it calls {name}, whose answer may change")
             elif home in _CHANGING:
                 self.found.append(f"it calls {home}.{name}, whose answer changes")
+        elif event == "return":
+            self.imports -= frame.f_code.co_name == "<module>"
         elif event == "call":
+            self.imports += frame.f_code.co_name == "<module>"
+            if _is_users_file(frame.f_code.co_filename) or frame.f_code is torch.is_tensor.__code__:
+                self.answer(frame)
             home, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
             if name == "__enter__" and home in ("torch.autograd.grad_mode", "torch.amp.autocast_mode"):
                 self.found.append(f"it enters a context ({home.rpartition('.')[2]}), which a trace loses")
@@ -287,8 +408,20 @@ class _watched:
             elif home in _CHANGING:
                 self.found.append(f"it calls {home}.{name}, whose answer changes")
 
+    def answer(self, frame):
+        """Gives a function about to run its builtins from _ANSWERS, by the global names it looks them up by."""
+        if self.imports:  # what a module takes from here while it is imported would stay
+            return
+        scope = frame.f_globals
+        for name in _ANSWERS.keys() & frame.f_code.co_names:
+            if name not in scope:
+                scope[name] = _ANSWERS[name]
+                self.answers.append((scope, name))
+
     def __exit__(self, kind, error, traceback):
         sys.setprofile(self.before)
+        for scope, name in self.answers:
+            del scope[name]
         if self.collects:
             gc.enable()
         if self.found and not isinstance(error, Untraceable):
