@@ -47,16 +47,17 @@ _TRACES = 8
 
 
 def fuse(module, inplace=False, report=False):
-    """Makes every run ``ConvTranspose2d | Conv2d [+ BatchNorm2d] [+ ReLU | LeakyReLU | Tanh | Sigmoid]`` of `module`
-    run on the fused operators; on the CPU also every run ``Linear [+ BatchNorm1d] [+ ReLU | LeakyReLU | Tanh | Sigmoid]
-    [+ fastgan.nn.GaussianNoise]`` of an ``nn.Sequential``, with noise before it, in float32 where it is faster (docs/fuse.md
-    says where), and otherwise what comes after its ``Linear``. (Noise comes from the generator of
-    :func:`fastgan.ops.batch_norm_act_noise`, not ``randn``'s.) ``SyncBatchNorm`` may stand for ``BatchNorm2d``; on the
-    CPU, where PyTorch's own does not run, it does so then.
+    """Makes the layers of `module` run on the fused operators.
+
+    That is every run ``ConvTranspose2d | Conv2d [+ BatchNorm2d] [+ ReLU | LeakyReLU | Tanh | Sigmoid]``; on the CPU also every
+    run ``Linear [+ BatchNorm1d] [+ ReLU | LeakyReLU | Tanh | Sigmoid] [+ fastgan.nn.GaussianNoise]`` of an ``nn.Sequential``,
+    with noise before it, in float32 where it is faster (docs/fuse.md says when); elsewhere only what follows a ``Linear`` is
+    fused. (Noise comes from the generator of :func:`fastgan.ops.batch_norm_act_noise`, not ``randn``'s.) ``SyncBatchNorm``
+    may take the place of ``BatchNorm2d``, also on the CPU, where PyTorch's own does not run.
 
     Runs are found inside any ``nn.Sequential``, at any depth, and inside any module whose ``forward`` calls such layers
     and functions (``F.relu(self.bn1(self.conv1(x)))``), by tracing it with torch.fx for the mode and the arguments it
-    is called with. What a trace would not hold for stays as it was: control flow that depends on tensors, random
+    is called with. A ``forward`` that a trace cannot represent is left as it is: control flow that depends on tensors, random
     choices, attributes set in ``forward``, ``with`` statements (docs/fuse.md lists all).
 
     Only the way modules compute changes. All layers stay where they were, with their names, parameters, buffers, hooks

@@ -25,8 +25,8 @@ def batch_norm_act_noise(
         negative_slope: of leaky_relu.
         noise_std: standard deviation of the noise added, at least 0.
         seed: int64 scalar tensor on the CPU that decides the noise; None draws one from PyTorch's generator, so that
-            torch.manual_seed makes the noise reproducible. One seed gives the same noise for every number of threads,
-            and other noise in another memory format.
+            torch.manual_seed makes the noise reproducible. A given seed gives the same noise for any number of
+            threads, but different noise for another memory format.
 
     Returns:
         Tensor of input's shape, dtype and memory format.

@@ -13,8 +13,8 @@ def conv2d_bn_act(
 ):  # fmt: skip
     """``activation(batch_norm(conv2d(input)))`` as one operator.
 
-    Batch statistics, normalisation and activation cost one pass over the convolution's output each way beyond the
-    unavoidable read; only that output is saved for backward, the activation's argument never.
+    Beyond the convolution itself, batch statistics, normalisation and activation take one pass over its output in each
+    direction. Only that output is saved for backward, never the activation's argument.
 
     Args:
         input: ``[N, C_in, H, W]`` or ``[C_in, H, W]``; float32, bfloat16, float16 or float64; any strides.
@@ -35,8 +35,8 @@ def conv2d_bn_act(
         process_group: a group of torch.distributed whose processes each hold a part of the batch, of any size: the
             statistics, also the running ones, are then those of the whole when training (one all-gather forward, one
             all-reduce backward). Gradients of weights are those of this process's part, to be summed or averaged over
-            the processes as by DistributedDataParallel; only the first derivative exists then. On CUDA plain PyTorch
-            runs. None: this process's own statistics.
+            the processes as by DistributedDataParallel; only the first derivative exists then. On CUDA a layer
+            with a group runs in plain PyTorch. None: this process's own statistics.
 
     Returns:
         ``[N, C_out, H_out, W_out]`` (no N for unbatched input) with the dtype of input and the memory format that
