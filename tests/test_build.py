@@ -99,6 +99,15 @@ def test_cuda_sources_are_compiled_with_cuda_only(setup_script, tmp_path, monkey
     assert setup_script.sources(cuda=True) == [*always, "csrc/ops/cuda_conv.cpp", "csrc/cuda/conv.cu"]
 
 
+@pytest.mark.parametrize("says, openmp", [("Debian clang version 14.0.6", False), ("g++ (Debian 12.2.0-14) 12.2.0", True)])
+def test_clang_is_not_given_an_openmp_of_its_own(setup_script, tmp_path, monkeypatch, says, openmp):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\necho '{says}'\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert ("-fopenmp" in setup_script.extension(False).extra_compile_args["cxx"]) == openmp
+
+
 # ---- which PyTorch -----------------------------------------------------------------------------------------------
 
 
