@@ -184,8 +184,9 @@ class AdversarialConfig(TrainConfig):
 
     gradient_penalty: float = option(0.0, "weight of WGAN-GP's gradient penalty (the paper: 10, with wasserstein)",
                                      minimum=0)
-    r1: float = option(0.0, "weight of R1, the penalty on the discriminator's slope at real images", minimum=0)
-    label_smoothing: float = option(0.0, "one-sided label smoothing: real images get the label 1 minus this (usual: 0.1); for non_saturating and minimax",
+    r1: float = option(0.0, "weight of R1, the penalty on the discriminator's gradient at real images", minimum=0)
+    label_smoothing: float = option(0.0, "one-sided label smoothing: real images get the label 1 minus this (usual: 0.1); for "
+                                    "non_saturating and minimax",
                                     minimum=0, below=1)
 
     def __post_init__(self):
