@@ -20,6 +20,7 @@
 
 #include "../cpu/bn_act.h"
 #include "conv_stack.h"
+#include "saved_conv_layer.h"
 
 namespace fastgan {
 namespace {
@@ -275,29 +276,16 @@ variable_list differentiable_gradients(const Tensor& output, const variable_list
 namespace {
 
 void save_layer(AutogradContext* ctx, const ConvLayer& layer, std::string_view activation, double negative_slope) {
-  ctx->saved_data["stride"] = layer.stride;
-  ctx->saved_data["padding"] = layer.padding;
-  ctx->saved_data["dilation"] = layer.dilation;
-  ctx->saved_data["transposed"] = layer.transposed;
-  ctx->saved_data["output_padding"] = layer.output_padding;
-  ctx->saved_data["groups"] = layer.groups;
+  fastgan::save_layer(ctx, layer);
   ctx->saved_data["activation"] = std::string(activation);
   ctx->saved_data["negative_slope"] = negative_slope;
 }
 
-// Owns the lists that a ConvLayer points to.
-struct SavedLayer {
+struct SavedLayer : SavedConvLayer {
   explicit SavedLayer(AutogradContext* ctx)
-      : stride(ctx->saved_data["stride"].toIntVector()),
-        padding(ctx->saved_data["padding"].toIntVector()),
-        dilation(ctx->saved_data["dilation"].toIntVector()),
-        output_padding(ctx->saved_data["output_padding"].toIntVector()),
-        layer{stride, padding, dilation, ctx->saved_data["transposed"].toBool(), output_padding,
-              ctx->saved_data["groups"].toInt()},
+      : SavedConvLayer(ctx),
         activation(ctx->saved_data["activation"].toStringRef()),
         negative_slope(ctx->saved_data["negative_slope"].toDouble()) {}
-  std::vector<int64_t> stride, padding, dilation, output_padding;
-  ConvLayer layer;
   std::string activation;
   double negative_slope;
 };

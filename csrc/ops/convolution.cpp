@@ -5,9 +5,9 @@
 #include <ATen/ops/relu.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/tanh.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include "conv_bn_act.h"
+#include "saved_conv_layer.h"
 
 namespace fastgan {
 namespace {
@@ -38,25 +38,17 @@ class Convolution : public torch::autograd::Function<Convolution> {
                         const ConvLayer& layer) {
     ctx->save_for_backward({input, weight});
     ctx->saved_data["has_bias"] = bias.has_value() && bias->defined();
-    ctx->saved_data["stride"] = layer.stride;
-    ctx->saved_data["padding"] = layer.padding;
-    ctx->saved_data["dilation"] = layer.dilation;
-    ctx->saved_data["transposed"] = layer.transposed;
-    ctx->saved_data["output_padding"] = layer.output_padding;
-    ctx->saved_data["groups"] = layer.groups;
+    save_layer(ctx, layer);
     return convolution(input, weight, bias, layer);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto pair = [&](const char* name) { return ctx->saved_data[name].toIntVector(); };
-    const auto stride = pair("stride"), padding = pair("padding"), dilation = pair("dilation"), output_padding = pair("output_padding");
-    const ConvLayer layer{stride, padding, dilation, ctx->saved_data["transposed"].toBool(), output_padding,
-                          ctx->saved_data["groups"].toInt()};
+    const SavedConvLayer s(ctx);
     const bool input = ctx->needs_input_grad(0), weight = ctx->needs_input_grad(1);
     torch::autograd::variable_list gradients(4);
     if (input || weight)
-      std::tie(gradients[0], gradients[1]) = convolution_backward(grads[0], saved[0], saved[1], layer, {input, weight});
+      std::tie(gradients[0], gradients[1]) = convolution_backward(grads[0], saved[0], saved[1], s.layer, {input, weight});
     if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) gradients[2] = grads[0].sum({0, 2, 3});
     return gradients;
   }
