@@ -1,6 +1,7 @@
 """The build: setup.py's decisions, its agreement with CMakeLists.txt, what an installation says about itself, and the
 native tests of the torch-free kernels."""
 
+import json
 import os
 import re
 import shutil
@@ -97,6 +98,27 @@ def test_cuda_sources_are_compiled_with_cuda_only(setup_script, tmp_path, monkey
     always = ["csrc/library.cpp", "csrc/recording.cpp", "csrc/ops/conv.cpp"]
     assert setup_script.sources(cuda=False) == always
     assert setup_script.sources(cuda=True) == [*always, "csrc/ops/cuda_conv.cpp", "csrc/cuda/conv.cu"]
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_every_source_is_compiled_once(setup_script, cuda, tmp_path):
+    sources = setup_script.sources(cuda)
+    compiled = setup_script.write_units(sources, tmp_path)
+    included = [path for unit in compiled if unit.endswith(".cpp") for path in re.findall('"(.+)"', Path(unit).read_text())]
+    kernels = [str(ROOT / source) for source in compiled if not source.endswith(".cpp")]
+    assert sorted(included + kernels) == sorted(str(ROOT / source) for source in sources)
+    times = [Path(unit).stat().st_mtime_ns for unit in compiled if unit.endswith(".cpp")]
+    assert setup_script.write_units(sources, tmp_path) == compiled
+    assert [Path(unit).stat().st_mtime_ns for unit in compiled if unit.endswith(".cpp")] == times
+
+
+@pytest.mark.parametrize("first", ["// Loops.", "// Instruction sets:", "// Instruction sets: avx2 avx3"])
+def test_a_kernel_must_name_its_instruction_sets(setup_script, tmp_path, monkeypatch, first):
+    (tmp_path / "csrc/cpu").mkdir(parents=True)
+    (tmp_path / "csrc/cpu/x_kernel.cpp").write_text(f"{first}\n#include <x.h>\n")
+    monkeypatch.setattr(setup_script, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="the first line of csrc/cpu/x_kernel.cpp must be `// Instruction sets: ` and some of"):
+        setup_script.kernel_jobs(tmp_path)
 
 
 @pytest.mark.parametrize("says, openmp", [("Debian clang version 14.0.6", False), ("g++ (Debian 12.2.0-14) 12.2.0", True)])
@@ -293,7 +315,7 @@ def test_cmake_compiles_with_the_flags_of_setup_py(setup_script):
 
 @pytest.mark.sources
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake on PATH")
-def test_native_tests_pass_under_ctest():
+def test_native_tests_pass_under_ctest(setup_script):
     build = ROOT / "build" / "native"
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
@@ -304,3 +326,7 @@ def test_native_tests_pass_under_ctest():
     ):
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout + run.stderr
+    commands = json.loads((build / "compile_commands.json").read_text())
+    compiled = {(Path(c["file"]).name, *re.findall(r"-DFASTGAN_ISA=(\w+)", c["command"])) for c in commands}
+    jobs = {(source.name, *re.findall(r"-DFASTGAN_ISA=(\w+)", " ".join(flags))) for source, _, flags in setup_script.kernel_jobs(build)}
+    assert {name for name in compiled if not name[0].startswith("test_")} == jobs

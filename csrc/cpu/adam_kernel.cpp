@@ -1,4 +1,4 @@
-// Compiled once per instruction set (see isa.h).
+// Instruction sets: baseline avx2 avx512
 //
 // A task has the same part of every tensor: a core then steps most of the rows whose gradients it computed, and a small tensor is no
 // task of its own.

@@ -1,4 +1,4 @@
-// Compiled once per instruction set (see isa.h).
+// Instruction sets: baseline avx2 avx512
 //
 // Sums run in the accumulation type over stretches of at most 256 rows, which double precision then merges: means and
 // squared deviations by the update of Chan, Golub and LeVeque (1979). A task never waits for another.
@@ -39,15 +39,53 @@ inline void for_rows(const Columns& task, int64_t begin, int64_t rows, const F& 
   }
 }
 
-// f(i) for i in [0, columns); a whole row has a length the compiler knows.
-template <typename F>
+// float and double are worked on where they lie; rows of other types in a buffer of kWidth values.
+template <typename T>
+inline constexpr bool kInPlace = false;
+template <>
+inline constexpr bool kInPlace<float> = true;
+template <>
+inline constexpr bool kInPlace<double> = true;
+
+// f(i) for the columns of a row of T, or for all of its buffer; a whole row has a length the compiler knows.
+template <typename T, typename F>
 inline void for_columns(int columns, const F& f) {
-  if (columns == kWidth) {
+  if (!kInPlace<T> || columns == kWidth) {
 #pragma GCC ivdep
     for (int i = 0; i < kWidth; ++i) f(i);
   } else {
 #pragma GCC ivdep
     for (int i = 0; i < columns; ++i) f(i);
+  }
+}
+
+// The row's values; in a buffer `padding` behind them.
+template <typename T>
+inline const Accumulate<T>* read_row(const T* row, int columns, Accumulate<T> padding, Accumulate<T>* buffer) {
+  if constexpr (kInPlace<T>) {
+    return row;
+  } else if (columns == kWidth) {
+    for (int i = 0; i < kWidth; ++i) buffer[i] = Load<T>::from(row[i]);
+  } else {
+    for (int i = 0; i < columns; ++i) buffer[i] = Load<T>::from(row[i]);
+    for (int i = columns; i < kWidth; ++i) buffer[i] = padding;
+  }
+  return buffer;
+}
+
+// Where to write a row's values, and what then brings them there.
+template <typename T>
+inline Accumulate<T>* row_target(T* row, Accumulate<T>* buffer) {
+  if constexpr (kInPlace<T>) return row;
+  else return buffer;
+}
+template <typename T>
+inline void write_row(const Accumulate<T>* buffer, T* row, int columns) {
+  if constexpr (kInPlace<T>) return;
+  if (columns == kWidth) {
+    for (int i = 0; i < kWidth; ++i) row[i] = Load<T>::to(buffer[i]);
+  } else {
+    for (int i = 0; i < columns; ++i) row[i] = Load<T>::to(buffer[i]);
   }
 }
 
@@ -78,76 +116,80 @@ inline double add_up(const A* sums) {
   return sum;
 }
 
+// The mean and the biased variance of a task's channels.
+template <typename T>
+void column_statistics(const Columns& task, int channels, const T* input, Accumulate<T>* mean, Accumulate<T>* var) {
+  using A = Accumulate<T>;
+  const int64_t rows = task.outer * task.pieces;
+  double task_mean[kWidth] = {}, task_m2[kWidth] = {}, count = 0;
+  A buffer[kWidth];
+  for (int64_t begin = 0; begin < rows; begin += kRows) {
+    const int64_t stretch = least(kRows, rows - begin);
+    A sums[kWidth] = {}, squares[kWidth] = {}, deviations[kWidth] = {}, centre[kWidth] = {};
+    double n = 0;
+    for_rows(task, begin, stretch, [&](int64_t offset, int columns, uint64_t) {
+      const A* x = read_row(input + offset, columns, A(0), buffer);
+      for_columns<T>(columns, [&](int i) { sums[i] += x[i]; });
+      n += task.inner == 1 ? 1 : columns;
+    });
+    if (task.inner == 1)
+      for (int i = 0; i < channels; ++i) centre[i] = sums[i] / static_cast<A>(n);
+    else
+      for (int i = 0; i < kWidth; ++i) centre[i] = static_cast<A>(i == 0 ? add_up(sums) / n : centre[0]);
+    for_rows(task, begin, stretch, [&](int64_t offset, int columns, uint64_t) {
+      const A* x = read_row(input + offset, columns, centre[0], buffer);
+      for_columns<T>(columns, [&](int i) {
+        const A d = x[i] - centre[i];
+        deviations[i] += d;
+        squares[i] += d * d;
+      });
+    });
+    for (int i = 0; i < channels; ++i) {
+      // The sum of the deviations, 0 but for rounding, corrects both (see bn_act_kernel.cpp).
+      const double off = task.inner == 1 ? static_cast<double>(deviations[i]) : add_up(deviations);
+      const double m2 = (task.inner == 1 ? static_cast<double>(squares[i]) : add_up(squares)) - off * off / n;
+      const double delta = centre[i] + off / n - task_mean[i], total = count + n;
+      task_mean[i] += delta * (n / total);
+      task_m2[i] += m2 + delta * delta * (count * n / total);
+    }
+    count += n;
+  }
+  for (int i = 0; i < channels; ++i) {
+    mean[i] = static_cast<A>(task_mean[i]);
+    var[i] = static_cast<A>(task_m2[i] > 0 ? task_m2[i] / count : task_m2[i] * 0);
+  }
+}
+
 template <typename T>
 void forward(const BnActShape& shape, const T* input, const Accumulate<T>* gamma, const Accumulate<T>* beta, double eps,
              bool training, ActivationSpec activation, GaussianNoise noise, Accumulate<T>* mean, Accumulate<T>* var,
              Accumulate<T>* invstd, T* output) {
   using A = Accumulate<T>;
-  with_activation<A>(activation, [&](auto chosen) {
-    for_each_task(shape, [&](const Columns& task, int64_t first, int channels) {
+  for_each_task(shape, [&](const Columns& task, int64_t first, int channels) {
+    if (training) column_statistics(task, channels, input, mean + first, var + first);
+    A scale[kWidth], shift[kWidth];
+    for (int i = 0; i < kWidth; ++i) {
+      const int64_t c = first + (i < channels ? i : channels - 1);
+      invstd[c] = static_cast<A>(1.0 / __builtin_sqrt(static_cast<double>(var[c]) + eps));
+      scale[i] = gamma != nullptr ? gamma[c] * invstd[c] : invstd[c];
+      shift[i] = (beta != nullptr ? beta[c] : A(0)) - mean[c] * scale[i];
+    }
+    const bool noisy = noise.std != 0;
+    const A std = static_cast<A>(noise.std);
+    with_activation<A>(activation, [&](auto chosen) {
       const auto act = chosen;  // a copy: its slope, read by reference in a branch, would keep loops from vectorising
-      const int64_t rows = task.outer * task.pieces;
-      if (training) {
-        double task_mean[kWidth] = {}, task_m2[kWidth] = {}, count = 0;
-        for (int64_t begin = 0; begin < rows; begin += kRows) {
-          const int64_t stretch = least(kRows, rows - begin);
-          A sums[kWidth] = {}, squares[kWidth] = {}, deviations[kWidth] = {}, centre[kWidth] = {};
-          double n = 0;
-          for_rows(task, begin, stretch, [&](int64_t offset, int columns, uint64_t) {
-            const T* x = input + offset;
-            for_columns(columns, [&](int i) { sums[i] += Load<T>::from(x[i]); });
-            n += shape.inner == 1 ? 1 : columns;
-          });
-          if (shape.inner == 1)
-            for (int i = 0; i < channels; ++i) centre[i] = sums[i] / static_cast<A>(n);
-          else
-            for (int i = 0; i < kWidth; ++i) centre[i] = static_cast<A>(i == 0 ? add_up(sums) / n : centre[0]);
-          for_rows(task, begin, stretch, [&](int64_t offset, int columns, uint64_t) {
-            const T* x = input + offset;
-            for_columns(columns, [&](int i) {
-              const A d = Load<T>::from(x[i]) - centre[i];
-              deviations[i] += d;
-              squares[i] += d * d;
-            });
-          });
-          for (int i = 0; i < channels; ++i) {
-            // The sum of the deviations, 0 but for rounding, corrects both (see bn_act_kernel.cpp).
-            const double off = shape.inner == 1 ? static_cast<double>(deviations[i]) : add_up(deviations);
-            const double m2 = (shape.inner == 1 ? static_cast<double>(squares[i]) : add_up(squares)) - off * off / n;
-            const double delta = centre[i] + off / n - task_mean[i], total = count + n;
-            task_mean[i] += delta * (n / total);
-            task_m2[i] += m2 + delta * delta * (count * n / total);
-          }
-          count += n;
-        }
-        for (int i = 0; i < channels; ++i) {
-          mean[first + i] = static_cast<A>(task_mean[i]);
-          var[first + i] = static_cast<A>(task_m2[i] > 0 ? task_m2[i] / count : task_m2[i] * 0);
-        }
-      }
-      A scale[kWidth], shift[kWidth];
-      for (int i = 0; i < kWidth; ++i) {
-        const int64_t c = first + (i < channels ? i : channels - 1);
-        invstd[c] = static_cast<A>(1.0 / __builtin_sqrt(static_cast<double>(var[c]) + eps));
-        scale[i] = gamma != nullptr ? gamma[c] * invstd[c] : invstd[c];
-        shift[i] = (beta != nullptr ? beta[c] : A(0)) - mean[c] * scale[i];
-      }
-      const bool noisy = noise.std != 0;
-      const A std = static_cast<A>(noise.std);
-      for_rows(task, 0, rows, [&](int64_t offset, int columns, uint64_t chunk) {
-        const T* x = input + offset;
-        T* y = output + offset;
+      A x_buffer[kWidth], y_buffer[kWidth];
+      for_rows(task, 0, task.outer * task.pieces, [&](int64_t offset, int columns, uint64_t chunk) {
+        const A* x = read_row(input + offset, columns, A(0), x_buffer);
+        A* y = row_target(output + offset, y_buffer);
         if (noisy) {
           float normals[kNormals];
           counter_normals(noise.seed, chunk, normals);
-          for_columns(columns, [&](int i) {
-            y[i] = Load<T>::to(act.forward(scale[i] * Load<T>::from(x[i]) + shift[i]) + std * normals[i]);
-          });
+          for_columns<T>(columns, [&](int i) { y[i] = act.forward(scale[i] * x[i] + shift[i]) + std * normals[i]; });
         } else {
-          for_columns(columns, [&](int i) {
-            y[i] = Load<T>::to(act.forward(scale[i] * Load<T>::from(x[i]) + shift[i]));
-          });
+          for_columns<T>(columns, [&](int i) { y[i] = act.forward(scale[i] * x[i] + shift[i]); });
         }
+        write_row(y, output + offset, columns);
       });
     });
   });
@@ -158,32 +200,33 @@ void backward(const BnActShape& shape, const T* grad_output, const T* input, con
               const Accumulate<T>* beta, const Accumulate<T>* mean, const Accumulate<T>* invstd, bool training,
               ActivationSpec activation, Accumulate<T>* sum_dz, Accumulate<T>* sum_dz_xhat, T* grad_input) {
   using A = Accumulate<T>;
-  with_activation<A>(activation, [&](auto chosen) {
-    for_each_task(shape, [&](const Columns& task, int64_t first, int channels) {
-      const auto act = chosen;  // a copy: its slope, read by reference in a branch, would keep loops from vectorising
-      const int64_t rows = task.outer * task.pieces;
-      A scale[kWidth], shift[kWidth], m[kWidth], inverse[kWidth];
-      for (int i = 0; i < kWidth; ++i) {
-        const int64_t c = first + (i < channels ? i : channels - 1);
-        m[i] = mean[c];
-        inverse[i] = invstd[c];
-        scale[i] = gamma != nullptr ? gamma[c] * invstd[c] : invstd[c];
-        shift[i] = (beta != nullptr ? beta[c] : A(0)) - mean[c] * scale[i];
-      }
+  for_each_task(shape, [&](const Columns& task, int64_t first, int channels) {
+    const int64_t rows = task.outer * task.pieces;
+    A scale[kWidth], shift[kWidth], m[kWidth], inverse[kWidth];
+    for (int i = 0; i < kWidth; ++i) {
+      const int64_t c = first + (i < channels ? i : channels - 1);
+      m[i] = mean[c];
+      inverse[i] = invstd[c];
+      scale[i] = gamma != nullptr ? gamma[c] * invstd[c] : invstd[c];
+      shift[i] = (beta != nullptr ? beta[c] : A(0)) - mean[c] * scale[i];
+    }
+    with_activation<A>(activation, [&](auto chosen) {
+      const auto act = chosen;  // a copy, as in forward
+      A x_buffer[kWidth], g_buffer[kWidth], d_buffer[kWidth];
       double total0[kWidth] = {}, total1[kWidth] = {}, count = 0;
       for (int64_t begin = 0; begin < rows; begin += kRows) {
         A sum0[kWidth] = {}, sum1[kWidth] = {};
         for_rows(task, begin, least(kRows, rows - begin), [&](int64_t offset, int columns, uint64_t) {
-          const T *x = input + offset, *g = grad_output + offset;
-          for_columns(columns, [&](int i) {
-            const A v = Load<T>::from(x[i]);
-            const A dz = act.derivative(Load<T>::from(g[i]), scale[i] * v + shift[i]);
+          const A* x = read_row(input + offset, columns, A(0), x_buffer);
+          const A* g = read_row(grad_output + offset, columns, A(0), g_buffer);
+          for_columns<T>(columns, [&](int i) {
+            const A dz = act.derivative(g[i], scale[i] * x[i] + shift[i]);
             sum0[i] += dz;
-            sum1[i] += dz * (v - m[i]);
+            sum1[i] += dz * (x[i] - m[i]);
           });
-          count += shape.inner == 1 ? 1 : columns;
+          count += task.inner == 1 ? 1 : columns;
         });
-        if (shape.inner == 1) {
+        if (task.inner == 1) {
           for (int i = 0; i < channels; ++i) total0[i] += sum0[i], total1[i] += sum1[i] * inverse[i];
         } else {
           total0[0] += add_up(sum0);
@@ -203,13 +246,14 @@ void backward(const BnActShape& shape, const T* grad_output, const T* input, con
         c0[i] = training ? static_cast<A>(-scale[i] * (total0[j] / count)) - b[i] * m[i] : A(0);
       }
       for_rows(task, 0, rows, [&](int64_t offset, int columns, uint64_t) {
-        const T *x = input + offset, *g = grad_output + offset;
-        T* d = grad_input + offset;
-        for_columns(columns, [&](int i) {
-          const A v = Load<T>::from(x[i]);
-          const A dz = act.derivative(Load<T>::from(g[i]), scale[i] * v + shift[i]);
-          d[i] = Load<T>::to(scale[i] * dz + (b[i] * v + c0[i]));
+        const A* x = read_row(input + offset, columns, A(0), x_buffer);
+        const A* g = read_row(grad_output + offset, columns, A(0), g_buffer);
+        A* d = row_target(grad_input + offset, d_buffer);
+        for_columns<T>(columns, [&](int i) {
+          const A dz = act.derivative(g[i], scale[i] * x[i] + shift[i]);
+          d[i] = scale[i] * dz + (b[i] * x[i] + c0[i]);
         });
+        write_row(d, grad_input + offset, columns);
       });
     });
   });

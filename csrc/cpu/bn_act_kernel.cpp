@@ -1,5 +1,6 @@
-// Compiled once per instruction set (see isa.h). Plain loops that the compiler vectorises: over channels in
-// channels_last, over the plane in the contiguous layout.
+// Instruction sets: baseline avx2 avx512
+//
+// Plain loops that the compiler vectorises: over channels in channels_last, over the plane in the contiguous layout.
 #include "activate.h"
 #include "bn_act.h"
 #include "bn_act_blocks.h"

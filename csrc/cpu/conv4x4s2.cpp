@@ -22,13 +22,21 @@ bool is_bfloat16(const Conv4x4s2Shape& shape) { return shape.dtype == ConvDType:
 // Whether the products of bfloat16 are filtered: on AMX they take less time than the transforms would.
 bool is_filtered() { return active_isa() == Isa::avx512_bf16; }
 
-// Calls one of the five families of kernels.
-#define FASTGAN_CONV4X4S2_CALL(shape, name, ...)                                                                  \
-  (is_image(shape) ? (is_bfloat16(shape) ? FASTGAN_ISA_CALL(conv4x4s2_bf16_image_##name, __VA_ARGS__)             \
-                                         : FASTGAN_ISA_CALL(conv4x4s2_image_##name, __VA_ARGS__))                 \
-   : !is_bfloat16(shape) ? FASTGAN_ISA_CALL(conv4x4s2_##name, __VA_ARGS__)                                        \
-   : is_filtered()       ? FASTGAN_ISA_CALL(conv4x4s2_bf16_filtered_##name, __VA_ARGS__)                          \
-                         : FASTGAN_ISA_CALL(conv4x4s2_bf16_##name, __VA_ARGS__))
+// Calls one of the families of kernels.
+#define FASTGAN_FLOAT_CALL(shape, name, ...)                                  \
+  (is_image(shape) ? FASTGAN_ISA_CALL(conv4x4s2_image_##name, __VA_ARGS__)    \
+                   : FASTGAN_ISA_CALL(conv4x4s2_##name, __VA_ARGS__))
+#if defined(__x86_64__)
+#define FASTGAN_BFLOAT16_CALL(name, ...) \
+  (active_isa() == Isa::amx ? amx::name(__VA_ARGS__) : avx512_bf16::name(__VA_ARGS__))
+#define FASTGAN_CONV4X4S2_CALL(shape, name, ...)                                              \
+  (!is_bfloat16(shape) ? FASTGAN_FLOAT_CALL(shape, name, __VA_ARGS__)                         \
+   : is_image(shape)   ? FASTGAN_BFLOAT16_CALL(conv4x4s2_bf16_image_##name, __VA_ARGS__)      \
+   : is_filtered()     ? avx512_bf16::conv4x4s2_bf16_filtered_##name(__VA_ARGS__)             \
+                       : FASTGAN_BFLOAT16_CALL(conv4x4s2_bf16_##name, __VA_ARGS__))
+#else
+#define FASTGAN_CONV4X4S2_CALL FASTGAN_FLOAT_CALL
+#endif
 
 }  // namespace
 

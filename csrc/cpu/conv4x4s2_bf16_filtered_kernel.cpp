@@ -1,3 +1,5 @@
+// Instruction sets: avx512_bf16
+//
 // The bfloat16 loops of conv4x4s2_bf16_loops.h with three products where direct convolution has four: minimal filtering F(2, 2)
 // along the rows (conv4x4s2_tiles.h), on AVX512-BF16 without AMX, where a step is all products.
 //
@@ -13,16 +15,12 @@
 // the result alone; here one operand of each of the two products is rounded, too: an error sqrt(3) = 1.7 times as large, where F(3, 2)
 // would have 2 and filtering along columns as well sqrt(7). Weights are float, though, and activations are computed: where these are
 // rounded either way, it is sqrt(5 / 3) = 1.3 times.
+#include "conv4x4s2_bf16_loops.h"
 #include "conv4x4s2_common.h"
 #include "conv4x4s2_kernel.h"
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-#include "conv4x4s2_bf16_loops.h"
-#endif
-
 namespace fastgan::cpu::FASTGAN_ISA {
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 namespace {
 
 constexpr int64_t kGradientPixels = 32;
@@ -299,18 +297,5 @@ void conv4x4s2_bf16_filtered_weight_gradient(const Conv4x4s2Shape& shape, const 
                                              const ConvWeightGradient& result, void* workspace, int threads) {
   run_weight_gradient(FilteredGradient(shape), large, small, result, workspace, threads);
 }
-
-#else
-
-// conv4x4s2.cpp calls these on AVX512-BF16 alone.
-int64_t conv4x4s2_bf16_filtered_packed_bytes(const Conv4x4s2Shape&, Conv4x4s2Loop) { return 0; }
-void conv4x4s2_bf16_filtered_pack(const Conv4x4s2Shape&, Conv4x4s2Loop, const float*, void*) {}
-int64_t conv4x4s2_bf16_filtered_workspace_bytes(const Conv4x4s2Shape&, Conv4x4s2Loop, int) { return 0; }
-void conv4x4s2_bf16_filtered_forward(const Conv4x4s2Shape&, Conv4x4s2Loop, const ConvOperand&, const void*, const ConvEpilogue&, void*,
-                                     int) {}
-void conv4x4s2_bf16_filtered_weight_gradient(const Conv4x4s2Shape&, const ConvOperand&, const ConvOperand&, const ConvWeightGradient&,
-                                             void*, int) {}
-
-#endif
 
 }  // namespace fastgan::cpu::FASTGAN_ISA

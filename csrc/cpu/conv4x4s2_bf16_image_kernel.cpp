@@ -1,17 +1,15 @@
+// Instruction sets: avx512_bf16 amx
+//
 // The loops of conv4x4s2.h for bfloat16 images of 1 to 4 channels: direct products of patches (conv4x4s2_image.h), in tiles. On
 // AMX the products are a small part; most of the time goes to patches and epilogues. Without it `down` takes the patches' rows from
 // where the image's rows are staged.
+#include "conv4x4s2_bf16_tiles.h"
 #include "conv4x4s2_image.h"
 #include "conv4x4s2_kernel.h"
-
-#if defined(__AVX512BF16__)
-#include "conv4x4s2_bf16_tiles.h"
 #include "scalar_math.h"
-#endif
 
 namespace fastgan::cpu::FASTGAN_ISA {
 
-#if defined(__AVX512BF16__)
 namespace {
 
 constexpr int64_t kBlock = 32;            // pixels multiplied at once, and columns
@@ -374,17 +372,5 @@ void conv4x4s2_bf16_image_weight_gradient(const Conv4x4s2Shape& shape, const Con
                                           const ConvWeightGradient& result, void* workspace, int threads) {
   image_weight_gradient(GradientPlan(shape), large, small, result, workspace, threads);
 }
-
-#else
-
-// conv4x4s2_supported refuses bfloat16 on these instruction sets, so nothing calls these.
-int64_t conv4x4s2_bf16_image_packed_bytes(const Conv4x4s2Shape&, Conv4x4s2Loop) { return 0; }
-void conv4x4s2_bf16_image_pack(const Conv4x4s2Shape&, Conv4x4s2Loop, const float*, void*) {}
-int64_t conv4x4s2_bf16_image_workspace_bytes(const Conv4x4s2Shape&, Conv4x4s2Loop, int) { return 0; }
-void conv4x4s2_bf16_image_forward(const Conv4x4s2Shape&, Conv4x4s2Loop, const ConvOperand&, const void*, const ConvEpilogue&,
-                                  void*, int) {}
-void conv4x4s2_bf16_image_weight_gradient(const Conv4x4s2Shape&, const ConvOperand&, const ConvOperand&, const ConvWeightGradient&, void*, int) {}
-
-#endif
 
 }  // namespace fastgan::cpu::FASTGAN_ISA

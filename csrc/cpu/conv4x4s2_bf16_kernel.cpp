@@ -1,15 +1,13 @@
+// Instruction sets: avx512_bf16 amx
+//
 // The bfloat16 loops of conv4x4s2_bf16_loops.h with direct products, on AMX or AVX512-BF16. On AMX the products of a layer take
 // about as long as reading its tensors, and transforms would cost digits.
+#include "conv4x4s2_bf16_loops.h"
 #include "conv4x4s2_common.h"
 #include "conv4x4s2_kernel.h"
 
-#if defined(__AVX512BF16__)
-#include "conv4x4s2_bf16_loops.h"
-#endif
-
 namespace fastgan::cpu::FASTGAN_ISA {
 
-#if defined(__AVX512BF16__)
 namespace {
 
 constexpr int64_t kGradientPixels = 16;
@@ -169,17 +167,5 @@ void conv4x4s2_bf16_weight_gradient(const Conv4x4s2Shape& shape, const ConvOpera
                                     const ConvWeightGradient& result, void* workspace, int threads) {
   run_weight_gradient(DirectGradient(shape), large, small, result, workspace, threads);
 }
-
-#else
-
-// conv4x4s2_supported refuses bfloat16 on these instruction sets, so nothing calls these.
-int64_t conv4x4s2_bf16_packed_bytes(const Conv4x4s2Shape&, Conv4x4s2Loop) { return 0; }
-void conv4x4s2_bf16_pack(const Conv4x4s2Shape&, Conv4x4s2Loop, const float*, void*) {}
-int64_t conv4x4s2_bf16_workspace_bytes(const Conv4x4s2Shape&, Conv4x4s2Loop, int) { return 0; }
-void conv4x4s2_bf16_forward(const Conv4x4s2Shape&, Conv4x4s2Loop, const ConvOperand&, const void*, const ConvEpilogue&, void*,
-                            int) {}
-void conv4x4s2_bf16_weight_gradient(const Conv4x4s2Shape&, const ConvOperand&, const ConvOperand&, const ConvWeightGradient&, void*, int) {}
-
-#endif
 
 }  // namespace fastgan::cpu::FASTGAN_ISA

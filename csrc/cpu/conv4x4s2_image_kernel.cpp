@@ -1,3 +1,5 @@
+// Instruction sets: baseline avx2 avx512 avx512_bf16
+//
 // The three loops of conv4x4s2.h where the large side is an image of 1 to 4 channels: the discriminator's first and the
 // generator's last layer; products of floats. T is the storage type of the tensors.
 //

@@ -1,3 +1,5 @@
+// Instruction sets: baseline avx2 avx512 avx512_bf16
+//
 // The three loops of conv4x4s2.h for layers with many channels on both sides, by minimal filtering (conv4x4s2_tiles.h).
 //
 // A task takes a block of images (or a strip of rows of one image, where images are large) through everything: read the

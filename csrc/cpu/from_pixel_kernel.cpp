@@ -1,3 +1,5 @@
+// Instruction sets: baseline avx2 avx512
+//
 // The two matrix products of from_pixel.h. A task owns a panel of channels and up to kPixels pixels: it reorders what it reads
 // of the weight, or of the gradient, into its own scratch and multiplies.
 #include "from_pixel.h"

@@ -1,3 +1,5 @@
+// Instruction sets: baseline avx2 avx512
+//
 // A task takes an image. With few channels the compiler turns its loop over pixels into vectors and shuffles: their number is a
 // constant. With more it is a matrix, transposed square by square.
 #include "image_format.h"

@@ -1,6 +1,6 @@
 // Instruction sets and the choice between them.
 //
-// A file named `*_kernel.cpp` in this folder is compiled once per instruction set, each time with
+// A file named `*_kernel.cpp` in this folder is compiled once for each instruction set that its first line lists, with
 //     -DFASTGAN_ISA=<name> and that set's compiler flags (setup.py and CMakeLists.txt hold the same table),
 // and keeps everything it defines inside `namespace fastgan::cpu::FASTGAN_ISA`. Such a file must not
 // instantiate templates of the standard library: their code would be emitted with, say, AVX-512
@@ -23,15 +23,23 @@ Isa active_isa();
 
 }  // namespace fastgan::cpu
 
-// FASTGAN_PER_ISA(void, f, (int n)) declares f in the namespace of every instruction set that is compiled in;
+// FASTGAN_PER_ISA(void, f, (int n)) declares f, of a file for baseline, avx2 and avx512, in the namespace of every
+// instruction set. What avx512_bf16 and amx add are conversions and products of bfloat16; they take avx512's copy.
+// FASTGAN_PER_ISA_BF16 is for files that are compiled for avx512_bf16, too.
 // FASTGAN_ISA_CALL(f, n) calls the copy for active_isa().
 #if defined(__x86_64__)
-#define FASTGAN_PER_ISA(ret, name, args)                \
-  namespace baseline { ret name args; }                 \
-  namespace avx2 { ret name args; }                     \
-  namespace avx512 { ret name args; }                   \
-  namespace avx512_bf16 { ret name args; }              \
-  namespace amx { ret name args; }
+#define FASTGAN_PER_ISA(ret, name, args)         \
+  namespace baseline { ret name args; }          \
+  namespace avx2 { ret name args; }              \
+  namespace avx512 { ret name args; }            \
+  namespace avx512_bf16 { using avx512::name; }  \
+  namespace amx { using avx512::name; }
+#define FASTGAN_PER_ISA_BF16(ret, name, args)    \
+  namespace baseline { ret name args; }          \
+  namespace avx2 { ret name args; }              \
+  namespace avx512 { ret name args; }            \
+  namespace avx512_bf16 { ret name args; }       \
+  namespace amx { using avx512_bf16::name; }
 #define FASTGAN_ISA_CALL(name, ...)                                                  \
   [&] {                                                                              \
     switch (::fastgan::cpu::active_isa()) {                                          \
@@ -45,5 +53,6 @@ Isa active_isa();
 #else
 #define FASTGAN_PER_ISA(ret, name, args) \
   namespace baseline { ret name args; }
+#define FASTGAN_PER_ISA_BF16 FASTGAN_PER_ISA
 #define FASTGAN_ISA_CALL(name, ...) baseline::name(__VA_ARGS__)
 #endif

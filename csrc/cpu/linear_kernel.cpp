@@ -1,4 +1,4 @@
-// Compiled once per instruction set (see isa.h).
+// Instruction sets: baseline avx2 avx512
 //
 // Tasks are blocks of up to kBlock features: of the outputs, or of the inputs for their gradient. Depths are cut so that a panel of
 // the right operand stays in the second-level cache, or the first, while the block's rows pass over it.

@@ -1,4 +1,4 @@
-// Compiled once per instruction set (see isa.h).
+// Instruction sets: baseline avx2 avx512
 //
 // A vector of rows is worked on side by side: a tile [classes][kLanes] turns the sums over a short row (10 classes)
 // into plain vector additions, where working along a row would leave most of a vector empty. A vector is as long as

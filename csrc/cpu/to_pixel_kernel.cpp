@@ -1,3 +1,5 @@
+// Instruction sets: baseline avx2 avx512
+//
 // The three loops of to_pixel.h. Weights are few, and put in the image's order, [output][pixel][channel], before each.
 #include "to_pixel.h"
 

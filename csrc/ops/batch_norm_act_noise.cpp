@@ -2,7 +2,6 @@
 //
 // Saved for backward: the input and two numbers a channel; neither the normalised values nor the noise, whose derivative
 // is nothing.
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -11,7 +10,7 @@
 #include <torch/library.h>
 
 #include "../cpu/batch_norm_act_noise.h"
-#include "conv_bn_act.h"
+#include "kernel_arguments.h"
 
 namespace fastgan {
 namespace {
@@ -21,39 +20,9 @@ using torch::autograd::variable_list;
 
 constexpr const char* kOp = "batch_norm_act_noise";
 
-template <typename T> struct KernelType { using type = T; };
-template <> struct KernelType<at::BFloat16> { using type = cpu::BFloat16; };
-template <> struct KernelType<at::Half> { using type = cpu::Half; };
-
-template <typename F>
-void with_kernel_type(at::ScalarType dtype, F&& f) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dtype, kOp,
-                                  [&] { f(typename KernelType<scalar_t>::type{}); });
-}
-
-bool defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
-OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
-
-template <typename T> const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
-template <typename T> T* mutable_data(const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); }
-template <typename T> const T* data_or_null(const Tensor& tensor) { return tensor.defined() ? data<T>(tensor) : nullptr; }
-
-bool is_channels_last(const Tensor& tensor) {
-  return tensor.dim() == 4 && !tensor.is_contiguous() && tensor.is_contiguous(at::MemoryFormat::ChannelsLast);
-}
-
 at::MemoryFormat kernel_format(const Tensor& tensor) {
-  return is_channels_last(tensor) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-}
-
-cpu::BnActShape kernel_shape(const Tensor& tensor) {  // [N, C, ...], dense and not empty
-  const int64_t N = tensor.size(0), C = tensor.size(1), inner = tensor.numel() / (N * C);
-  if (is_channels_last(tensor)) return {N * inner, C, 1};
-  return {N, C, inner};
-}
-
-Tensor as_accumulate(const OptionalTensor& array, at::ScalarType dtype) {
-  return defined(array) ? array->to(dtype).contiguous() : Tensor();
+  const bool channels_last = tensor.dim() == 4 && tensor.is_contiguous(at::MemoryFormat::ChannelsLast);
+  return channels_last ? dense_format(tensor) : at::MemoryFormat::Contiguous;
 }
 
 void check(const Tensor& input, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
@@ -92,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_noise_forward_cpu(
   const Tensor var = training ? at::empty({C}, options) : new_var;
   if (!training) mean.copy_(new_mean);
   const cpu::GaussianNoise noise{noise_std, defined(seed) ? static_cast<uint64_t>(*data<int64_t>(*seed)) : 0};
-  with_kernel_type(x.scalar_type(), [&](auto tag) {
+  with_kernel_type(kOp, x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = cpu::Accumulate<T>;
     const cpu::BnActShape shape = kernel_shape(x);
@@ -126,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_noise_backward_cpu(
   const Tensor sum_dz = sums(), sum_dz_xhat = sums();
   if (!empty) {
     const Tensor gamma = as_accumulate(bn_weight, mean.scalar_type()), beta = as_accumulate(bn_bias, mean.scalar_type());
-    with_kernel_type(x.scalar_type(), [&](auto tag) {
+    with_kernel_type(kOp, x.scalar_type(), [&](auto tag) {
       using T = decltype(tag);
       using A = cpu::Accumulate<T>;
       cpu::batch_norm_act_noise_kernels<T>().backward(

@@ -20,6 +20,7 @@
 
 #include "../cpu/bn_act.h"
 #include "conv_stack.h"
+#include "kernel_arguments.h"
 #include "saved_conv_layer.h"
 
 namespace fastgan {
@@ -28,51 +29,9 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-bool defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
-OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
 // ---- the CPU path ------------------------------------------------------------------------------------------------
-
-template <typename T> struct KernelType { using type = T; };
-template <> struct KernelType<at::BFloat16> { using type = cpu::BFloat16; };
-template <> struct KernelType<at::Half> { using type = cpu::Half; };
-
-// Calls f(T()) with the kernels' storage type of dtype.
-template <typename F>
-auto with_kernel_type(at::ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case at::kDouble: return f(double());
-    case at::kBFloat16: return f(cpu::BFloat16());
-    case at::kHalf: return f(cpu::Half());
-    default: TORCH_INTERNAL_ASSERT(dtype == at::kFloat); return f(float());
-  }
-}
-
-at::ScalarType accumulate_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
-
-at::MemoryFormat dense_format(const Tensor& tensor) {
-  return tensor.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
-}
-
-Tensor dense(const Tensor& tensor) {
-  return tensor.contiguous(tensor.is_contiguous(at::MemoryFormat::ChannelsLast) ? at::MemoryFormat::ChannelsLast
-                                                                                 : at::MemoryFormat::Contiguous);
-}
-
-cpu::BnActShape kernel_shape(const Tensor& tensor) {  // [N, C, H, W], dense
-  const int64_t plane = tensor.size(2) * tensor.size(3);
-  if (dense_format(tensor) == at::MemoryFormat::Contiguous) return {tensor.size(0), tensor.size(1), plane};
-  return {tensor.size(0) * plane, tensor.size(1), 1};
-}
-
-template <typename T> const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
-template <typename T> T* mutable_data(const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); }
-template <typename T> const T* data_or_null(const Tensor& tensor) { return tensor.defined() ? data<T>(tensor) : nullptr; }
-
-Tensor as_accumulate(const OptionalTensor& array, at::ScalarType dtype) {
-  return defined(array) ? array->to(dtype).contiguous() : Tensor();
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cpu(
     const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
@@ -96,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cpu(
     const Tensor beta = as_accumulate(bn_bias, options.dtype().toScalarType());
     const Tensor new_mean = as_accumulate(running_mean, options.dtype().toScalarType());
     const Tensor new_var = as_accumulate(running_var, options.dtype().toScalarType());
-    with_kernel_type(y.scalar_type(), [&](auto tag) {
+    with_kernel_type("convolution", y.scalar_type(), [&](auto tag) {
       using T = decltype(tag);
       using A = cpu::Accumulate<T>;
       const auto& kernels = cpu::bn_act_kernels<T>();
@@ -151,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cpu(
   if (y.numel() > 0 || together) {
     const Tensor gamma = as_accumulate(bn_weight, mean.scalar_type());
     const Tensor beta = as_accumulate(bn_bias, mean.scalar_type());
-    with_kernel_type(y.scalar_type(), [&](auto tag) {
+    with_kernel_type("convolution", y.scalar_type(), [&](auto tag) {
       using T = decltype(tag);
       using A = cpu::Accumulate<T>;
       const auto& kernels = cpu::bn_act_kernels<T>();
@@ -202,7 +161,7 @@ Tensor conv_act_forward_cpu(const Tensor& input, const Tensor& weight, const Opt
   if (act.kind == Activation::identity || y.numel() == 0) return y;
   const auto options = y.options().dtype(accumulate_dtype(y.scalar_type()));
   const Tensor scale = at::ones({1}, options), shift = at::zeros({1}, options);
-  with_kernel_type(y.scalar_type(), [&](auto tag) {
+  with_kernel_type("convolution", y.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = cpu::Accumulate<T>;
     cpu::bn_act_kernels<T>().scale_shift_act(cpu::image_planes(y.size(0), y.numel()), data<T>(y), data<A>(scale), data<A>(shift), act,
@@ -223,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_act_backward_cpu(
   Tensor dy = grad;
   if (y.numel() > 0 && (act.kind != Activation::identity || output_mask[2])) {
     dy = at::empty_like(y);
-    with_kernel_type(y.scalar_type(), [&](auto tag) {
+    with_kernel_type("convolution", y.scalar_type(), [&](auto tag) {
       using T = decltype(tag);
       using A = cpu::Accumulate<T>;
       const cpu::BnActShape shape = output_mask[2] && y.size(1) > 1 ? kernel_shape(y) : cpu::image_planes(y.size(0), y.numel());

@@ -18,6 +18,19 @@ using at::IntArrayRef;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+inline bool defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+inline OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+
+// The memory format of a dense tensor; of one that is dense in both, the contiguous one.
+inline at::MemoryFormat dense_format(const Tensor& tensor) {
+  return tensor.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
+}
+// Images in the memory format they have, or contiguous where they are not dense.
+inline Tensor dense(const Tensor& images) {
+  return images.contiguous(images.is_contiguous(at::MemoryFormat::ChannelsLast) ? at::MemoryFormat::ChannelsLast
+                                                                                : at::MemoryFormat::Contiguous);
+}
+
 // Its float32 values, null where it is undefined.
 inline float* floats(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr<float>() : nullptr; }
 

@@ -15,6 +15,8 @@
 
 namespace fastgan {
 
+constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
+
 inline cuda::DataType cuda_type(at::ScalarType dtype) {
   switch (dtype) {
     case at::kFloat: return cuda::DataType::float32;

@@ -25,19 +25,7 @@ namespace {
 using cuda::Conv4x4Direction;
 using cuda::Conv4x4Geometry;
 
-constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
-
-bool defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
-
 // ---- tensors to kernel arguments ---------------------------------------------------------------------------------
-
-at::MemoryFormat dense_format(const Tensor& tensor) {
-  return tensor.is_contiguous() ? at::MemoryFormat::Contiguous : kChannelsLast;
-}
-
-Tensor dense(const Tensor& tensor) {
-  return tensor.contiguous(tensor.is_contiguous(kChannelsLast) ? kChannelsLast : at::MemoryFormat::Contiguous);
-}
 
 cuda::BnActShape kernel_shape(const Tensor& tensor) {  // [N, C, H, W], dense
   const int64_t plane = tensor.size(2) * tensor.size(3);

@@ -31,8 +31,6 @@ namespace {
 using cuda::Conv4x4Direction;
 using cuda::Conv4x4Epilogue;
 
-constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
-
 // Memory that one launch after the other uses, as large as the largest of them has asked for.
 class Workspace {
  public:

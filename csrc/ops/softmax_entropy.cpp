@@ -17,21 +17,16 @@
 #include "softmax_entropy.h"
 
 #include "../cpu/softmax_entropy.h"
+#include "kernel_arguments.h"
 
 namespace fastgan {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 const char* op_name(const OptionalTensor& labels) {
   return labels.has_value() ? "softmax_entropy_cross_entropy" : "softmax_entropy";
-}
-
-at::ScalarType accumulate_type(const Tensor& logits) {
-  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 }  // namespace
@@ -55,7 +50,7 @@ void check_softmax_entropy(const Tensor& logits, const OptionalTensor& labels) {
 Tensor composed_softmax_entropy_backward(const Tensor& grad_conditional, const Tensor& grad_marginal,
                                          const Tensor& grad_cross_entropy, const Tensor& logits, const Tensor& labels,
                                          int64_t ignore_index) {
-  const Tensor l = logits.to(accumulate_type(logits));
+  const Tensor l = logits.to(accumulate_dtype(logits.scalar_type()));
   const Tensor log_p = at::log_softmax(l, 1).clamp_min(-1e30), p = log_p.exp();
   const double rows = static_cast<double>(l.size(0));
   Tensor t = at::zeros_like(p);
@@ -97,16 +92,6 @@ class Workspace {
   Tensor heap_;
 };
 
-template <typename T> struct Storage { using type = T; };
-template <> struct Storage<at::BFloat16> { using type = cpu::BFloat16; };
-template <> struct Storage<at::Half> { using type = cpu::Half; };
-
-template <typename F>
-void dispatch_storage(const Tensor& logits, F&& f) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "softmax_entropy",
-                                  [&] { f(typename Storage<scalar_t>::type{}); });
-}
-
 Tensor with_dense_rows(const Tensor& logits) {
   return logits.size(1) == 1 || logits.stride(1) == 1 ? logits : logits.contiguous();
 }
@@ -130,15 +115,15 @@ SoftmaxEntropyForward softmax_entropy_forward_cpu(const Tensor& logits_in, const
   const Tensor logits = with_dense_rows(logits_in), labels = contiguous_labels(labels_in);
   const auto arguments = label_arguments(logits, labels, ignore_index);
   const int64_t rows = logits.size(0), classes = logits.size(1);
-  const auto dtype = accumulate_type(logits);
+  const auto dtype = accumulate_dtype(logits.scalar_type());
   Tensor conditional = empty({}, dtype), marginal = empty({}, dtype), cross_entropy = empty({}, dtype),
          mean_probabilities = empty({classes}, dtype), log_normalizer = empty({rows}, dtype);
-  dispatch_storage(logits, [&](auto storage) {
+  with_kernel_type("softmax_entropy", logits.scalar_type(), [&](auto storage) {
     using T = decltype(storage);
     using A = cpu::Accumulate<T>;
     Workspace<A> workspace(rows, classes);
     const auto values = cpu::softmax_entropy_kernels<T>().forward(
-        {rows, classes, logits.stride(0)}, static_cast<const T*>(logits.const_data_ptr()), arguments,
+        {rows, classes, logits.stride(0)}, data<T>(logits), arguments,
         mean_probabilities.mutable_data_ptr<A>(), log_normalizer.mutable_data_ptr<A>(),
         workspace.data());
     *conditional.mutable_data_ptr<A>() = values.conditional;
@@ -166,15 +151,15 @@ Tensor softmax_entropy_backward_cpu(const OptionalTensor& grad_conditional, cons
   const auto arguments = label_arguments(logits, labels, ignore_index);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   const Tensor grad_logits = empty({rows, classes}, logits.scalar_type());
-  dispatch_storage(logits, [&](auto storage) {
+  with_kernel_type("softmax_entropy", logits.scalar_type(), [&](auto storage) {
     using T = decltype(storage);
     using A = cpu::Accumulate<T>;
     Workspace<A> workspace(rows, classes);
     cpu::softmax_entropy_kernels<T>().backward(
-        {rows, classes, logits.stride(0)}, static_cast<const T*>(logits.const_data_ptr()), arguments,
+        {rows, classes, logits.stride(0)}, data<T>(logits), arguments,
         mean_probabilities.const_data_ptr<A>(), log_normalizer.const_data_ptr<A>(),
         {scalar<A>(grad_conditional), scalar<A>(grad_marginal), scalar<A>(grad_cross_entropy)},
-        static_cast<T*>(grad_logits.mutable_data_ptr()), workspace.data());
+        mutable_data<T>(grad_logits), workspace.data());
   });
   return grad_logits;
 }
@@ -217,7 +202,6 @@ struct SoftmaxEntropyBackward : torch::autograd::Node {
     if (at::GradMode::is_enabled())
       return {composed_softmax_entropy_backward(grads[0], grads[1], grads[2], l, y, ignore_index)};
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
     return {call_backward(optional(grads[0]), optional(grads[1]), optional(grads[2]), l, optional(y), ignore_index,
                           mean_probabilities.unpack(), log_normalizer.unpack())};
   }
