@@ -14,7 +14,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = (
-    "-std=c++17 -DFASTGAN_CUDA_HOST -O1 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing "
+    "-std=c++17 -DFASTGAN_CUDA_HOST -O1 -g1 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing "
     "-ftrivial-auto-var-init=pattern -fsanitize=address,undefined -fno-sanitize-recover=all"
 ).split()
 

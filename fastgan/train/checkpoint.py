@@ -53,12 +53,13 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, buffer.getbuffer())
 
 
-def load_checkpoint(path: Path, family: str | None = None) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, family: str | None = None) -> dict[str, Any]:
     """Read a checkpoint, of a model family where one is given, onto the CPU.
 
     Raises:
         TrainingError: there is none, it is damaged, or it is of another family.
     """
+    path = Path(path)
     if not path.is_file():
         raise TrainingError(f"{path}: no such file")
     try:
