@@ -40,7 +40,7 @@ def load_operators(sources, folder):
     includes = [flag for path in include_paths() for flag in ("-isystem", path)]
 
     def compile(source):
-        target = folder / f"{source.replace('/', '_')}.o"
+        target = folder / f"{str(source).replace('/', '_')}.o"
         run = subprocess.run(
             [*compiler, *OPERATOR_FLAGS, *includes, "-c", ROOT / source, "-o", target], capture_output=True, text=True
         )
@@ -50,8 +50,11 @@ def load_operators(sources, folder):
     library = folder / "library.so"
     if not library.exists():
         folder.mkdir(exist_ok=True)
+        operators = [source for source in sources if source.startswith("csrc/ops/")]
+        unit = folder / "operators.cpp"  # most of their compilation goes to PyTorch's headers
+        unit.write_text("".join(f'#include "{ROOT / source}"\n' for source in operators))
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            objects = list(pool.map(compile, sources))
+            objects = list(pool.map(compile, [unit, *(source for source in sources if source not in operators)]))
         libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
         subprocess.run(
             [*compiler, "-shared", *objects, *libraries, "-lc10", "-ltorch", "-ltorch_cpu", "-o", library], check=True
