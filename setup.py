@@ -190,7 +190,7 @@ def sources(cuda):
 
 def units(sources):
     """{file: the C++ sources it includes}: what is compiled in place of them. Most of a compilation goes to PyTorch's
-    headers, so that two units take a third of the time of one for each source; the operators on CUDA are a third."""
+    headers, so that two units take a quarter of the time of one for each source; the operators on CUDA have their own."""
     sources = [source for source in sources if source.endswith(".cpp")]
     cuda = [source for source in sources if Path(source).name.startswith("cuda")]
     cpu = [source for source in sources if source not in cuda]
@@ -246,7 +246,7 @@ def is_clang(compiler):
 def instruction_sets(kernel):
     """Those that the first line of a *_kernel.cpp lists."""
     line = kernel.read_text().partition("\n")[0]
-    head, colon, names = line.partition(": ")
+    head, _, names = line.partition(": ")
     if head != "// Instruction sets" or not names or not set(names.split()) <= set(X86_ISAS):
         raise SystemExit(
             f"fastgan: the first line of {kernel.relative_to(ROOT)} must be `// Instruction sets: ` and some of "

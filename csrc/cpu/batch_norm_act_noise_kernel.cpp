@@ -4,6 +4,8 @@
 // squared deviations by the update of Chan, Golub and LeVeque (1979). A task never waits for another.
 #include "batch_norm_act_noise.h"
 
+#include <type_traits>
+
 #include "activate.h"
 #include "load.h"
 #include "parallel.h"
@@ -41,11 +43,7 @@ inline void for_rows(const Columns& task, int64_t begin, int64_t rows, const F& 
 
 // float and double are worked on where they lie; rows of other types in a buffer of kWidth values.
 template <typename T>
-inline constexpr bool kInPlace = false;
-template <>
-inline constexpr bool kInPlace<float> = true;
-template <>
-inline constexpr bool kInPlace<double> = true;
+inline constexpr bool kInPlace = std::is_same_v<T, Accumulate<T>>;
 
 // f(i) for the columns of a row of T, or for all of its buffer; a whole row has a length the compiler knows.
 template <typename T, typename F>
