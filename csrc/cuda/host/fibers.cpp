@@ -78,6 +78,7 @@ struct Launch {
   void (*body)(void*) = nullptr;
   void* context = nullptr;
   std::vector<Fiber> fibers;
+  int waiting_lanes[1024 / kWarp] = {};  // of each warp, in a warp operation
   int current = 0;
   int threads = 0;
   void* scheduler_stack_pointer = nullptr;
@@ -191,6 +192,7 @@ bool run_warp(int warp) {
 void run_block() {
   const int warps = (launch.threads + kWarp - 1) / kWarp;
   for (int thread = 0; thread < launch.threads; ++thread) reset_fiber(launch.fibers[thread]);
+  std::fill(std::begin(launch.waiting_lanes), std::end(launch.waiting_lanes), 0);
   for (;;) {
     bool progressed = false;
     for (int warp : ordered(warps)) progressed = run_warp(warp) || progressed;
@@ -252,21 +254,18 @@ void warp_collective(void* operand, Combine combine) {
   Fiber& fiber = launch.fibers[launch.current];
   fiber.operand = operand;
   fiber.combine = combine;
-  const int first = launch.current / kWarp * kWarp;
-  void* operands[kWarp];
-  bool complete = true;
   fiber.state = State::in_warp_operation;
+  const int warp = launch.current / kWarp;
+  if (++launch.waiting_lanes[warp] < kWarp) return yield_to_scheduler();
+  launch.waiting_lanes[warp] = 0;
+  Fiber* const lanes = &launch.fibers[warp * kWarp];
+  void* operands[kWarp];
   for (int lane = 0; lane < kWarp; ++lane) {
-    const Fiber& other = launch.fibers[first + lane];
-    operands[lane] = other.operand;
-    complete = complete && other.state == State::in_warp_operation;
-    if (other.state == State::in_warp_operation && other.combine != combine) {
-      fail("lanes of one warp met in different warp operations");
-    }
+    if (lanes[lane].combine != combine) fail("lanes of one warp met in different warp operations");
+    operands[lane] = lanes[lane].operand;
+    lanes[lane].state = State::ready;
   }
-  if (!complete) return yield_to_scheduler();
   combine(operands);
-  for (int lane = 0; lane < kWarp; ++lane) launch.fibers[first + lane].state = State::ready;
 }
 
 void copy_async(void* shared, const void* global, int bytes, bool valid) {
