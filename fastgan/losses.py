@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
+from fastgan._arguments import check_tensor
 from fastgan.ops.softmax_entropy import softmax_entropy, softmax_entropy_cross_entropy
 
 # With D = sigmoid(logit): -log D = softplus(-logit), -log(1 - D) = softplus(logit).
@@ -215,6 +216,7 @@ def _lookup(function: str, table: dict[str, Any], kind: str) -> Any:
 
 
 def _checked_logits(function: str, name: str, logits: Tensor) -> Tensor:
+    check_tensor(function, name, logits)
     if not logits.is_floating_point():
         raise ValueError(f"{function}: {name} must be a floating-point tensor, got {logits.dtype}")
     if logits.dim() == 0 or logits.numel() == 0:
@@ -280,6 +282,8 @@ def _real_categories_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The terms of :func:`catgan_discriminator_loss` that are of real images, labeled or not: their sum, and each."""
     cross_entropy = None
+    if labels is not None:
+        check_tensor("catgan_discriminator_loss", "labels", labels)
     if labels is not None and labels.shape != labeled_logits.shape[:1]:
         raise ValueError(
             f"catgan_discriminator_loss: labels must have shape [{len(labeled_logits)}] (a class for each row of "
@@ -365,6 +369,7 @@ def feature_matching_loss(
 
 
 def _checked_categories(function: str, name: str, logits: Tensor) -> int:
+    check_tensor(function, name, logits)
     if logits.dim() != 2 or logits.numel() == 0:
         raise ValueError(f"{function}: {name} must have shape [N, K] with N > 0 and K > 0, got {list(logits.shape)}")
     if not logits.is_floating_point():

@@ -8,6 +8,7 @@ arbitrarily between the training images.
 import torch
 from torch import nn
 
+from fastgan._arguments import check_counts, check_not_negative
 from fastgan.models.dcgan import dcgan, start_and_doublings
 from fastgan.nn import GaussianNoise
 from fastgan.nn.fuse import FusedSequential
@@ -119,21 +120,15 @@ def catgan(
 
     Raises:
         ValueError: an unknown architecture, an image size that cannot be built, a count below 1 or noise below 0.
+        TypeError: a size or count that is no integer, noise that is no number.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"catgan: architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
-    counts = {
-        "image_size": image_size, "channels": channels, "num_classes": num_classes, "latent_dim": latent_dim,
-        "base_channels": base_channels,
-    }  # fmt: skip
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"catgan: {name} must be at least 1, got {count}")
+    check_counts("catgan", image_size=image_size, channels=channels, num_classes=num_classes, latent_dim=latent_dim,
+                 base_channels=base_channels)
     noise = [given if given is not None else default
              for given, default in zip((input_noise, hidden_noise), _NOISE[architecture])]
-    for name, std in zip(("input_noise", "hidden_noise"), noise):
-        if not std >= 0:
-            raise ValueError(f"catgan: {name} must be at least 0, got {std}")
+    check_not_negative("catgan", input_noise=noise[0], hidden_noise=noise[1])
     shape = (channels, image_size, image_size)
     if architecture == "mlp":
         return PerceptronGenerator(latent_dim, shape), _perceptron(shape, num_classes, *noise)

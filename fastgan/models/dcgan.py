@@ -6,8 +6,12 @@ hidden fully connected layer, ReLU in the generator with tanh at its output, lea
 discriminator.
 """
 
+import numbers
+
 import torch
 from torch import nn
+
+from fastgan._arguments import check_counts
 
 # Channel counts double with every halving of the image, up to this many times base_channels (512
 # at the paper's 64): beyond it the two innermost layers of a large image would hold nearly all weights.
@@ -108,10 +112,9 @@ def dcgan(
 
     Raises:
         ValueError: an image size that cannot be built, a count below 1, or an unknown normalization.
+        TypeError: a size or count that is no integer.
     """
-    for name, count in (("channels", channels), ("latent_dim", latent_dim), ("base_channels", base_channels)):
-        if count < 1:
-            raise ValueError(f"dcgan: {name} must be at least 1, got {count}")
+    check_counts("dcgan", channels=channels, latent_dim=latent_dim, base_channels=base_channels)
     if discriminator_normalization not in DISCRIMINATOR_NORMALIZATIONS:
         raise ValueError(
             f"dcgan: discriminator_normalization must be one of {', '.join(DISCRIMINATOR_NORMALIZATIONS)}, "
@@ -128,6 +131,9 @@ def dcgan(
 
 def start_and_doublings(function: str, image_size: int) -> tuple[int, int]:
     """Side of the innermost feature map, and how often it is doubled to reach ``image_size``; ``function`` asks for it."""
+    if not isinstance(image_size, numbers.Integral):
+        raise TypeError(f"{function}: image_size must be an integer, got {type(image_size).__name__}")
+    image_size = int(image_size)
     if image_size == 28:
         return 7, 2
     if image_size == 48:

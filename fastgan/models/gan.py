@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastgan._arguments import check_counts
+
 OUTPUT_ACTIVATIONS = {"tanh": nn.Tanh, "linear": nn.Identity}
 
 
@@ -92,15 +94,13 @@ def mlp_gan(
 
     Raises:
         ValueError: an empty shape, a count below 1, an unknown activation.
+        TypeError: a count that is no integer.
     """
     shape = (data_shape,) if isinstance(data_shape, int) else tuple(data_shape)
     if not shape or min(shape) < 1:
         raise ValueError(f"mlp_gan: data_shape must have sizes of at least 1, got {data_shape}")
-    counts = {"latent_dim": latent_dim, "hidden_features": hidden_features, "generator_layers": generator_layers,
-              "discriminator_layers": discriminator_layers, "copies": copies}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"mlp_gan: {name} must be at least 1, got {count}")
+    check_counts("mlp_gan", latent_dim=latent_dim, hidden_features=hidden_features, generator_layers=generator_layers,
+                 discriminator_layers=discriminator_layers, copies=copies)
     if output_activation not in OUTPUT_ACTIVATIONS:
         raise ValueError(
             f"mlp_gan: output_activation must be one of {', '.join(OUTPUT_ACTIVATIONS)}, got {output_activation!r}"

@@ -21,6 +21,8 @@ import typing
 import torch
 from torch import fx, nn
 
+from fastgan import _arguments
+
 _TORCH = os.path.dirname(torch.__file__)
 _FX = os.path.dirname(fx.__file__)
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
@@ -255,7 +257,7 @@ def _comparable(value):
 
 @functools.cache
 def _is_users_file(name):
-    return not name.startswith(_TORCH) and name != __file__
+    return not name.startswith(_TORCH) and name not in (__file__, _arguments.__file__)
 
 
 def _is_users(frame):

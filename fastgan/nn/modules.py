@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fastgan import ops
+from fastgan._arguments import check_not_negative
 from fastgan.nn.sync_batch_norm import synchronizing_group
 
 
@@ -12,9 +13,13 @@ class GaussianNoise(nn.Module):
 
     Args:
         std: standard deviation of the noise, 0 for none.
+
+    Raises:
+        ValueError, TypeError: std is below 0, or no number.
     """
 
     def __init__(self, std: float):
+        check_not_negative("GaussianNoise", std=std)
         super().__init__()
         self.std = std
 

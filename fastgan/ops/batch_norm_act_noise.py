@@ -4,11 +4,13 @@ import torch
 import torch.nn.functional as F
 
 from fastgan import _extension
+from fastgan._arguments import takes_tensor
 from fastgan.ops._conv import activate, check_activation
 
 NO_CUDA_KERNEL = "batch_norm_act_noise has no CUDA kernel"
 
 
+@takes_tensor
 def batch_norm_act_noise(
     input, bn_weight=None, bn_bias=None, running_mean=None, running_var=None, *, training=True, momentum=0.1, eps=1e-5,
     activation="leaky_relu", negative_slope=0.2, noise_std=0.0, seed=None,

@@ -3,9 +3,11 @@
 import torch
 import torch.nn.functional as F
 
+from fastgan._arguments import takes_tensor
 from fastgan.ops._conv import activate, batch_norm, check_activation, explicit_padding, fast_path, group_arguments, pair
 
 
+@takes_tensor
 def conv2d_bn_act(
     input, weight, bias=None, bn_weight=None, bn_bias=None, running_mean=None, running_var=None, *,
     stride=1, padding=0, dilation=1, groups=1, training=True, momentum=0.1, eps=1e-5,
@@ -79,6 +81,7 @@ def conv2d_bn_act_reference(
     return activate("conv2d_bn_act", z, activation, negative_slope)
 
 
+@takes_tensor
 def conv2d_act(
     input, weight, bias=None, *, stride=1, padding=0, dilation=1, groups=1, activation="leaky_relu", negative_slope=0.2
 ):

@@ -3,9 +3,11 @@
 import torch
 import torch.nn.functional as F
 
+from fastgan._arguments import takes_tensor
 from fastgan.ops._conv import activate, batch_norm, check_activation, fast_path, group_arguments, pair
 
 
+@takes_tensor
 def conv_transpose2d_bn_act(
     input, weight, bias=None, bn_weight=None, bn_bias=None, running_mean=None, running_var=None, *,
     stride=1, padding=0, output_padding=0, groups=1, dilation=1, training=True, momentum=0.1, eps=1e-5,
@@ -64,6 +66,7 @@ def conv_transpose2d_bn_act_reference(
     return activate("conv_transpose2d_bn_act", z, activation, negative_slope)
 
 
+@takes_tensor
 def conv_transpose2d_act(
     input, weight, bias=None, *, stride=1, padding=0, output_padding=0, groups=1, dilation=1,
     activation="relu", negative_slope=0.2,

@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 
 from fastgan import _extension
+from fastgan._arguments import takes_tensor
 
 _CPU_KERNELS = _extension.has_kernels("cpu")
 
 
+@takes_tensor
 def softmax_entropy(logits):
     """Mean entropy of the predictions, and entropy of the mean prediction.
 
@@ -33,6 +35,7 @@ def softmax_entropy(logits):
     return softmax_entropy_reference(logits)
 
 
+@takes_tensor
 def softmax_entropy_cross_entropy(logits, labels, *, ignore_index=-100):
     """:func:`softmax_entropy` and the cross-entropy of the labeled rows, in one pass.
 
