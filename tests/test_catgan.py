@@ -106,6 +106,7 @@ def test_feature_matching_compares_means_and_leaves_the_real_side_alone():
         ((torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3)), ValueError, "labels must be given with"),
         ((torch.zeros(2, 3), torch.zeros(2, 3), None, torch.zeros(2).long()), ValueError, "labeled_logits must be given"),
         ((*(torch.zeros(2, 3),) * 3, torch.zeros(3).long()), ValueError, r"labels must have shape \[2\]"),
+        ((*(torch.zeros(2, 3),) * 3, [0, 1]), TypeError, "labels must be a torch.Tensor, got list"),
         ((*(torch.zeros(2, 3),) * 3, torch.tensor([0, 3])), IndexError, r"labels must lie in \[0, 3\).* got 3 at row 1"),
     ],
 )

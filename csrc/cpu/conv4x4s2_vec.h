@@ -4,10 +4,12 @@
 
 #include <cstdint>
 #if defined(__x86_64__)
-// GCC 12 takes the undefined lanes of its own intrinsics for a mistake of ours.
 #pragma GCC diagnostic push
+#if !defined(__clang__)
+// GCC 12 takes the undefined lanes of its own intrinsics for a mistake of ours.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
