@@ -156,7 +156,7 @@ def decide_cuda(wanted, torch_version, torch_cuda, toolkit, nvcc_version):
         possible = False
         why = (
             f"PyTorch {torch_version} is a build without CUDA; install one with CUDA, for example "
-            f"`pip install torch=={release(torch_version)} --index-url https://download.pytorch.org/whl/cu130`"
+            f"`pip install --force-reinstall torch=={release(torch_version)} --index-url https://pypi.org/simple`"
         )
     elif toolkit is None:
         possible, why = False, f"nvcc was not found; install the CUDA toolkit {torch_cuda}, or set CUDA_HOME to it"

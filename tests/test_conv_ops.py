@@ -9,6 +9,7 @@ import warnings
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 from conv_cases import OPS, TENSORS, dcgan_case, lay_out, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -120,8 +121,15 @@ def test_first_and_second_derivatives_by_finite_differences(op, training, activa
     assert torch.autograd.gradgradcheck(function, tuple(tensors.values()), fast_mode=True, atol=1e-4)
 
 
+def batch_norm_by_formula(y, running_mean, running_var, weight, bias, training, momentum, eps):
+    """F.batch_norm has no third derivative in PyTorch 2.15."""
+    variance, mean = torch.var_mean(y, (0, 2, 3), correction=0, keepdim=True)
+    return (y - mean) / torch.sqrt(variance + eps) * weight[:, None, None] + bias[:, None, None]
+
+
 @pytest.mark.parametrize("op", OPS)
-def test_gradient_penalty_and_third_derivative_equal_pytorchs(op, device):
+def test_gradient_penalty_and_third_derivative_equal_pytorchs(op, device, monkeypatch):
+    monkeypatch.setattr(F, "batch_norm", batch_norm_by_formula)
     case = dcgan_case(op, 2, 3, 5, activation="tanh")
     results = []
     for function in OPS[op]:

@@ -210,11 +210,19 @@ void refuse_second_derivative(const char* op, const ProcessGroup& group) {
 
 Tensor differentiable_batch_norm(const Tensor& y, const Tensor& bn_weight, const Tensor& bn_bias, const Tensor& mean,
                                  const Tensor& invstd, bool training, double eps) {
-  if (training)
-    return at::batch_norm(y, optional(bn_weight), optional(bn_bias), std::nullopt, std::nullopt, true, 0.0, eps, false);
   const auto channels = [](const Tensor& array) { return array.view({1, -1, 1, 1}); };
-  Tensor z = (y - channels(mean)) * channels(invstd);
-  if (bn_weight.defined()) z = z * channels(bn_weight);
+  // Not at::batch_norm, which has no third derivative in PyTorch 2.15.
+  Tensor centred, scale;
+  if (training) {
+    const at::ScalarType type = at::isReducedFloatingType(y.scalar_type()) ? at::kFloat : y.scalar_type();
+    const Tensor x = y.to(type);
+    centred = x - x.mean({0, 2, 3}, /*keepdim=*/true);
+    scale = (centred.square().mean({0, 2, 3}, /*keepdim=*/true) + eps).rsqrt();
+  } else {
+    centred = y - channels(mean), scale = channels(invstd);
+  }
+  if (bn_weight.defined()) scale = scale * channels(bn_weight);
+  Tensor z = centred * scale;
   if (bn_bias.defined()) z = z + channels(bn_bias);
   return z.to(y.scalar_type());
 }
