@@ -38,7 +38,7 @@ def takes_tensor(function):
 
     @functools.wraps(function)
     def checked(*args, **kwargs):
-        if args and isinstance(args[0], torch.Tensor):  # first of all: half a microsecond
+        if args and isinstance(args[0], torch.Tensor):  # nearly always: nothing else is asked
             return function(*args, **kwargs)
         if not args and operand_name not in kwargs:
             return function(**kwargs)  # Python's own error

@@ -92,7 +92,7 @@ template <int kDepth>
 __attribute__((no_sanitize("address"))) __attribute__((no_sanitize("undefined"))) void multiply_add(
     void* const operands[32], const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
   for (int lane = 0; lane < 32; ++lane) {
-    float(&c)[4] = *static_cast<MmaOperand*>(operands[lane])->c;
+    float (&c)[4] = *static_cast<MmaOperand*>(operands[lane])->c;
     const int row = lane / 4, column = 2 * (lane % 4);
     for (int k = 0; k < kDepth; ++k) {
       c[0] += a[row][k] * b[k][column], c[1] += a[row][k] * b[k][column + 1];
