@@ -45,7 +45,7 @@ def test_cuda_torch_with_nvcc_builds_cuda_kernels_without_asking_for_a_gpu(setup
 @pytest.mark.parametrize(
     "pytorch, toolkit, why",
     [
-        (CPU_TORCH, TOOLKIT, r"2\.13\.0\+cpu is a build without CUDA; install one with CUDA.*pip install torch==2\.13\.0 "),
+        (CPU_TORCH, TOOLKIT, r"2\.13\.0\+cpu is a build without CUDA; install one with CUDA.*pip install --force-reinstall torch==2\.13\.0 "),
         (CUDA_TORCH, NO_TOOLKIT, "nvcc was not found; install the CUDA toolkit 13.0"),
         (CUDA_TORCH, (Path("/opt/cuda-12"), "12.4"), "built with CUDA 13.0, but the toolkit in /opt/cuda-12 is 12.4"),
     ],
@@ -69,7 +69,7 @@ def test_fastgan_cuda_takes_0_and_1_only(setup_script):
 def test_setup_stops_before_compiling_when_cuda_is_asked_of_a_cpu_torch(tmp_path):
     run = run_setup(tmp_path, "build_ext", FASTGAN_CUDA="1")
     assert run.returncode != 0
-    assert "FASTGAN_CUDA=1, but PyTorch" in run.stderr and "pip install torch==" in run.stderr
+    assert "FASTGAN_CUDA=1, but PyTorch" in run.stderr and "pip install --force-reinstall torch==" in run.stderr
     assert "Traceback" not in run.stderr
 
 
