@@ -13,11 +13,16 @@ def check_tensor(function, name, value):
         raise TypeError(f"{function}: {name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def check_integer(function, name, value):
+    """Raises a TypeError that names the argument if it is no integer."""
+    if not isinstance(value, numbers.Integral):
+        raise TypeError(f"{function}: {name} must be an integer, got {type(value).__name__}")
+
+
 def check_counts(function, **counts):
     """Raises a TypeError or ValueError that names the first argument that is no integer of at least 1."""
     for name, count in counts.items():
-        if not isinstance(count, numbers.Integral):
-            raise TypeError(f"{function}: {name} must be an integer, got {type(count).__name__}")
+        check_integer(function, name, count)
         if count < 1:
             raise ValueError(f"{function}: {name} must be at least 1, got {count}")
 

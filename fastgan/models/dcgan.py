@@ -6,12 +6,10 @@ hidden fully connected layer, ReLU in the generator with tanh at its output, lea
 discriminator.
 """
 
-import numbers
-
 import torch
 from torch import nn
 
-from fastgan._arguments import check_counts
+from fastgan._arguments import check_counts, check_integer
 
 # Channel counts double with every halving of the image, up to this many times base_channels (512
 # at the paper's 64): beyond it the two innermost layers of a large image would hold nearly all weights.
@@ -131,8 +129,7 @@ def dcgan(
 
 def start_and_doublings(function: str, image_size: int) -> tuple[int, int]:
     """Side of the innermost feature map, and how often it is doubled to reach ``image_size``; ``function`` asks for it."""
-    if not isinstance(image_size, numbers.Integral):
-        raise TypeError(f"{function}: image_size must be an integer, got {type(image_size).__name__}")
+    check_integer(function, "image_size", image_size)
     image_size = int(image_size)
     if image_size == 28:
         return 7, 2
