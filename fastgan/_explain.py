@@ -57,6 +57,8 @@ def _path(name, input, arguments):
             f"{name}_reference, because {_extension.why_no_kernels(device)}",
             *(["FASTGAN_STRICT=1 makes this call an error"] if strict else []),
         )
+    if _extension.transformed():
+        return _PLAIN, f"{name}_reference, because {_extension.TRANSFORMED}"
     if device == "meta":
         return _SHAPES, "a meta tensor has no values to compute with"
     if name == "batch_norm_act_noise" and device == "cuda":

@@ -4,6 +4,7 @@ import os
 import warnings
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     from fastgan import _build_config
@@ -58,6 +59,16 @@ def why_no_kernels(device_type):
     return f"fastgan has kernels for cpu and cuda, not for {device_type}"
 
 
+# Whether a transform of torch.func is on. PyTorch's own autograd.Function asks the same.
+_in_torch_func = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+TRANSFORMED = "torch.func's transforms (grad, vmap, jvp, ...) and forward-mode derivatives need PyTorch's own operators"
+
+
+def transformed():
+    """Whether a transform of torch.func, or a level of forward-mode derivatives, is on."""
+    return _in_torch_func() or forward_ad._current_level >= 0
+
+
 def leave_fast_path(op, reason):
     """Called where plain PyTorch runs in place of a fused kernel: one warning a cause, or an error under
     FASTGAN_STRICT=1."""
@@ -65,7 +76,7 @@ def leave_fast_path(op, reason):
         raise RuntimeError(f"{op}: FASTGAN_STRICT=1 and this call would run plain PyTorch: {reason}")
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"fastgan runs {op} in plain PyTorch: {reason}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"fastgan runs {op} in plain PyTorch: {reason}", RuntimeWarning, stacklevel=5)  # who called the operator
 
 
 def build_info():

@@ -65,7 +65,8 @@ def fuse(module, inplace=False, report=False):
     deep copies, pickles and ``torch.func.functional_call`` work as before, ``isinstance`` of their classes holds, and
     outputs, gradients and running statistics agree with the plain module's to rounding. What cannot be fused runs as it
     did: layers with hooks, parametrizations (spectral or weight norm), subclasses of the layers named above, padding
-    modes other than zeros. That is decided at each call, so hooks added later are honoured.
+    modes other than zeros; and all layers inside ``torch.func.grad``, ``vmap`` and ``jvp``. That is decided at each call, so hooks
+    added later are honoured.
 
     Args:
         module: the ``nn.Module`` to fuse.
@@ -176,7 +177,7 @@ def _rebuild(mixin, base):
 
 def _run_children(children, input):
     """Calls `children` one after the other, those that can be fused as one."""
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # what is written then is to run without fastgan
+    if _layer_by_layer():
         for child in children:
             input = child(input)
         return input
@@ -198,6 +199,12 @@ def _run_children(children, input):
             input = children[position](input)
             position += 1
     return input
+
+
+def _layer_by_layer():
+    """Whether PyTorch's own operators are wanted: what torch.jit and ONNX write is to run without fastgan, and what torch.func
+    transforms has no rules for the fused ones."""
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or _extension.transformed()
 
 
 class _Activation(NamedTuple):
@@ -491,7 +498,7 @@ def _match_perceptron(children, position, input, batches=(), tracked=1):
 
 def _run_on_batches(children, parts, batches, tracked):
     """FusedSequential.on_batches for a list of modules."""
-    if not all(type(child) in _PERCEPTRON for child in children) or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    if not all(type(child) in _PERCEPTRON for child in children) or _layer_by_layer():
         return None
     input, position = torch.cat(parts), 0
     if type(children[0]) is nn.Flatten and children[0].start_dim == 1 and _plain(children[0]):

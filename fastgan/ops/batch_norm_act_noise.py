@@ -41,10 +41,6 @@ def batch_norm_act_noise(
     F.batch_norm's does. One pass forward and one backward on the CPU; on CUDA PyTorch's own operators run. The noise is
     that of Threefry 2x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) and Box and Muller (1958).
     """
-    if noise_std == 0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(2**62, ())
     arguments = (input, bn_weight, bn_bias, running_mean, running_var)
     options = dict(
         training=training, momentum=momentum, eps=eps, activation=activation, negative_slope=negative_slope,
@@ -52,6 +48,10 @@ def batch_norm_act_noise(
     )  # fmt: skip
     if not _runs_fused(input):
         return batch_norm_act_noise_reference(*arguments, seed=seed, **options)
+    if noise_std == 0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**62, ())
     return torch.ops.fastgan.batch_norm_act_noise.default(*arguments, seed, **options)
 
 
@@ -72,6 +72,9 @@ def batch_norm_act_noise_reference(
 
 
 def _runs_fused(input):
+    if _extension.transformed():
+        _extension.leave_fast_path("batch_norm_act_noise", _extension.TRANSFORMED)
+        return False
     device = input.device.type
     if device in ("cpu", "meta") and _extension.has_kernels("cpu"):
         return True

@@ -1,0 +1,141 @@
+"""torch.func's transforms and forward-mode derivatives: operators and fused networks run PyTorch's own operators there."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacrev, jvp, linearize, vmap
+
+import fastgan
+from fastgan import _extension, ops
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:fastgan runs .* in plain PyTorch:RuntimeWarning", "ignore::DeprecationWarning", "ignore::FutureWarning",
+    "ignore:Attempted to insert a get_attr Node:UserWarning",
+)
+
+
+def numbers(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+WEIGHT, ROWS = numbers(4, 3, 4, 4), torch.tensor([1, 4, 0])
+OPERATORS = {
+    "conv2d_act": (lambda x: ops.conv2d_act(x, WEIGHT, stride=2, padding=1), (2, 3, 8, 8)),
+    "conv2d_bn_act": (lambda x: ops.conv2d_bn_act(x, WEIGHT, stride=2, padding=1), (2, 3, 8, 8)),
+    "conv_transpose2d_act": (lambda x: ops.conv_transpose2d_act(x, WEIGHT, stride=2, padding=1), (2, 4, 4, 4)),
+    "conv_transpose2d_bn_act": (lambda x: ops.conv_transpose2d_bn_act(x, WEIGHT, stride=2, padding=1), (2, 4, 4, 4)),
+    "softmax_entropy": (lambda x: torch.stack(ops.softmax_entropy(x)), (3, 5)),
+    "softmax_entropy_cross_entropy": (lambda x: torch.stack(ops.softmax_entropy_cross_entropy(x, ROWS)), (3, 5)),
+    "batch_norm_act_noise": (ops.batch_norm_act_noise, (6, 3)),
+}
+
+
+@pytest.fixture(params=OPERATORS)
+def operator(request):
+    function, shape = OPERATORS[request.param]
+    return function, numbers(*shape)
+
+
+def test_grad_and_vmap(operator):
+    function, x = operator
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(leaf).square().sum(), leaf)  # by the fused kernels
+    torch.testing.assert_close(grad(lambda x: function(x).square().sum())(x), expected)
+    many = torch.stack([x, 2 * x, x - 1])
+    torch.testing.assert_close(vmap(function)(many), torch.stack([function(one) for one in many]))
+
+
+def test_forward_mode(operator):
+    function, x = operator
+    tangent = x.flip(0).cos()
+    expected = torch.autograd.functional.jvp(function, x, tangent)  # two backward passes
+    torch.testing.assert_close(jvp(function, (x,), (tangent,)), expected)
+    output, slope = linearize(function, x)
+    torch.testing.assert_close((output, slope(tangent)), expected)
+    with forward_ad.dual_level():
+        torch.testing.assert_close(tuple(forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent)))), expected)
+
+
+def test_hessian():
+    logits = numbers(3, 4)
+    function = lambda x: ops.softmax_entropy(x)[0]  # noqa: E731
+    torch.testing.assert_close(hessian(function)(logits), torch.autograd.functional.hessian(function, logits))
+
+
+def test_a_label_out_of_range_is_refused_there_too():
+    with pytest.raises(IndexError):
+        grad(lambda x: ops.softmax_entropy_cross_entropy(x, torch.tensor([5]))[2])(numbers(1, 5))
+
+
+def test_said_once_and_an_error_if_strict(monkeypatch):
+    monkeypatch.setattr(_extension, "_warned", set())
+    function = grad(lambda x: ops.softmax_entropy(x)[0])
+    with pytest.warns(RuntimeWarning, match="runs softmax_entropy in plain PyTorch: torch.func's transforms") as warned:
+        function(numbers(2, 3)), function(numbers(2, 3))
+    assert len(warned) == 1 and warned[0].filename == __file__
+    monkeypatch.setenv("FASTGAN_STRICT", "1")
+    with pytest.raises(RuntimeError, match="softmax_entropy: FASTGAN_STRICT=1"):
+        function(numbers(2, 3))
+
+
+def test_explain_says_so():
+    said = []
+    vmap(lambda x: said.append(fastgan.explain("softmax_entropy", x)) or x)(numbers(1, 2, 3))
+    assert "plain PyTorch" in said[0] and "torch.func's transforms" in said[0]
+    assert "fused" in fastgan.explain("softmax_entropy", numbers(2, 3))
+
+
+class Net(nn.Module):
+    """With a forward that fuse traces."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 4, 2, 1)
+
+    def forward(self, x):
+        return torch.relu(self.conv(x))
+
+
+NETWORKS = {
+    "sequential": lambda: nn.Sequential(
+        nn.Conv2d(3, 16, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(16, 16, 4, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten()
+    ).eval(),
+    "traced": Net,
+    "perceptron": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(3 * 64, 1400), nn.ReLU(), nn.Linear(1400, 4)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fused_networks(name):
+    torch.manual_seed(0)
+    plain = NETWORKS[name]()
+    fused = fastgan.fuse(copy.deepcopy(plain))
+    images = torch.randn(16, 3, 8, 8)
+    state = {key: value.detach() for key, value in plain.state_dict().items()}
+    names = {key for key, _ in plain.named_parameters()}
+
+    def loss(parameters, image, network):
+        buffers = {key: value for key, value in state.items() if key not in names}
+        return functional_call(network, {**parameters, **buffers}, image[None]).square().sum()
+
+    parameters = {key: state[key] for key in names}
+    by_image = vmap(grad(loss), in_dims=(None, 0, None))
+    torch.testing.assert_close(by_image(parameters, images, fused), by_image(parameters, images, plain))
+    torch.testing.assert_close(jvp(fused, (images,), (images,)), jvp(plain, (images,), (images,)))
+    torch.testing.assert_close(jacrev(fused)(images[:1]), jacrev(plain)(images[:1]))
+    expected = plain(images)  # and afterwards the fused ones again
+    torch.testing.assert_close(fused(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled():
+    torch._dynamo.reset()
+    fused = fastgan.fuse(NETWORKS["sequential"]())
+    images = torch.randn(4, 3, 8, 8)
+    gradient = grad(lambda x: fused(x).square().sum())
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), gradient(images), rtol=1e-4, atol=1e-5)
