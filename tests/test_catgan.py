@@ -1,11 +1,13 @@
 """CatGAN: losses, networks, choice of labels, training and its example."""
 
+import contextlib
 import copy
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +158,13 @@ def test_networks_fit_each_other(architecture, image_size, channels):
     assert classifier(images).shape == (3, 7)
 
 
+def test_depth_adds_convolutions_that_keep_the_size():
+    _, classifier = catgan(28, 1, 10, 16, "conv", base_channels=4, depth=3)
+    found = [(conv.out_channels, conv.kernel_size[0], conv.stride[0]) for conv in classifier.body if isinstance(conv, torch.nn.Conv2d)]
+    assert found == [(4, 4, 2), (4, 3, 1), (4, 3, 1), (8, 4, 2), (8, 3, 1), (8, 3, 1)]
+    assert classifier(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+
+
 def test_the_perceptron_is_that_of_the_permutation_invariant_task():
     _, classifier = catgan(architecture="mlp")
     widths = [layer.out_features for layer in classifier.modules() if isinstance(layer, torch.nn.Linear)]
@@ -176,6 +185,7 @@ def test_noise_is_off_in_eval_mode(architecture):
     [
         ({"architecture": "transformer"}, "architecture must be one of mlp, conv, got 'transformer'"),
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"architecture": "conv", "depth": 0}, "depth must be at least 1, got 0"),
         ({"hidden_noise": -1.0}, "hidden_noise must be at least 0, got -1.0"),
         ({"architecture": "conv", "image_size": 30}, "catgan: image_size must be"),
     ],
@@ -223,6 +233,18 @@ def test_random_affine_keeps_background_and_range():
     images = 2 * torch.rand(4, 3, 32, 32) - 1
     moved = random_affine(images)
     assert moved.shape == images.shape and moved.abs().max() <= 1 + 1e-6 and not torch.equal(moved, images)
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_batch_norm_is_measured_on_images_as_the_training_sees_them(tmp_path, monkeypatch, augment):
+    monkeypatch.setattr(fastgan.train.catgan, "random_affine", torch.zeros_like)
+    config = CatGANConfig(base_channels=2, input_noise=0.0, augment=augment, device="cpu")
+    _, classifier, objective = config.build(config.load_data())
+    objective.evaluate(SimpleNamespace(
+        averaged={}, networks={"discriminator": classifier}, autocast=contextlib.nullcontext, output=tmp_path
+    ))  # fmt: skip
+    norm = next(layer for layer in classifier.modules() if isinstance(layer, torch.nn.BatchNorm2d))
+    assert torch.equal(norm.running_var, torch.zeros(2)) == augment
 
 
 def run_catgan(*flags):
