@@ -158,13 +158,6 @@ def test_networks_fit_each_other(architecture, image_size, channels):
     assert classifier(images).shape == (3, 7)
 
 
-def test_depth_adds_convolutions_that_keep_the_size():
-    _, classifier = catgan(28, 1, 10, 16, "conv", base_channels=4, depth=3)
-    found = [(conv.out_channels, conv.kernel_size[0], conv.stride[0]) for conv in classifier.body if isinstance(conv, torch.nn.Conv2d)]
-    assert found == [(4, 4, 2), (4, 3, 1), (4, 3, 1), (8, 4, 2), (8, 3, 1), (8, 3, 1)]
-    assert classifier(torch.randn(2, 1, 28, 28)).shape == (2, 10)
-
-
 def test_the_perceptron_is_that_of_the_permutation_invariant_task():
     _, classifier = catgan(architecture="mlp")
     widths = [layer.out_features for layer in classifier.modules() if isinstance(layer, torch.nn.Linear)]
@@ -185,7 +178,6 @@ def test_noise_is_off_in_eval_mode(architecture):
     [
         ({"architecture": "transformer"}, "architecture must be one of mlp, conv, got 'transformer'"),
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
-        ({"architecture": "conv", "depth": 0}, "depth must be at least 1, got 0"),
         ({"hidden_noise": -1.0}, "hidden_noise must be at least 0, got -1.0"),
         ({"architecture": "conv", "image_size": 30}, "catgan: image_size must be"),
     ],

@@ -95,7 +95,6 @@ def catgan(
     architecture: str = "mlp",
     *,
     base_channels: int = 32,
-    depth: int = 1,
     input_noise: float | None = None,
     hidden_noise: float | None = None,
 ) -> tuple[nn.Module, CatGANClassifier]:
@@ -110,8 +109,6 @@ def catgan(
             normalisation and leaky ReLU, generator 500-500; or ``"conv"``: strided convolutions (4 x 4, stride 2)
             down to a map of at most 8 x 8 and a layer of 128 units, the generator of a DCGAN.
         base_channels: of ``"conv"``: channels of the layer next to the image; they double with every halving.
-        depth: of ``"conv"``: the classifier's convolutions per size of map: one that halves it, and after it
-            ``depth - 1`` that keep it (3 x 3, stride 1).
         input_noise: standard deviation of the noise on the images, in training mode; None for 0.6 with ``"mlp"``,
             0.2 with ``"conv"``.
         hidden_noise: standard deviation of the noise on the hidden layers, in training mode; None for 0.5 with
@@ -128,7 +125,7 @@ def catgan(
     if architecture not in ARCHITECTURES:
         raise ValueError(f"catgan: architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
     check_counts("catgan", image_size=image_size, channels=channels, num_classes=num_classes, latent_dim=latent_dim,
-                 base_channels=base_channels, depth=depth)
+                 base_channels=base_channels)
     noise = [given if given is not None else default
              for given, default in zip((input_noise, hidden_noise), _NOISE[architecture])]
     check_not_negative("catgan", input_noise=noise[0], hidden_noise=noise[1])
@@ -137,7 +134,7 @@ def catgan(
         return PerceptronGenerator(latent_dim, shape), _perceptron(shape, num_classes, *noise)
     start_and_doublings("catgan", image_size)
     generator, _ = dcgan(image_size, channels, latent_dim, base_channels)
-    return generator, _convolutional(shape, num_classes, base_channels, depth, *noise)
+    return generator, _convolutional(shape, num_classes, base_channels, *noise)
 
 
 def _perceptron(shape: tuple[int, int, int], num_classes: int, input_noise: float, noise: float) -> CatGANClassifier:
@@ -150,16 +147,14 @@ def _perceptron(shape: tuple[int, int, int], num_classes: int, input_noise: floa
 
 
 def _convolutional(
-    shape: tuple[int, int, int], num_classes: int, base_channels: int, depth: int, input_noise: float, noise: float
+    shape: tuple[int, int, int], num_classes: int, base_channels: int, input_noise: float, noise: float
 ) -> CatGANClassifier:
     channels, side, _ = shape
     next_channels = base_channels
     layers: list[nn.Module] = [GaussianNoise(input_noise)]
     while side > _LARGEST_MAP:
-        convolutions = [nn.Conv2d(channels, next_channels, 4, 2, 1, bias=False)]
-        convolutions += [nn.Conv2d(next_channels, next_channels, 3, 1, 1, bias=False) for _ in range(depth - 1)]
-        for convolution in convolutions:
-            layers += _hidden(convolution, nn.BatchNorm2d(next_channels), noise)
+        convolution = nn.Conv2d(channels, next_channels, 4, 2, 1, bias=False)
+        layers += _hidden(convolution, nn.BatchNorm2d(next_channels), noise)
         channels, next_channels, side = next_channels, 2 * next_channels, side // 2
     dense = nn.Linear(channels * side * side, _DENSE, bias=False)
     layers += [nn.Flatten(), *_hidden(dense, nn.BatchNorm1d(_DENSE), noise)]

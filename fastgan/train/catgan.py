@@ -45,7 +45,6 @@ class CatGANConfig(TrainConfig):
     architecture: str = option("conv", "mlp: multilayer perceptron; conv: convolutions", choices=ARCHITECTURES)
     generator_loss: str = option("catgan", "loss of the generator", choices=GENERATOR_LOSSES)
     base_channels: int = option(16, "channels of the convolutions next to the image", minimum=1)
-    depth: int = option(1, "the classifier's convolutions per size of map; those after the first are 3 x 3", minimum=1)
     input_noise: float | None = option(None, "standard deviation of the noise on the images; by default the model's",
                                        minimum=0)
     hidden_noise: float | None = option(None, "standard deviation of the noise on hidden layers; by default the "
@@ -91,7 +90,7 @@ class CatGANConfig(TrainConfig):
         channels, size, _ = dataset.image_shape
         generator, classifier = catgan(
             size, channels, categories, self.latent_dim, self.architecture,
-            base_channels=self.base_channels, depth=self.depth, input_noise=self.input_noise, hidden_noise=self.hidden_noise,
+            base_channels=self.base_channels, input_noise=self.input_noise, hidden_noise=self.hidden_noise,
         )  # fmt: skip
         return generator, classifier, CatGANObjective(self, dataset, classes, categories)
 
