@@ -6,7 +6,7 @@ would flatter the figure.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -120,9 +120,7 @@ def evaluate(categories: Tensor, labels: Tensor, num_classes: int, mapping: Tens
     return Evaluation(100.0 * (predicted != labels).double().mean().item(), confusion)
 
 
-def recalibrate_batch_norm(
-    network: nn.Module, images: Tensor, *, transform: Callable[[Tensor], Tensor] | None = None, batch_size: int = 500
-) -> None:
+def recalibrate_batch_norm(network: nn.Module, images: Tensor, *, batch_size: int = 500) -> None:
     """Measure the running statistics of a network's batch norms anew, over training images in training mode.
 
     For averaged weights, whose activations no running average has seen, and where generated images went through the
@@ -131,14 +129,11 @@ def recalibrate_batch_norm(
     Args:
         network: changed in place; its training mode is as before afterwards.
         images: as for :func:`predict`; some thousands are enough.
-        transform: what training does to images before the network sees them, float32 in [-1, 1], such as an augmentation.
-            Without it the statistics would be of images that the weights were not trained on.
         batch_size: images at a time; the rest that does not fill a batch is left out.
     """
     device = next(network.parameters()).device
     whole = images[: len(images) // batch_size * batch_size] if len(images) >= batch_size else images
-    batches = (_prepared(part, device) for part in whole.split(batch_size))
-    update_bn(map(transform, batches) if transform else batches, network)
+    update_bn((_prepared(part, device) for part in whole.split(batch_size)), network)
 
 
 def mean_and_std(errors: Sequence[float]) -> tuple[float, float]:

@@ -177,7 +177,7 @@ class CatGANObjective(Objective):
             return {}
         classifier = trainer.averaged.get("discriminator", trainer.networks["discriminator"])
         with trainer.autocast():
-            recalibrate_batch_norm(classifier, self.dataset.images[:BATCH_NORM_IMAGES], transform=self._noisy)
+            recalibrate_batch_norm(classifier, self.dataset.images[:BATCH_NORM_IMAGES])
             categories = predict(classifier, self.judged.images)
             if self.config.labels != "0":
                 result = evaluate(categories, self.judged.labels, self.classes)
