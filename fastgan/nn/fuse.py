@@ -202,8 +202,8 @@ def _run_children(children, input):
 
 
 def _layer_by_layer():
-    """Whether PyTorch's own operators are wanted: what torch.jit and ONNX write is to run without fastgan, and what torch.func
-    transforms has no rules for the fused ones."""
+    """Whether PyTorch's own operators are wanted: what torch.jit and ONNX write is to run without fastgan, and
+    torch.func's transforms have no rules for the fused ones."""
     return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or _extension.transformed()
 
 
