@@ -69,6 +69,19 @@ def transformed():
     return _in_torch_func() or forward_ad._current_level >= 0
 
 
+def runs_fused(op, device_type, obstacle=None):
+    """Whether the kernels of `op` run for tensors on `device_type`; where not, says why, once. `obstacle` is what else speaks
+    against it, None for nothing."""
+    if transformed():
+        obstacle = TRANSFORMED
+    elif device_type == "meta":
+        return has_kernels("cpu")
+    reason = obstacle or why_no_kernels(device_type)
+    if reason is not None:
+        leave_fast_path(op, reason)
+    return reason is None
+
+
 def leave_fast_path(op, reason):
     """Called where plain PyTorch runs in place of a fused kernel: one warning a cause, or an error under
     FASTGAN_STRICT=1."""
@@ -76,7 +89,7 @@ def leave_fast_path(op, reason):
         raise RuntimeError(f"{op}: FASTGAN_STRICT=1 and this call would run plain PyTorch: {reason}")
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"fastgan runs {op} in plain PyTorch: {reason}", RuntimeWarning, stacklevel=5)  # who called the operator
+        warnings.warn(f"fastgan runs {op} in plain PyTorch: {reason}", RuntimeWarning, stacklevel=6)  # who called the operator
 
 
 def build_info():

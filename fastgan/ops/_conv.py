@@ -77,17 +77,9 @@ NO_GROUP_ON_CUDA = "the CUDA kernels take no process_group"
 
 def fast_path(op, input, process_group=None):
     """Whether the fused kernels run on `input`; where not, says so once."""
-    if _extension.transformed():
-        _extension.leave_fast_path(op, _extension.TRANSFORMED)
-        return False
     device_type = input.device.type
-    if process_group is not None and device_type == "cuda":
-        _extension.leave_fast_path(op, NO_GROUP_ON_CUDA)
-        return False
-    if _extension.has_kernels(device_type) or device_type == "meta":
-        return _extension.has_kernels("cpu")
-    _extension.leave_fast_path(op, _extension.why_no_kernels(device_type))
-    return False
+    obstacle = NO_GROUP_ON_CUDA if process_group is not None and device_type == "cuda" else None
+    return _extension.runs_fused(op, device_type, obstacle)
 
 
 if _extension.has_kernels("cpu"):

@@ -72,15 +72,9 @@ def batch_norm_act_noise_reference(
 
 
 def _runs_fused(input):
-    if _extension.transformed():
-        _extension.leave_fast_path("batch_norm_act_noise", _extension.TRANSFORMED)
-        return False
     device = input.device.type
-    if device in ("cpu", "meta") and _extension.has_kernels("cpu"):
-        return True
-    reason = _extension.why_no_kernels("cpu" if device == "meta" else device) or NO_CUDA_KERNEL
-    _extension.leave_fast_path("batch_norm_act_noise", reason)
-    return False
+    obstacle = NO_CUDA_KERNEL if device == "cuda" and _extension.has_kernels("cuda") else None
+    return _extension.runs_fused("batch_norm_act_noise", "cpu" if device == "meta" else device, obstacle)
 
 
 if _extension.has_kernels("cpu"):
