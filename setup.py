@@ -220,10 +220,16 @@ def extension(cuda):
     openmp = [] if is_clang(find_compiler()) else ["-fopenmp"]
     arguments = {"cxx": ["-O2", "-g0", *openmp, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]}
     if cuda:
-        arguments["nvcc"] = ["-O3", "--expt-relaxed-constexpr"]
+        # Ninja compiles the sources side by side, and what cores are left each source's architectures.
+        threads = max(1, compilers_at_once() // sum(source.endswith(".cu") for source in sources(cuda)))
+        arguments["nvcc"] = ["-O3", "--expt-relaxed-constexpr", f"--threads={threads}"]
         if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]:
             arguments["nvcc"].append("-DFASTGAN_HOPPER")  # csrc/cuda/hopper.cuh
     return (CUDAExtension if cuda else CppExtension)("fastgan._C", sources(cuda), extra_compile_args=arguments)
+
+
+def compilers_at_once():
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 
 def find_compiler():
@@ -288,7 +294,7 @@ def build_command(config):
                 source, target, flags = job
                 subprocess.run([*compiler, *KERNEL_FLAGS, *flags, "-c", str(source), "-o", str(target)], check=True)
 
-            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(compilers_at_once()) as pool:
                 list(pool.map(compile_kernel, jobs))
             for extension in self.extensions:
                 extension.sources = write_units(extension.sources, out.parent / "units")

@@ -130,6 +130,18 @@ def test_clang_is_not_given_an_openmp_of_its_own(setup_script, tmp_path, monkeyp
     assert ("-fopenmp" in setup_script.extension(False).extra_compile_args["cxx"]) == openmp
 
 
+@pytest.mark.parametrize("cores, jobs, threads", [(2, None, 1), (16, None, 4), (16, "8", 2), (16, "1", 1)])
+def test_cores_that_the_cuda_sources_leave_compile_architectures(setup_script, monkeypatch, cores, jobs, threads):
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDAExtension", lambda name, sources, extra_compile_args: extra_compile_args)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", setup_script.CUDA_ARCHITECTURES)
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    if jobs is not None:
+        monkeypatch.setenv("MAX_JOBS", jobs)
+    assert len(list((ROOT / "csrc/cuda").glob("*.cu"))) == 4
+    assert f"--threads={threads}" in setup_script.extension(True)["nvcc"]
+
+
 # ---- which PyTorch -----------------------------------------------------------------------------------------------
 
 

@@ -113,13 +113,26 @@ def test_a_second_run_keeps_all_files_of_the_first(tmp_path):
     assert {path.name for path in (tmp_path / "previous_1").iterdir()} == first
 
 
+def checkpoint_in(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+TWO_EPOCHS = ["--seeds", "2", "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Checkpoint of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run([*TWO_EPOCHS, "--output", str(folder)]) == 0
+    return checkpoint_in(folder)
+
+
 @pytest.mark.parametrize("stop", [200, 250])
-def test_stopped_and_resumed_equals_uninterrupted(tmp_path, stop):
-    flags = ["--seeds", "2", "--epochs", "2"]
-    assert run([*flags, "--output", str(tmp_path / "whole")]) == 0
-    assert run([*flags, "--output", str(tmp_path / "parts"), "--max-steps", str(stop)]) == 0
-    assert run(["--resume", str(tmp_path / "parts")]) == 0
-    whole, parts = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts"))
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, whole, stop):
+    assert run([*TWO_EPOCHS, "--output", str(tmp_path), "--max-steps", str(stop)]) == 0
+    assert run(["--resume", str(tmp_path)]) == 0
+    parts = checkpoint_in(tmp_path)
     assert whole["step"] == parts["step"] == 400
     for name, value in whole["weights"].items():
         assert torch.equal(value, parts["weights"][name]), name
