@@ -47,24 +47,24 @@ def explain(op, *args, **kwargs):
 _PLAIN, _SHAPES = "plain PyTorch", "shapes only"
 
 
+def _plain(name, reason):
+    strict = ["FASTGAN_STRICT=1 makes this call an error"] if os.environ.get("FASTGAN_STRICT") == "1" else []
+    return _PLAIN, f"{name}_reference, because {reason}", *strict
+
+
 def _path(name, input, arguments):
     """(the path, reasons...)."""
     device = input.device.type
     if not _extension.has_kernels("cpu" if device == "meta" else device):
-        strict = os.environ.get("FASTGAN_STRICT") == "1"
-        return (
-            _PLAIN,
-            f"{name}_reference, because {_extension.why_no_kernels(device)}",
-            *(["FASTGAN_STRICT=1 makes this call an error"] if strict else []),
-        )
+        return _plain(name, _extension.why_no_kernels(device))
     if _extension.transformed():
-        return _PLAIN, f"{name}_reference, because {_extension.TRANSFORMED}"
+        return _plain(name, _extension.TRANSFORMED)
     if device == "meta":
         return _SHAPES, "a meta tensor has no values to compute with"
     if name == "batch_norm_act_noise" and device == "cuda":
-        return _PLAIN, f"{name}_reference, because {NO_CUDA_KERNEL}"
+        return _plain(name, NO_CUDA_KERNEL)
     if device == "cuda" and arguments.get("process_group") is not None and arguments["training"]:
-        return _PLAIN, f"{name}_reference, because {NO_GROUP_ON_CUDA}"
+        return _plain(name, NO_GROUP_ON_CUDA)
     if device == "cuda" and input.dtype == torch.float64:
         return "PyTorch's operators", "float64 has no fused CUDA kernels"
     below = arguments.get("activation") == "leaky_relu" and arguments["negative_slope"] < 0

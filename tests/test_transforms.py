@@ -81,10 +81,14 @@ def test_said_once_and_an_error_if_strict(monkeypatch):
         function(numbers(2, 3))
 
 
-def test_explain_says_so():
+def test_explain_says_so(monkeypatch):
     said = []
-    vmap(lambda x: said.append(fastgan.explain("softmax_entropy", x)) or x)(numbers(1, 2, 3))
-    assert "plain PyTorch" in said[0] and "torch.func's transforms" in said[0]
+    explained = vmap(lambda x: said.append(fastgan.explain("softmax_entropy", x)) or x)
+    explained(numbers(1, 2, 3))
+    assert "plain PyTorch" in said[0] and "torch.func's transforms" in said[0] and "FASTGAN_STRICT" not in said[0]
+    monkeypatch.setenv("FASTGAN_STRICT", "1")
+    explained(numbers(1, 2, 3))
+    assert "FASTGAN_STRICT=1 makes this call an error" in said[1]
     assert "fused" in fastgan.explain("softmax_entropy", numbers(2, 3))
 
 
