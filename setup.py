@@ -190,11 +190,13 @@ def sources(cuda):
 
 def units(sources):
     """{file: the C++ sources it includes}: what is compiled in place of them. Most of a compilation goes to PyTorch's
-    headers, so that two units take a quarter of the time of one for each source; the operators on CUDA have their own."""
+    headers, so that two units take a quarter of the time of one for each source, and more than one a core is a waste; the operators
+    on CUDA have their own."""
     sources = [source for source in sources if source.endswith(".cpp")]
     cuda = [source for source in sources if Path(source).name.startswith("cuda")]
     cpu = [source for source in sources if source not in cuda]
-    groups = {"cpu0.cpp": cpu[0::2], "cpu1.cpp": cpu[1::2], "cuda.cpp": cuda}
+    count = min(max(2, compilers_at_once()), 4)
+    groups = {f"cpu{i}.cpp": cpu[i::count] for i in range(count)} | {"cuda.cpp": cuda}
     return {name: group for name, group in groups.items() if group}
 
 

@@ -101,9 +101,12 @@ def test_cuda_sources_are_compiled_with_cuda_only(setup_script, tmp_path, monkey
 
 
 @pytest.mark.parametrize("cuda", [False, True])
-def test_every_source_is_compiled_once(setup_script, cuda, tmp_path):
+@pytest.mark.parametrize("jobs, units", [(1, 2), (3, 3), (64, 4)])
+def test_every_source_is_compiled_once(setup_script, cuda, tmp_path, monkeypatch, jobs, units):
+    monkeypatch.setenv("MAX_JOBS", str(jobs))
     sources = setup_script.sources(cuda)
     compiled = setup_script.write_units(sources, tmp_path)
+    assert sum(unit.endswith(".cpp") for unit in compiled) == units + cuda
     included = [path for unit in compiled if unit.endswith(".cpp") for path in re.findall('"(.+)"', Path(unit).read_text())]
     kernels = [str(ROOT / source) for source in compiled if not source.endswith(".cpp")]
     assert sorted(included + kernels) == sorted(str(ROOT / source) for source in sources)
