@@ -190,8 +190,8 @@ def sources(cuda):
 
 def units(sources):
     """{file: the C++ sources it includes}: what is compiled in place of them. Most of a compilation goes to PyTorch's
-    headers, so that two units take a quarter of the time of one for each source, and more than one a core is a waste; the operators
-    on CUDA have their own."""
+    headers, so that two units take a quarter of the time of one for each source; on more cores there are up to four. The
+    operators on CUDA have their own."""
     sources = [source for source in sources if source.endswith(".cpp")]
     cuda = [source for source in sources if Path(source).name.startswith("cuda")]
     cpu = [source for source in sources if source not in cuda]

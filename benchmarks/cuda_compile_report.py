@@ -20,10 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STEMS = ("bn_act", "softmax_entropy", "adam", "conv4x4s2")
-ARCHITECTURES = ("80", "86", "89", "90a")
 # What is compiled in one go. The sources differ from 9.0 on (__CUDA_ARCH__), so that the others are assembled from one PTX: two
 # thirds of a compilation go into making that.
 GROUPS = (("80", "86", "89"), ("90a",))
+ARCHITECTURES = tuple(architecture for group in GROUPS for architecture in group)
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<architecture>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores, "
