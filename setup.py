@@ -221,13 +221,14 @@ def extension(cuda):
     # (csrc/library.cpp calls that one itself).
     openmp = [] if is_clang(find_compiler()) else ["-fopenmp"]
     arguments = {"cxx": ["-O2", "-g0", *openmp, "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]}
+    compiled = sources(cuda)
     if cuda:
         # Ninja compiles the sources side by side, and what cores are left each source's architectures.
-        threads = max(1, compilers_at_once() // sum(source.endswith(".cu") for source in sources(cuda)))
+        threads = max(1, compilers_at_once() // sum(source.endswith(".cu") for source in compiled))
         arguments["nvcc"] = ["-O3", "--expt-relaxed-constexpr", f"--threads={threads}"]
         if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]:
             arguments["nvcc"].append("-DFASTGAN_HOPPER")  # csrc/cuda/hopper.cuh
-    return (CUDAExtension if cuda else CppExtension)("fastgan._C", sources(cuda), extra_compile_args=arguments)
+    return (CUDAExtension if cuda else CppExtension)("fastgan._C", compiled, extra_compile_args=arguments)
 
 
 def compilers_at_once():

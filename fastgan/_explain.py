@@ -48,7 +48,7 @@ _PLAIN, _SHAPES = "plain PyTorch", "shapes only"
 
 
 def _plain(name, reason):
-    strict = ["FASTGAN_STRICT=1 makes this call an error"] if os.environ.get("FASTGAN_STRICT") == "1" else []
+    strict = ["FASTGAN_STRICT=1 makes this call an error"] if _extension.strict() else []
     return _PLAIN, f"{name}_reference, because {reason}", *strict
 
 

@@ -82,10 +82,15 @@ def runs_fused(op, device_type, obstacle=None):
     return reason is None
 
 
+def strict():
+    """Whether plain PyTorch in place of a fused kernel is an error."""
+    return os.environ.get("FASTGAN_STRICT") == "1"
+
+
 def leave_fast_path(op, reason):
     """Called where plain PyTorch runs in place of a fused kernel: one warning a cause, or an error under
     FASTGAN_STRICT=1."""
-    if os.environ.get("FASTGAN_STRICT") == "1":
+    if strict():
         raise RuntimeError(f"{op}: FASTGAN_STRICT=1 and this call would run plain PyTorch: {reason}")
     if reason not in _warned:
         _warned.add(reason)

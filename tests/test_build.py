@@ -333,10 +333,9 @@ def test_cmake_compiles_with_the_flags_of_setup_py(setup_script):
 def test_native_tests_pass_under_ctest(setup_script):
     build = ROOT / "build" / "native"
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
     for command in (
         ["cmake", "-S", ROOT, "-B", build, *generator],
-        ["cmake", "--build", build, "--parallel", jobs],
+        ["cmake", "--build", build, "--parallel", str(setup_script.compilers_at_once())],
         ["ctest", "--test-dir", build, "--output-on-failure"],
     ):
         run = subprocess.run(command, capture_output=True, text=True)
