@@ -29,9 +29,11 @@ OLDEST_TORCH = (2, 10)
 CUDA_ARCHITECTURES = "8.0;8.6;8.9+PTX;9.0a"
 DEPENDENCIES = ["numpy", "pillow", "matplotlib", "tqdm", "scipy"]
 
-# Flags of every torch-free kernel, and of each instruction set (csrc/cpu/isa.h). CMakeLists.txt repeats this table;
+# Flags of every torch-free kernel, and of each instruction set (csrc/cpu/isa.h). CMakeLists.txt repeats them;
 # tests/test_build.py keeps the two equal.
-KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+KERNEL_FLAGS = [
+    "-O3", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+]  # fmt: skip
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
@@ -271,9 +273,10 @@ def kernel_jobs(out):
         if source.stem.endswith("_kernel"):
             for isa in instruction_sets(source):
                 if isa in isas():
-                    jobs.append((source, out / f"{source.stem}.{isa}.o", [*X86_ISAS[isa], f"-DFASTGAN_ISA={isa}"]))
+                    flags = [f"-DFASTGAN_ISA={isa}", *KERNEL_FLAGS, *X86_ISAS[isa], "-std=c++17"]
+                    jobs.append((source, out / f"{source.stem}.{isa}.o", flags))
         else:
-            jobs.append((source, out / f"{source.stem}.o", []))
+            jobs.append((source, out / f"{source.stem}.o", [*KERNEL_FLAGS, "-std=c++17"]))
     return jobs
 
 
@@ -295,7 +298,7 @@ def build_command(config):
 
             def compile_kernel(job):
                 source, target, flags = job
-                subprocess.run([*compiler, *KERNEL_FLAGS, *flags, "-c", str(source), "-o", str(target)], check=True)
+                subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(target)], check=True)
 
             with ThreadPoolExecutor(compilers_at_once()) as pool:
                 list(pool.map(compile_kernel, jobs))
