@@ -35,7 +35,7 @@ TORCH_LIBRARY(fastgan, m) {
       "int[2] output_padding=0, int groups=1, int[2] dilation=1, str activation='relu', float negative_slope=0.2) "
       "-> Tensor");
 
-  // seed: int64 [] on the CPU; needed where noise_std is not 0.
+  // seed: int64 [] on the CPU; where it is not given and noise_std is not 0, drawn from PyTorch's generator.
   m.def(
       "batch_norm_act_noise(Tensor input, Tensor? bn_weight=None, Tensor? bn_bias=None, Tensor(a!)? running_mean=None, "
       "Tensor(b!)? running_var=None, Tensor? seed=None, *, bool training=True, float momentum=0.1, float eps=1e-5, "

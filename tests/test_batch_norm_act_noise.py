@@ -292,9 +292,10 @@ def test_autocast_leaves_the_dtype_of_the_input():
 )
 def test_errors_name_the_argument_and_change_nothing(change, error, message):
     given = tensors((4, 3), torch.float32)
-    before = {name: tensor.clone() for name, tensor in given.items()}
+    before, generator = {name: tensor.clone() for name, tensor in given.items()}, torch.get_rng_state()
     with pytest.raises(error, match="batch_norm_act_noise: " + message):
-        batch_norm_act_noise(**(given | change))
+        batch_norm_act_noise(**({"noise_std": 1.0} | given | change))
+    assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(given[name], before[name]) for name in before)
 
 

@@ -4,6 +4,7 @@
 // is nothing.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/randint.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -36,7 +37,6 @@ void check(const Tensor& input, const OptionalTensor& bn_weight, const OptionalT
   check_batch_norm_arrays(kOp, input, input.sym_size(1), "input.size(1)", values, bn_weight, bn_bias, running_mean,
                           running_var, training, momentum, eps);
   TORCH_CHECK_VALUE(noise_std >= 0, kOp, ": noise_std must be at least 0, got ", noise_std);
-  TORCH_CHECK_VALUE(noise_std == 0 || defined(seed), kOp, ": seed must be given where noise_std is not 0, got None");
   if (!defined(seed)) return;
   TORCH_CHECK_VALUE(seed->dim() == 0, kOp, ": seed must be a scalar, got shape ", seed->sym_sizes());
   TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, kOp, ": seed must have dtype int64, got ", seed->scalar_type());
@@ -176,7 +176,9 @@ Tensor batch_norm_act_noise(const Tensor& input, const OptionalTensor& bn_weight
                             c10::string_view activation, double negative_slope, double noise_std) {
   parse_activation(kOp, activation);
   check(input, bn_weight, bn_bias, running_mean, running_var, seed, training, momentum, eps, noise_std);
-  return BatchNormActNoise::apply(input, bn_weight, bn_bias, running_mean, running_var, seed, training, momentum, eps,
+  OptionalTensor noise_seed;
+  if (noise_std != 0) noise_seed = defined(seed) ? *seed : at::randint(int64_t{1} << 62, {}, at::kLong);
+  return BatchNormActNoise::apply(input, bn_weight, bn_bias, running_mean, running_var, noise_seed, training, momentum, eps,
                                   activation, negative_slope, noise_std);
 }
 

@@ -48,10 +48,6 @@ def batch_norm_act_noise(
     )  # fmt: skip
     if not _runs_fused(input):
         return batch_norm_act_noise_reference(*arguments, seed=seed, **options)
-    if noise_std == 0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(2**62, ())
     return torch.ops.fastgan.batch_norm_act_noise.default(*arguments, seed, **options)
 
 
