@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,8 +16,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastgan.data import load_dataset
-from fastgan.train import DCGANConfig, Objective, Trainer, TrainingError, run
+from fastgan.data import ImageDataset, load_dataset
+from fastgan.train import CatGANConfig, DCGANConfig, GANConfig, Objective, Trainer, TrainingError, run
 from fastgan.train.checkpoint import load_checkpoint, write_atomically
 from fastgan.train.config import parse_arguments
 from fastgan.train.nonfinite import locate_nonfinite
@@ -632,6 +633,17 @@ def test_training_follows_the_plain_loop_of_the_paper(tmp_path, images):
     figures = [trainer.train_step(batch) for batch in epochs]
     found = [(figure["loss_d"].item(), figure["loss_g"].item()) for figure in figures]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config_class", [DCGANConfig, CatGANConfig, GANConfig])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 32, 16)])
+def test_images_of_another_shape_than_the_settings_are_refused_before_the_run(tmp_path, config_class, shape):
+    dataset = ImageDataset("mine", torch.zeros(400, *shape, dtype=torch.uint8), torch.arange(400) % 10)
+    config = config_class(image_size=32, channels=1, batch_size=20, device="cpu", output=str(tmp_path / "run"))
+    message = rf"dataset must have images of shape \[1, 32, 32\], as image_size and channels say, got {re.escape(str(list(shape)))}"
+    with pytest.raises(ValueError, match=message):
+        Trainer(config, dataset)
+    assert not (tmp_path / "run").exists()
 
 
 def test_decay_lowers_the_step_size_over_the_last_part_of_the_run(tmp_path, images):

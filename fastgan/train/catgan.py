@@ -87,7 +87,7 @@ class CatGANConfig(TrainConfig):
             raise ValueError(
                 f"--categories must be at least the number of classes with labels, {classes}, got {categories}"
             )
-        channels, size, _ = dataset.image_shape
+        channels, size, _ = self.image_shape_of(dataset)
         generator, classifier = catgan(
             size, channels, categories, self.latent_dim, self.architecture,
             base_channels=self.base_channels, input_noise=self.input_noise, hidden_noise=self.hidden_noise,

@@ -136,6 +136,20 @@ class TrainConfig:
         """(channels, height, width) of the images."""
         return self.channels or (3 if self.dataset == "folder" else 1), self.image_size, self.image_size
 
+    def image_shape_of(self, dataset: ImageDataset) -> tuple[int, int, int]:
+        """(channels, height, width) of the images of a ``dataset``, which must be that of the settings: a checkpoint's settings
+        describe its networks.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        if dataset.image_shape != self.image_shape:
+            raise ValueError(
+                f"dataset must have images of shape {list(self.image_shape)}, as image_size and channels say, "
+                f"got {list(dataset.image_shape)}"
+            )
+        return self.image_shape
+
     def latent(self, count: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """``count`` inputs of the generator network, [count, latent_dim] from N(0, 1).
 

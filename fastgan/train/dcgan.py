@@ -45,7 +45,7 @@ class DCGANConfig(AdversarialConfig):
         return self.learning_rate * (min(1.0, (1 - progress) / self.decay) if self.decay else 1.0)
 
     def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Objective]:
-        channels, height, _ = dataset.image_shape
+        channels, height, _ = self.image_shape_of(dataset)
         normalization = self.discriminator_normalization or (
             "layer" if self.gradient_penalty else "none" if self.spectral_norm else "batch"
         )

@@ -64,7 +64,7 @@ class GANConfig(AdversarialConfig):
 
     def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Objective]:
         generator, discriminator = mlp_gan(
-            dataset.image_shape, self.latent_dim, self.hidden_features,
+            self.image_shape_of(dataset), self.latent_dim, self.hidden_features,
             generator_layers=self.generator_layers, discriminator_layers=self.discriminator_layers,
             output_activation=self.output_activation, copies=self.side_by_side,
         )
