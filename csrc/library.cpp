@@ -95,7 +95,7 @@ TORCH_LIBRARY(fastgan, m) {
       "Tensor statistics, int[] layers, float[] numbers, int[] output_mask, str process_group='', int processes=1) "
       "-> Tensor[]");
 
-  // input.contiguous() in one of the memory formats, and the copy that it makes of images of 2 to 4 channels on the CPU.
+  // input.contiguous() in one of the memory formats, whose gradient is contiguous where input is, and the copy that it makes.
   m.def("contiguous_images(Tensor(a) input, bool channels_last) -> Tensor(a)");
   m.def("convert_images(Tensor input, bool channels_last) -> Tensor");
 

@@ -260,6 +260,22 @@ def test_arrays_may_have_any_strides(op, layout, device):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 1024, 1024), (2, 2, 700, 513), (3, 1, 129, 129)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_statistics_of_large_images_are_as_exact_as_of_small_ones(shape, layout):
+    torch.manual_seed(0)
+    x, channels = torch.randn(shape).add(3).contiguous(memory_format=layout), shape[1]
+    mean, var = torch.zeros(channels), torch.zeros(channels)
+    gamma, beta = torch.ones(channels, requires_grad=True), torch.zeros(channels, requires_grad=True)
+    y = ops.conv2d_bn_act(x, torch.eye(channels)[:, :, None, None], None, gamma, beta, mean, var, momentum=1.0, activation="identity")
+    upstream = torch.rand(shape)
+    y.backward(upstream)
+    exact = x.double()
+    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), exact.var((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(beta.grad.double(), upstream.double().sum((0, 2, 3)), rtol=1e-6, atol=0)
+
+
 def test_large_mean_does_not_spoil_the_variance(device):
     # E[x^2] - E[x]^2 in float32 would be off by 100% here.
     x = (torch.randn(8, 1, 16, 16) + 3000).to(device)
@@ -339,6 +355,7 @@ BAD_CALLS = {
     "integer input": (dict(input=torch.ones(2, 3, 8, 8, dtype=torch.long)), "input must have dtype float32"),
     "weight dtype": (dict(weight=torch.ones(4, 3, 4, 4, dtype=torch.double)), "weight must have the dtype of input"),
     "bias dtype": (dict(bias=torch.ones(4).double()), "bias must have the dtype of input"),
+    "no weight": (dict(weight=None), "weight must be a tensor, got None"),
     "weight device": (dict(weight=torch.ones(4, 3, 4, 4, device="meta")), "weight must be on the device of input"),
     "running_mean device": (dict(running_mean=torch.ones(4, device="meta")), "running_mean must be on the device"),
     "input dims": (dict(input=torch.ones(3, 8)), r"input must have shape \[N, C, H, W\] or \[C, H, W\], got \[3, 8\]"),

@@ -584,3 +584,25 @@ def test_images_stay_in_channels_last_where_the_trainer_asks_for_it(name, device
         assert found.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(found, expected)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # cuDNN has an algorithm of its own for each format
+
+
+@pytest.mark.parametrize(
+    "place, tensor, message",
+    [
+        (("parameters", 0), torch.ones(48, 64, 4, 4), "weight of layer 0 must be for 32 input channels"),
+        (("parameters", 1), torch.ones(16), r"bias of layer 0 must have shape \[48\], got shape \[16\]"),
+        (("parameters", 2), torch.ones(3), r"bn_weight of layer 0 must have shape \[48\]"),
+        (("running", 0), torch.ones(47), r"running_mean of layer 0 must have shape \[48\] and be contiguous"),
+        (("running", 1), torch.ones(96)[::2], r"running_var of layer 0 must have shape \[48\] and be contiguous"),
+    ],
+)
+@pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="needs the compiled kernels")
+def test_the_operator_refuses_what_it_would_read_beyond_the_end_of(place, tensor, message):
+    x = torch.randn(3, 32, 8, 8).contiguous(memory_format=torch.channels_last)
+    stack = stack_call(nn.Sequential(down(32, 48, True), nn.BatchNorm2d(48)), x)
+    tensors = {name: list(getattr(stack, name)) for name in ("parameters", "running")}
+    tensors[place[0]][place[1]] = tensor
+    before = [t.clone() for t in stack.running]
+    with pytest.raises(ValueError, match="conv_stack: " + message):
+        torch.ops.fastgan.conv_stack(x, tensors["parameters"], tensors["running"], stack.layers, stack.numbers)
+    assert all(map(torch.equal, stack.running, before))

@@ -304,6 +304,23 @@ def test_gradient_penalty_through_a_fused_discriminator():
     torch.testing.assert_close(penalties[1], penalties[0], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("bn", [False, True])
+@pytest.mark.parametrize("kernel, c_in, c_out", [(4, 3, 32), (4, 32, 16), (3, 3, 10), (5, 33, 8), (4, 1, 16)])
+def test_the_gradient_of_a_contiguous_input_is_contiguous(kernel, c_in, c_out, bn, create_graph):
+    torch.manual_seed(0)
+    norm = [nn.BatchNorm2d(c_out)] if bn else []
+    net = nn.Sequential(nn.Conv2d(c_in, c_out, kernel, 2, 1), *norm, nn.LeakyReLU(0.2), nn.Conv2d(c_out, 16, 4, 2, 1))
+    x = torch.randn(4, c_in, 16, 16, requires_grad=True)
+    for images in (x, 2 * x):
+        gradients = [
+            torch.autograd.grad(network(images).square().sum(), images, create_graph=create_graph)[0]
+            for network in (net, fastgan.fuse(net))
+        ]
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+        gradients[1].view(4, -1)  # as gradient penalties do
+
+
 def test_a_refused_input_changes_no_running_statistic():
     fused = fastgan.fuse(conv_bn_relu())
     with pytest.raises((ValueError, RuntimeError)):

@@ -7,7 +7,7 @@
 namespace fastgan::cpu {
 
 int64_t bn_act_workspace_size(const BnActShape& shape) {
-  return 3 * reduction_blocks(shape).count * shape.channels;
+  return 3 * ReductionBlocks(shape).count() * shape.channels;
 }
 
 template <typename A>

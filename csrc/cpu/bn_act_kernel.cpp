@@ -13,22 +13,22 @@ namespace {
 constexpr int kLanes = 16;  // partial sums of an inner loop: fixed, so that every instruction set adds in one order
 
 // Elementwise work: rows(offset) for every pixel in channels_last, where the channel runs from 0 with the offset;
-// planes(offset, channel) in the contiguous layout. Both capture by value and are copied before their loops: what they
+// planes(offset, channel, elements) in the contiguous layout. Both capture by value and are copied before their loops: what they
 // hold would otherwise be read again after every store, and the loops stay scalar.
 template <typename Rows, typename Planes>
 void for_each_stretch(const BnActShape& shape, const Rows& rows, const Planes& planes) {
-  const ReductionBlocks blocks = reduction_blocks(shape);
-  parallel_for(blocks.count, [&](int64_t block) {
-    const int64_t begin = block * blocks.size;
-    const int64_t end = begin + blocks.size < shape.outer ? begin + blocks.size : shape.outer;
+  const ReductionBlocks blocks(shape);
+  parallel_for(blocks.count(), [&](int64_t index) {
+    const ReductionBlock block = blocks[index];
     if (shape.inner == 1) {
       const Rows of_row = rows;
-      for (int64_t n = begin; n < end; ++n) of_row(n * shape.channels);
+      for (int64_t n = block.begin; n < block.end; ++n) of_row(n * shape.channels);
       return;
     }
     const Planes of_plane = planes;
-    for (int64_t n = begin; n < end; ++n)
-      for (int64_t c = 0; c < shape.channels; ++c) of_plane((n * shape.channels + c) * shape.inner, c);
+    for (int64_t n = block.begin; n < block.end; ++n)
+      for (int64_t c = 0; c < shape.channels; ++c)
+        of_plane((n * shape.channels + c) * shape.inner + block.first, c, block.last - block.first);
   });
 }
 
@@ -65,12 +65,12 @@ void scale_shift_rows(const BnActShape& shape, const T* input, const Accumulate<
           for (int64_t c = 0; c < channels; ++c)
             y[c] = Load<T>::to(act.forward(scale[c] * Load<T>::from(x[c]) + shift[c]));
         },
-        [=, inner = shape.inner](int64_t offset, int64_t c) {
+        [=](int64_t offset, int64_t c, int64_t elements) {
           const T* x = input + offset;
           T* y = output + offset;
           const A s = scale[c], t = shift[c];
 #pragma GCC ivdep
-          for (int64_t i = 0; i < inner; ++i) y[i] = Load<T>::to(act.forward(s * Load<T>::from(x[i]) + t));
+          for (int64_t i = 0; i < elements; ++i) y[i] = Load<T>::to(act.forward(s * Load<T>::from(x[i]) + t));
         });
   });
 }
@@ -102,12 +102,12 @@ void backward_apply_rows(const BnActShape& shape, const T* grad_output, const T*
             d[c] = Load<T>::to(a[c] * dz + (b[c] * v + c0[c]));
           }
         },
-        [=, inner = shape.inner](int64_t offset, int64_t c) {
+        [=](int64_t offset, int64_t c, int64_t elements) {
           const T *g = grad_output + offset, *x = input + offset;
           T* d = grad_input + offset;
           const A s = scale[c], t = shift[c], ac = a[c], bc = b[c], cc = c0[c];
 #pragma GCC ivdep
-          for (int64_t i = 0; i < inner; ++i) {
+          for (int64_t i = 0; i < elements; ++i) {
             const A v = Load<T>::from(x[i]);
             const A dz = act.derivative(Load<T>::from(g[i]), s * v + t);
             d[i] = Load<T>::to(ac * dz + (bc * v + cc));
@@ -127,16 +127,16 @@ void bn_act_backward_apply(const BnActShape& shape, const T* grad_output, const 
   });
 }
 
-// Contiguous layout: f(offset, lane) for every element of channel c in the outer indices [begin, end).
+// Contiguous layout: f(offset, lane) for every element of channel c in the block.
 template <typename F>
-void for_each_in_channel(const BnActShape& shape, int64_t begin, int64_t end, int64_t c, const F& f) {
-  for (int64_t n = begin; n < end; ++n) {
+void for_each_in_channel(const BnActShape& shape, ReductionBlock block, int64_t c, const F& f) {
+  for (int64_t n = block.begin; n < block.end; ++n) {
     const int64_t offset = (n * shape.channels + c) * shape.inner;
-    int64_t i = 0;
-    for (; i + kLanes <= shape.inner; i += kLanes)
+    int64_t i = block.first;
+    for (; i + kLanes <= block.last; i += kLanes)
 #pragma GCC ivdep
       for (int k = 0; k < kLanes; ++k) f(offset + i + k, k);
-    for (; i < shape.inner; ++i) f(offset + i, 0);
+    for (; i < block.last; ++i) f(offset + i, 0);
   }
 }
 
@@ -154,30 +154,29 @@ void reduce_two(const BnActShape& shape, const Term& term, Accumulate<T>* sum0, 
                 Accumulate<T>* workspace) {
   using A = Accumulate<T>;
   const int64_t C = shape.channels;
-  const ReductionBlocks blocks = reduction_blocks(shape);
-  parallel_for(blocks.count, [&](int64_t block) {
+  const ReductionBlocks blocks(shape);
+  parallel_for(blocks.count(), [&](int64_t index) {
     const Term one_term = term;  // as in for_each_stretch
-    A* p0 = workspace + 2 * block * C;
+    const ReductionBlock block = blocks[index];
+    A* p0 = workspace + 2 * index * C;
     A* p1 = p0 + C;
-    const int64_t begin = block * blocks.size;
-    const int64_t end = begin + blocks.size < shape.outer ? begin + blocks.size : shape.outer;
     if (shape.inner == 1) {
       for (int64_t c = 0; c < C; ++c) p0[c] = p1[c] = A(0);
-      for (int64_t n = begin; n < end; ++n)
+      for (int64_t n = block.begin; n < block.end; ++n)
 #pragma GCC ivdep
         for (int64_t c = 0; c < C; ++c) one_term(n * C + c, c, p0[c], p1[c]);
       return;
     }
     for (int64_t c = 0; c < C; ++c) {
       A l0[kLanes] = {}, l1[kLanes] = {};
-      for_each_in_channel(shape, begin, end, c, [&](int64_t offset, int k) { one_term(offset, c, l0[k], l1[k]); });
+      for_each_in_channel(shape, block, c, [&](int64_t offset, int k) { one_term(offset, c, l0[k], l1[k]); });
       p0[c] = add_lanes(l0);
       p1[c] = add_lanes(l1);
     }
   });
   for (int64_t c = 0; c < C; ++c) {
     double s0 = 0, s1 = 0;
-    for (int64_t block = 0; block < blocks.count; ++block) {
+    for (int64_t block = 0; block < blocks.count(); ++block) {
       s0 += workspace[2 * block * C + c];
       s1 += workspace[(2 * block + 1) * C + c];
     }
@@ -221,6 +220,9 @@ void act_backward(const BnActShape& shape, const T* grad_output, const T* output
   });
 }
 
+// Of one channel.
+int64_t elements_of(const ReductionBlock& block) { return (block.end - block.begin) * (block.last - block.first); }
+
 // Mean and sum of squared deviations (M2) of one block, then Chan's merge over the blocks in double. The sum of the
 // deviations themselves, 0 but for rounding, corrects both: a constant channel gets its exact mean and variance 0.
 // workspace[block][mean, M2, sum of deviations][channel]
@@ -229,21 +231,20 @@ void batch_statistics(const BnActShape& shape, const T* input, Accumulate<T>* me
                       Accumulate<T>* workspace) {
   using A = Accumulate<T>;
   const int64_t C = shape.channels;
-  const ReductionBlocks blocks = reduction_blocks(shape);
-  parallel_for(blocks.count, [&](int64_t block) {
-    A* block_mean = workspace + 3 * block * C;
+  const ReductionBlocks blocks(shape);
+  parallel_for(blocks.count(), [&](int64_t index) {
+    const ReductionBlock block = blocks[index];
+    A* block_mean = workspace + 3 * index * C;
     A* block_m2 = block_mean + C;
     A* deviation = block_m2 + C;
-    const int64_t begin = block * blocks.size;
-    const int64_t end = begin + blocks.size < shape.outer ? begin + blocks.size : shape.outer;
-    const A count = static_cast<A>((end - begin) * shape.inner);
+    const A count = static_cast<A>(elements_of(block));
     if (shape.inner == 1) {
       for (int64_t c = 0; c < C; ++c) block_mean[c] = block_m2[c] = deviation[c] = A(0);
-      for (int64_t n = begin; n < end; ++n)
+      for (int64_t n = block.begin; n < block.end; ++n)
 #pragma GCC ivdep
         for (int64_t c = 0; c < C; ++c) block_mean[c] += Load<T>::from(input[n * C + c]);
       for (int64_t c = 0; c < C; ++c) block_mean[c] /= count;
-      for (int64_t n = begin; n < end; ++n)
+      for (int64_t n = block.begin; n < block.end; ++n)
 #pragma GCC ivdep
         for (int64_t c = 0; c < C; ++c) {
           const A d = Load<T>::from(input[n * C + c]) - block_mean[c];
@@ -253,9 +254,9 @@ void batch_statistics(const BnActShape& shape, const T* input, Accumulate<T>* me
     } else {
       for (int64_t c = 0; c < C; ++c) {
         A sums[kLanes] = {}, squares[kLanes] = {}, deviations[kLanes] = {};
-        for_each_in_channel(shape, begin, end, c, [&](int64_t offset, int k) { sums[k] += Load<T>::from(input[offset]); });
+        for_each_in_channel(shape, block, c, [&](int64_t offset, int k) { sums[k] += Load<T>::from(input[offset]); });
         const A m = add_lanes(sums) / count;
-        for_each_in_channel(shape, begin, end, c, [&](int64_t offset, int k) {
+        for_each_in_channel(shape, block, c, [&](int64_t offset, int k) {
           const A d = Load<T>::from(input[offset]) - m;
           deviations[k] += d;
           squares[k] += d * d;
@@ -272,15 +273,14 @@ void batch_statistics(const BnActShape& shape, const T* input, Accumulate<T>* me
   });
   for (int64_t c = 0; c < C; ++c) {
     double m = 0, m2 = 0, count = 0;
-    for (int64_t block = 0; block < blocks.count; ++block) {
-      const int64_t left = shape.outer - block * blocks.size;
-      const double n = static_cast<double>((left < blocks.size ? left : blocks.size) * shape.inner);
-      const double delta = workspace[3 * block * C + c] - m;
+    blocks.for_each([&](int64_t index, const ReductionBlock& block) {
+      const double n = static_cast<double>(elements_of(block));
+      const double delta = workspace[3 * index * C + c] - m;
       const double total = count + n;
       m += delta * (n / total);
-      m2 += workspace[(3 * block + 1) * C + c] + delta * delta * (count * n / total);
+      m2 += workspace[(3 * index + 1) * C + c] + delta * delta * (count * n / total);
       count = total;
-    }
+    });
     mean[c] = static_cast<A>(m);
     var[c] = static_cast<A>(count > 0 && m2 > 0 ? m2 / count : m2 * 0);
   }

@@ -40,7 +40,7 @@ bool is_filtered() { return active_isa() == Isa::avx512_bf16; }
 
 }  // namespace
 
-bool conv4x4s2_supported(const Conv4x4s2Shape& s, Conv4x4s2Loop) {
+bool conv4x4s2_supported(const Conv4x4s2Shape& s) {
   return supports_dtype(s) && s.batch > 0 && s.small_height == s.large_height / 2 && s.small_width == s.large_width / 2 &&
          s.small_height >= 2 && s.small_width >= 2 && s.small_height <= kMaxSide && s.small_width <= kMaxSide &&
          s.small_channels > 0 && s.small_channels % 16 == 0 && s.large_channels > 0 &&

@@ -107,7 +107,7 @@ struct ConvWeightGradient {
 // 16; large_channels a multiple of 16, or 1 to 4 (images); small sides of 2 to 256, large ones twice that or one more
 // (the output_padding of a transposed convolution). bfloat16 (not mixed): on AVX512-BF16 and AMX only, and from a batch of 16
 // on where the large tensor is not an image.
-bool conv4x4s2_supported(const Conv4x4s2Shape& shape, Conv4x4s2Loop loop);
+bool conv4x4s2_supported(const Conv4x4s2Shape& shape);
 
 // Whether they can with weights in channels_last: float32 and mixed, where the large tensor is not an image.
 bool conv4x4s2_takes_channels_last(const Conv4x4s2Shape& shape);

@@ -33,7 +33,6 @@ constexpr int kThinPixels = 128;   // most in a tile
 constexpr int kThinColumns = 64;   // channels of the small grid that a block takes
 constexpr int kThinFetches = 5;    // words of image rows that a thread holds for the next tile
 constexpr int kThinMargin = 4;     // elements staged before a row's first one: a pixel of padding, rounded up to even
-constexpr size_t kThinMaxSharedBytes = 99 * 1024;  // of one block on the smallest target, sm_86
 
 struct alignas(8) ThinPair {
   float first, second;

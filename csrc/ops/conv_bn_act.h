@@ -60,8 +60,7 @@ void check_batch_norm_arrays(const char* op, const Tensor& input, const c10::Sym
                              const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
                              double momentum, double eps);
 
-// The convolution itself and its gradient. Today's main loop is ATen's (oneDNN on the CPU, cuDNN on CUDA); a kernel
-// of ours replaces it here.
+// The convolution itself and its gradient, by ATen (oneDNN on the CPU, cuDNN on CUDA) for what no loop of ours takes.
 Tensor convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvLayer& layer);
 // grad_input, grad_weight, each in its tensor's memory format; undefined where the mask says false
 std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,

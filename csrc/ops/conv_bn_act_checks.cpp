@@ -13,6 +13,7 @@ using c10::SymInt;
 
 void check_same(const char* op, const char* name, const Tensor& tensor, const Tensor& input,
                 std::optional<at::ScalarType> autocast) {
+  TORCH_CHECK_TYPE(tensor.defined(), op, ": ", name, " must be a tensor, got None");
   TORCH_CHECK(tensor.device() == input.device(), op, ": ", name, " must be on the device of input (", input.device(),
               "), got ", tensor.device());
   const bool casts = autocast && at::autocast::is_eligible(tensor, tensor.device().type());
@@ -35,7 +36,7 @@ void check_shape_of_channels(const char* op, const char* name, const Tensor& arr
 // The per-channel arrays of batch norm may keep float32 beside a lower precision input, as in PyTorch.
 void check_channel_array(const char* op, const char* name, const OptionalTensor& array, const SymInt& channels,
                          const char* channels_are, const Tensor& input) {
-  if (!array.has_value() || !array->defined()) return;
+  if (!defined(array)) return;
   check_shape_of_channels(op, name, *array, channels, channels_are);
   TORCH_CHECK(array->device() == input.device(), op, ": ", name, " must be on the device of input (", input.device(),
               "), got ", array->device());
@@ -107,7 +108,7 @@ void check_conv(const char* op, const Tensor& input, const Tensor& weight, const
   TORCH_CHECK_VALUE(weight.sym_size(0) % layer.groups == 0, op, ": weight.size(0) must be divisible by groups (",
                     layer.groups, "), got ", weight.sym_size(0));
   TORCH_CHECK_VALUE(weight.sym_numel() != 0, op, ": weight must not be empty, got shape ", weight.sym_sizes());
-  if (bias.has_value() && bias->defined()) {
+  if (defined(bias)) {
     check_same(op, "bias", *bias, input, autocast);
     check_shape_of_channels(op, "bias", *bias, out_channels(weight, layer), out_channels_are(layer));
   }
@@ -138,8 +139,7 @@ void check_batch_norm_arrays(const char* op, const Tensor& input, const SymInt& 
   check_channel_array(op, "bn_bias", bn_bias, channels, channels_are, input);
   check_channel_array(op, "running_mean", running_mean, channels, channels_are, input);
   check_channel_array(op, "running_var", running_var, channels, channels_are, input);
-  const bool has_mean = running_mean.has_value() && running_mean->defined();
-  const bool has_var = running_var.has_value() && running_var->defined();
+  const bool has_mean = defined(running_mean), has_var = defined(running_var);
   TORCH_CHECK_VALUE(has_mean == has_var, op, ": running_mean and running_var must be given together, got only ",
                     has_mean ? "running_mean" : "running_var");
   for (const auto& [name, array] : {std::pair("running_mean", running_mean), std::pair("running_var", running_var)})

@@ -199,7 +199,7 @@ struct Plan {
   int64_t raw_size, statistics_size;  // elements to save
 };
 
-bool all_equal(const int64_t (&pair)[2], int64_t value) { return pair[0] == value && pair[1] == value; }
+bool is(at::IntArrayRef pair, int64_t value) { return pair[0] == value && pair[1] == value; }
 
 // Whether the channels fill whole lines of bfloat16.
 bool fills_lines(const cpu::Conv4x4s2Shape& shape) {
@@ -214,7 +214,7 @@ cpu::ConvDType loop_dtype(cpu::Conv4x4s2Shape shape, const Tensor& weight, at::S
   shape.dtype = cpu::ConvDType::bfloat16;
   if (cpu::active_isa() == cpu::Isa::amx) return shape.dtype;
   const bool rounds = alone && weight.scalar_type() != at::kFloat && cpu::conv4x4s2_rounds_sums(shape);
-  const bool does = cpu::conv4x4s2_supported(shape, cpu::Conv4x4s2Loop::down) && fills_lines(shape) && !rounds;
+  const bool does = cpu::conv4x4s2_supported(shape) && fills_lines(shape) && !rounds;
   return does ? cpu::ConvDType::bfloat16 : cpu::ConvDType::mixed;
 }
 
@@ -227,14 +227,11 @@ Geometry geometry(const StackLayer& layer, int64_t N, int64_t C, int64_t H, int6
   g.shape = layer.transposed ? cpu::Conv4x4s2Shape{N, g.height, g.width, g.channels, H, W, C}
                              : cpu::Conv4x4s2Shape{N, H, W, C, g.height, g.width, g.channels};
   g.shape.dtype = loop_dtype(g.shape, weight, image_dtype, alone);
-  const bool unpadded = all_equal(layer.padding, 0);
+  const bool unpadded = is(layer.padding, 0);
   g.path = Path::aten;
   if (layer.transposed && unpadded && H == 1 && W == 1) g.path = Path::from_pixel;
   if (!layer.transposed && unpadded && H == kh && W == kw) g.path = Path::to_pixel;
-  if (kh == 4 && kw == 4 && all_equal(layer.stride, 2) && all_equal(layer.padding, 1) &&
-      cpu::conv4x4s2_supported(g.shape, cpu::Conv4x4s2Loop::down) &&
-      cpu::conv4x4s2_supported(g.shape, cpu::Conv4x4s2Loop::up) &&
-      cpu::conv4x4s2_supported(g.shape, cpu::Conv4x4s2Loop::weight_gradient))
+  if (kh == 4 && kw == 4 && is(layer.stride, 2) && is(layer.padding, 1) && cpu::conv4x4s2_supported(g.shape))
     g.path = Path::conv4x4s2;
   g.shape.weight_channels_last = g.path == Path::conv4x4s2 && cpu::conv4x4s2_takes_channels_last(g.shape) && !weight.is_contiguous() &&
                                  weight.is_contiguous(at::MemoryFormat::ChannelsLast);
@@ -463,6 +460,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
   const auto stack = parse_stack(layers, numbers);
   const ProcessGroup group{std::string(process_group), processes};
   auto split = split_parameters(stack, parameters);
+  check_parameters(stack, split, running, input);
   const Plan plan = make_plan(stack, split, input);
   arrange(plan, split);
   const auto options = float_options();
@@ -882,14 +880,11 @@ bool leaves_to_aten(const Geometry& g, bool transposed, bool gradients) {
          g.batch * g.height * g.width >= kManyPixels;
 }
 
-bool is(at::IntArrayRef pair, int64_t value) { return pair[0] == value && pair[1] == value; }
-
 }  // namespace
 
 OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                  const BatchNormArguments* bn, const ConvLayer& layer, Activation activation,
                                  double negative_slope) {
-  const auto given = [](const OptionalTensor& t) { return t.has_value() && t->defined(); };
   const bool concrete = !input.unsafeGetTensorImpl()->has_symbolic_sizes_strides() &&
                         !weight.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
   const auto dtype = input.scalar_type();
@@ -897,8 +892,8 @@ OptionalTensor conv_stack_single(const Tensor& input, const Tensor& weight, cons
       layer.groups != 1 || !is(layer.dilation, 1) || !is(layer.output_padding, 0) ||
       !input.is_contiguous(at::MemoryFormat::ChannelsLast))
     return std::nullopt;
-  StackLayer one{layer.transposed, {layer.stride[0], layer.stride[1]}, {layer.padding[0], layer.padding[1]}, given(bias),
-                 bn != nullptr, bn && given(bn->weight), bn && given(bn->bias), bn && given(bn->running_mean),
+  StackLayer one{layer.transposed, {layer.stride[0], layer.stride[1]}, {layer.padding[0], layer.padding[1]}, defined(bias),
+                 bn != nullptr, bn && defined(bn->weight), bn && defined(bn->bias), bn && defined(bn->running_mean),
                  bn && bn->training, bn && bn->training && !bn->group.alone(), activation,
                  bn ? bn->momentum : 0.0, bn ? bn->eps : 0.0, negative_slope};
   const Geometry g = geometry(one, input.size(0), input.size(1), input.size(2), input.size(3), weight, dtype, true);

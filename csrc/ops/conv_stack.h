@@ -9,7 +9,7 @@
 
 namespace fastgan {
 
-// How fastgan/nn/fuse.py writes one layer into the operator's `layers` and `numbers`, in this order.
+// How fastgan/ops/conv_stack.py writes one layer into the operator's `layers` and `numbers`, in this order.
 struct StackLayer {
   bool transposed;
   int64_t stride[2], padding[2];
@@ -31,6 +31,10 @@ struct LayerParameters {
   Tensor weight, bias, bn_weight, bn_bias;
 };
 std::vector<LayerParameters> split_parameters(const std::vector<StackLayer>& stack, at::TensorList parameters);
+
+// Throws where a kernel would read beyond the end of one of them.
+void check_parameters(const std::vector<StackLayer>& stack, const std::vector<LayerParameters>& split,
+                      at::TensorList running, const Tensor& input);
 
 struct LayerSizes {
   int64_t channels, height, width;

@@ -1,4 +1,4 @@
-// What the operator conv_stack is on every device: how its layers are written, and what a backward pass has to do.
+// What the operator conv_stack is on every device: how its layers are written.
 #include "conv_stack.h"
 
 namespace fastgan {
@@ -32,6 +32,29 @@ std::vector<LayerParameters> split_parameters(const std::vector<StackLayer>& sta
     split.push_back(p);
   }
   return split;
+}
+
+void check_parameters(const std::vector<StackLayer>& stack, const std::vector<LayerParameters>& split,
+                      at::TensorList running, const Tensor& input) {
+  TORCH_CHECK_VALUE(input.dim() == 4, "conv_stack: input must have shape [N, C, H, W], got ", input.sizes());
+  int64_t channels = input.size(1);
+  size_t next_running = 0;
+  for (size_t i = 0; i < stack.size(); ++i) {
+    const StackLayer& layer = stack[i];
+    const LayerParameters& p = split[i];
+    TORCH_CHECK_VALUE(p.weight.dim() == 4 && p.weight.size(layer.transposed ? 0 : 1) == channels, "conv_stack: weight of layer ",
+                      i, " must be for ", channels, " input channels, got shape ", p.weight.sizes());
+    channels = p.weight.size(layer.transposed ? 1 : 0);
+    const auto check = [&](const char* name, const Tensor& array, bool dense) {
+      TORCH_CHECK_VALUE(!array.defined() || (array.numel() == channels && (!dense || array.is_contiguous())), "conv_stack: ", name,
+                        " of layer ", i, " must have shape [", channels, "]", dense ? " and be contiguous" : "", ", got shape ",
+                        array.sizes());
+    };
+    check("bias", p.bias, false), check("bn_weight", p.bn_weight, false), check("bn_bias", p.bn_bias, false);
+    if (!layer.has_running) continue;
+    TORCH_CHECK_VALUE(next_running + 2 <= running.size(), "conv_stack: running has ", running.size(), " tensors, too few");
+    check("running_mean", running[next_running++], true), check("running_var", running[next_running++], true);
+  }
 }
 
 LayerSizes output_sizes(const StackLayer& layer, const Tensor& weight, int64_t height, int64_t width) {

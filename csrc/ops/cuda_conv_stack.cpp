@@ -167,6 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cuda(const Tensor& input, 
   const DeviceGuard device_guard(input.device());
   const auto stack = parse_stack(layers, numbers);
   const auto split = dense_parameters(split_parameters(stack, parameters));
+  check_parameters(stack, split, running, input);
   const Plan plan = make_plan(stack, split, input);
   const Tensor images = input.contiguous(kChannelsLast);
   const auto options = images.options().memory_format(at::MemoryFormat::Contiguous);

@@ -1,6 +1,7 @@
 #include "image_format.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -20,12 +21,11 @@ cpu::ImageFormatShape image_shape(const Tensor& t) {
 
 MemoryFormat format_of(bool channels_last) { return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous; }
 
-// input: dense, in the other format
 Tensor convert_images_cpu(const Tensor& input, bool channels_last) {
+  TORCH_CHECK_VALUE(input.dim() == 4, "convert_images: input must have shape [N, C, H, W], got ", input.sizes());
   const cpu::ImageFormatShape shape = image_shape(input);
-  TORCH_CHECK(cpu::image_format_supported(shape) && input.is_contiguous(format_of(!channels_last)),
-              "convert_images: input must be dense, in the other memory format, with 2 to 4 channels of 2 or 4 bytes, or of 4 bytes "
-              "with channels and pixels in multiples of 8");
+  if (!cpu::image_format_supported(shape) || !input.is_contiguous(format_of(!channels_last)))
+    return input.clone(format_of(channels_last));
   const Tensor output = empty_kept(input.sizes(), input.scalar_type(), channels_last);
   cpu::convert_images(shape, channels_last, input.const_data_ptr(), output.mutable_data_ptr());
   return output;
@@ -40,14 +40,17 @@ Tensor convert_images(const Tensor& input, bool channels_last) {
 }
 
 struct ConvertImages : torch::autograd::Function<ConvertImages> {
-  static Tensor forward(torch::autograd::AutogradContext*, const Tensor& input, bool channels_last) {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input, bool channels_last) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->saved_data["channels_last"] = channels_last;
     return convert_images(input, channels_last);
   }
-  // As clone's: a gradient in any memory format is one.
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
+  // The gradient of contiguous images is contiguous, as of PyTorch's layers: gradient penalties take view() of it. The other way
+  // it stays as it comes, for what has written the images reads any.
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& gradients) {
-    return {gradients[0], Tensor()};
+    const bool converts = ctx->saved_data["channels_last"].toBool() && gradients[0].defined();
+    return {converts ? contiguous_images(gradients[0], MemoryFormat::Contiguous) : gradients[0], Tensor()};
   }
 };
 
@@ -61,9 +64,10 @@ Tensor convert_images_autograd(const Tensor& input, bool channels_last) { return
 
 Tensor contiguous_images(const Tensor& t, MemoryFormat format) {
   const bool channels_last = format == MemoryFormat::ChannelsLast;
-  if (!t.is_cpu() || t.dim() != 4 || t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || t.is_contiguous(format) ||
-      !t.is_contiguous(format_of(!channels_last)) || !cpu::image_format_supported(image_shape(t)))
+  if (!t.is_cpu() || t.dim() != 4 || t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || t.is_contiguous(format))
     return t.contiguous(format);
+  const bool own = t.is_contiguous(format_of(!channels_last)) && cpu::image_format_supported(image_shape(t));
+  if (!own && !(channels_last && t.requires_grad() && at::GradMode::is_enabled())) return t.contiguous(format);
   return convert_images(t, channels_last);
 }
 

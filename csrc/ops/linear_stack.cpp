@@ -97,8 +97,9 @@ Stack parse(const Tensor& input, at::TensorList parameters, const at::TensorList
   };
   const auto take_running = [&](bool present, int64_t values) {
     if (!present || running == nullptr) return Tensor();
-    TORCH_CHECK_VALUE(next_running < running->size() && (*running)[next_running].numel() == values, "linear_stack: running must have ",
-                      "at ", next_running, " a tensor of ", values, " values");
+    TORCH_CHECK_VALUE(next_running < running->size() && (*running)[next_running].numel() == values &&
+                          (*running)[next_running].is_contiguous(),
+                      "linear_stack: running must have at ", next_running, " a contiguous tensor of ", values, " values");
     return (*running)[next_running++];
   };
   // In whole cache lines: a vector that crosses two takes two turns.

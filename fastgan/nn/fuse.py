@@ -22,7 +22,7 @@ from fastgan.nn.modules import BatchNormCall, GaussianNoise, conv_arguments, run
 from fastgan.nn.report import Fusion, FusionReport
 from fastgan.nn.sync_batch_norm import SyncBatchNorm
 from fastgan.ops._conv import activate
-from fastgan.ops.conv_stack import StackCall, contiguous
+from fastgan.ops.conv_stack import StackCall, in_format
 from fastgan.ops.linear_stack import LinearStackCall, linear_stack_gains
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
@@ -519,7 +519,8 @@ def images_in_channels_last():
 
 
 def _run(layers, input):
-    """A run of fused layers. What leaves has the memory format that the plain layers would have given it."""
+    """A run of fused layers. What leaves has the memory format that the plain layers would have given it, and so has the gradient of
+    what comes in."""
     keeps_channels_last = (
         _leaves_channels_last
         or _is_channels_last(input)
@@ -528,7 +529,7 @@ def _run(layers, input):
     output = _run_stack(layers, input)
     if output is None:
         # Between themselves the layers work in channels_last on the CPU, where ATen's convolutions are faster.
-        output = input.contiguous(memory_format=torch.channels_last) if input.is_cpu else input
+        output = in_format(input, torch.channels_last) if input.is_cpu else input
         for layer in layers:
             output = layer.run(output)
         if not input.is_cpu:
@@ -536,7 +537,7 @@ def _run(layers, input):
     if keeps_channels_last:
         return output
     if not output.is_contiguous():
-        output = contiguous(output)
+        output = in_format(output, torch.contiguous_format)
     if output.shape[1] == 1 and output.stride(1) == 1:
         # The bytes are the same in both formats, and only the strides tell the next layer which one it is.
         output = output.flatten().view(output.shape)

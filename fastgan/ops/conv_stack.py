@@ -15,11 +15,12 @@ _CUDA_PIXELS = 2**31 - 128  # indices_fit() in csrc/cuda/conv4x4s2.cu
 _CUDA_SAVED_BYTES = 8 << 20  # kSavedBytes in csrc/ops/cuda_conv_stack_plan.h
 
 
-def contiguous(images):
-    """``images.contiguous()``, faster for those of few channels on the CPU (csrc/ops/image_format.cpp)."""
+def in_format(images, memory_format):
+    """``images.contiguous(memory_format=memory_format)``, faster for many on the CPU, and with a contiguous gradient of contiguous
+    images (csrc/ops/image_format.cpp)."""
     if _extension.has_kernels("cpu"):
-        return torch.ops.fastgan.contiguous_images(images, False)
-    return images.contiguous()
+        return torch.ops.fastgan.contiguous_images(images, memory_format == torch.channels_last)
+    return images.contiguous(memory_format=memory_format)
 
 
 class StackCall:
