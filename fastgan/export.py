@@ -147,7 +147,9 @@ def export(path: str | os.PathLike, format: str, out: str | os.PathLike, *, digi
         TrainingError: no checkpoint, or one without a generator of images.
     """
     config, generator = load_generator(path)
-    network = plain_generator(generator, digit if config.side_by_side > 1 else None)
+    if config.side_by_side == 1 and digit is not None:
+        raise ExportError(f"--digit {digit}: the checkpoint holds one network; leave it out")
+    network = plain_generator(generator, digit)
     metadata = {
         "family": config.family,
         "latent_dim": str(config.latent_dim),

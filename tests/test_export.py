@@ -247,6 +247,13 @@ def test_networks_side_by_side_want_a_choice(runs, tmp_path):
         export(runs / "gan", "torch", tmp_path / "g.pt2")
 
 
+@pytest.mark.parametrize("run", ["dcgan", "one digit"])
+def test_a_choice_where_there_is_none_is_refused(runs, tmp_path, run):
+    with pytest.raises(ExportError, match="--digit 5: the checkpoint holds one network; leave it out"):
+        export(runs / run, "torch", tmp_path / "g.pt2", digit=5)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_folder_is_named(runs, tmp_path):
     with pytest.raises(ExportError, match="no such folder: .*nowhere"):
         export(runs / "dcgan", "torch", tmp_path / "nowhere" / "g.pt2")
