@@ -11,6 +11,7 @@ kind; and any TorchScript file, such as an Inception network.
 import dataclasses
 import hashlib
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -232,6 +233,7 @@ def feature_extractor(dataset: str = "digits", data_root: str | os.PathLike | No
         network.load_state_dict(state["network"])
         accuracy = state["accuracy"]
     else:
+        print(f"training a classifier for {dataset}, once: a minute or two ({path})", file=sys.stderr)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = LeNet(int(train.labels.max()) + 1)
