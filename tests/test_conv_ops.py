@@ -121,6 +121,26 @@ def test_first_and_second_derivatives_by_finite_differences(op, training, activa
     assert torch.autograd.gradgradcheck(function, tuple(tensors.values()), fast_mode=True, atol=1e-4)
 
 
+@pytest.mark.parametrize("op", ["conv2d_bn_act", "conv_transpose2d_bn_act"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["leaky_relu", "sigmoid", "identity"])
+@pytest.mark.parametrize("channels_last", ["weight", "gradient"])
+def test_derivative_of_a_reference_at_one_image_by_finite_differences(op, training, activation, channels_last):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(2, 4, 6, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(2, 2, 4, 4, dtype=torch.float64, generator=generator)
+    if channels_last == "weight":
+        weight = weight.to(memory_format=torch.channels_last)
+
+    def function(image):
+        mean, var = image.new_zeros(2), image.new_ones(2)
+        options = dict(stride=2, padding=1, training=training, activation=activation)
+        output = OPS[op][1](image, weight, None, None, None, mean, var, **options)
+        return output.permute(1, 2, 0).contiguous() if channels_last == "gradient" else output
+
+    assert torch.autograd.gradcheck(function, image, fast_mode=True)
+
+
 def batch_norm_by_formula(y, running_mean, running_var, weight, bias, training, momentum, eps):
     """F.batch_norm has no third derivative in PyTorch 2.15."""
     variance, mean = torch.var_mean(y, (0, 2, 3), correction=0, keepdim=True)

@@ -32,14 +32,18 @@ def activate(op, z, activation, negative_slope):
     return z
 
 
+def as_batch(input):
+    """[C, H, W] as a batch of one, ahead of the convolution. F.batch_norm's backward in PyTorch is wrong where its input or its
+    gradient is a [C, H, W] in channels_last to which unsqueeze(0) has given a batch's dimension, so that the way back is by
+    output[0] and not by squeeze(0), whose backward is unsqueeze(0)."""
+    return input.unsqueeze(0) if input.dim() == 3 else input
+
+
 def batch_norm(y, running_mean, running_var, weight, bias, training, momentum, eps, process_group=None):
-    """F.batch_norm, also for unbatched [C, H, W] and, when training, over the processes of a group."""
-    batched = y if y.dim() == 4 else y.unsqueeze(0)
+    """F.batch_norm, when training over the processes of a group where one is given."""
     if training and process_group is not None:
-        z = sync_batch_norm(batched, running_mean, running_var, weight, bias, momentum, eps, process_group)
-    else:
-        z = F.batch_norm(batched, running_mean, running_var, weight, bias, training, momentum, eps)
-    return z if y.dim() == 4 else z.squeeze(0)
+        return sync_batch_norm(y, running_mean, running_var, weight, bias, momentum, eps, process_group)
+    return F.batch_norm(y, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def explicit_padding(op, input, weight, stride, padding, dilation):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgan._arguments import takes_tensor
-from fastgan.ops._conv import activate, batch_norm, check_activation, fast_path, group_arguments, pair
+from fastgan.ops._conv import activate, as_batch, batch_norm, check_activation, fast_path, group_arguments, pair
 
 
 @takes_tensor
@@ -61,9 +61,10 @@ def conv_transpose2d_bn_act_reference(
 ):  # fmt: skip
     """conv_transpose2d_bn_act in plain PyTorch: the fallback where there are no kernels, and the tests' oracle."""
     check_activation("conv_transpose2d_bn_act", activation)
-    y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    y = F.conv_transpose2d(as_batch(input), weight, bias, stride, padding, output_padding, groups, dilation)
     z = batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, process_group)
-    return activate("conv_transpose2d_bn_act", z, activation, negative_slope)
+    output = activate("conv_transpose2d_bn_act", z, activation, negative_slope)
+    return output[0] if input.dim() == 3 else output
 
 
 @takes_tensor
