@@ -59,6 +59,14 @@ def test_forward_mode(operator):
         torch.testing.assert_close(tuple(forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent)))), expected)
 
 
+def test_a_class_of_probability_zero_has_no_gradient_there_either():
+    logits = torch.tensor([[200.0, 0, 0], [200, 0, 1]])
+    for function in (ops.softmax_entropy, lambda x: ops.softmax_entropy_cross_entropy(x, torch.tensor([0, 0]))):
+        marginal = lambda x: function(x)[1]  # noqa: B023, E731
+        torch.testing.assert_close(grad(marginal)(logits), torch.autograd.functional.jacobian(marginal, logits))
+        torch.testing.assert_close(hessian(marginal)(logits), torch.autograd.functional.hessian(marginal, logits))
+
+
 def test_hessian():
     logits = numbers(3, 4)
     function = lambda x: ops.softmax_entropy(x)[0]  # noqa: E731

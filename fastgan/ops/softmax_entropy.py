@@ -66,7 +66,9 @@ def softmax_entropy_reference(logits):
     log_p = F.log_softmax(logits.to(_accumulate_dtype(logits)), dim=1).clamp_min(-1e30)
     p = log_p.exp()
     q = p.mean(0)
-    return -(p * log_p).sum(1).mean(), -torch.special.xlogy(q, q).sum()
+    # Not xlogy(q, q), whose derivative is 0 * inf = NaN where q is 0.
+    log_q = torch.where(q == 0, 1, q).log()
+    return -(p * log_p).sum(1).mean(), -(q * log_q).sum()
 
 
 def softmax_entropy_cross_entropy_reference(logits, labels, *, ignore_index=-100):
