@@ -300,16 +300,18 @@ def test_errors_name_the_argument_and_change_nothing(change, error, message):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, error, message",
     [
-        ({"activation": "gelu"}, "activation must be one of 'relu', .* got 'gelu'"),
-        ({"noise_std": -0.5}, "noise_std must be at least 0, got -0.5"),
+        ({"activation": "gelu"}, ValueError, "batch_norm_act_noise: activation must be one of 'relu', .* got 'gelu'"),
+        ({"negative_slope": "a"}, TypeError, "batch_norm_act_noise: negative_slope must be a number, got str"),
+        ({"noise_std": -0.5}, ValueError, "batch_norm_act_noise: noise_std must be at least 0, got -0.5"),
+        ({"noise_std": 1.0, "seed": torch.tensor([1, 2])}, RuntimeError, "cannot be converted to Scalar"),
     ],
 )
-def test_the_reference_refuses_before_it_changes_statistics(change, message):
+def test_the_reference_refuses_before_it_changes_statistics(change, error, message):
     given = tensors((4, 3), torch.float32)
     before = {name: tensor.clone() for name, tensor in given.items()}
-    with pytest.raises(ValueError, match="batch_norm_act_noise: " + message):
+    with pytest.raises(error, match=message):
         batch_norm_act_noise_reference(**(given | change))
     assert all(torch.equal(given[name], before[name]) for name in before)
 

@@ -417,10 +417,17 @@ def test_bad_call_names_the_argument_and_changes_nothing(name):
 
 
 @pytest.mark.parametrize("op", ["conv2d_bn_act", "conv_transpose2d_bn_act"])
-def test_a_reference_refuses_an_unknown_activation_before_it_changes_statistics(op):
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"activation": "gelu"}, ValueError, "activation must be one of 'relu'.*got 'gelu'"),
+        ({"activation": "leaky_relu", "negative_slope": "a"}, TypeError, "negative_slope must be a number, got str"),
+    ],
+)
+def test_a_reference_refuses_a_wrong_activation_before_it_changes_statistics(op, change, error, message):
     mean, var = torch.zeros(4), torch.ones(4)
-    with pytest.raises(ValueError, match=f"{op}: activation must be one of 'relu'.*got 'gelu'"):
-        OPS[op][1](torch.randn(2, 4, 8, 8), torch.randn(4, 4, 3, 3), None, None, None, mean, var, activation="gelu")
+    with pytest.raises(error, match=f"{op}: {message}"):
+        OPS[op][1](torch.randn(2, 4, 8, 8), torch.randn(4, 4, 3, 3), None, None, None, mean, var, **change)
     assert mean.eq(0).all() and var.eq(1).all()
 
 

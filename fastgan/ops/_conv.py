@@ -1,5 +1,7 @@
 """What the operators of the convolution family share: arguments, references, fake kernels."""
 
+import numbers
+
 import torch
 import torch.nn.functional as F
 
@@ -12,15 +14,17 @@ ACTIVATION_CODES = {name: code for code, name in enumerate(("identity", "relu", 
 assert set(ACTIVATION_CODES) == set(ACTIVATIONS)
 
 
-def check_activation(op, activation):
-    """Refuses a name that is none of an activation: in time, before anything is changed."""
+def check_activation(op, activation, negative_slope):
+    """Refuses a name that is none of an activation and a slope that is no number: in time, before anything is changed."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    if not isinstance(negative_slope, (numbers.Real, torch.SymFloat, torch.Tensor)):
+        raise TypeError(f"{op}: negative_slope must be a number, got {type(negative_slope).__name__}")
 
 
 def activate(op, z, activation, negative_slope):
     """The activation by name, in plain PyTorch."""
-    check_activation(op, activation)
+    check_activation(op, activation, negative_slope)
     if activation == "relu":
         return F.relu(z)
     if activation == "leaky_relu":

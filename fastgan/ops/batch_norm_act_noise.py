@@ -56,14 +56,14 @@ def batch_norm_act_noise_reference(
     activation="leaky_relu", negative_slope=0.2, noise_std=0.0, seed=None,
 ):  # fmt: skip
     """batch_norm_act_noise in plain PyTorch. Its noise has the same distribution and other values."""
-    check_activation("batch_norm_act_noise", activation)
+    check_activation("batch_norm_act_noise", activation, negative_slope)
     if not noise_std >= 0:
         raise ValueError(f"batch_norm_act_noise: noise_std must be at least 0, got {noise_std}")
+    generator = torch.Generator(input.device).manual_seed(int(seed)) if noise_std and seed is not None else None
     z = F.batch_norm(input, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
     output = activate("batch_norm_act_noise", z, activation, negative_slope)
     if noise_std == 0:
         return output
-    generator = None if seed is None else torch.Generator(input.device).manual_seed(int(seed))
     return output + noise_std * torch.randn(output.shape, generator=generator, device=output.device, dtype=output.dtype)
 
 

@@ -75,7 +75,7 @@ def conv2d_bn_act_reference(
     activation="leaky_relu", negative_slope=0.2, process_group=None,
 ):  # fmt: skip
     """conv2d_bn_act in plain PyTorch: the fallback where there are no kernels, and the tests' oracle."""
-    check_activation("conv2d_bn_act", activation)
+    check_activation("conv2d_bn_act", activation, negative_slope)
     y = F.conv2d(as_batch(input), weight, bias, stride, padding, dilation, groups)
     z = batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, process_group)
     output = activate("conv2d_bn_act", z, activation, negative_slope)

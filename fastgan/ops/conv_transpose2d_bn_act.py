@@ -60,7 +60,7 @@ def conv_transpose2d_bn_act_reference(
     activation="relu", negative_slope=0.2, process_group=None,
 ):  # fmt: skip
     """conv_transpose2d_bn_act in plain PyTorch: the fallback where there are no kernels, and the tests' oracle."""
-    check_activation("conv_transpose2d_bn_act", activation)
+    check_activation("conv_transpose2d_bn_act", activation, negative_slope)
     y = F.conv_transpose2d(as_batch(input), weight, bias, stride, padding, output_padding, groups, dilation)
     z = batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps, process_group)
     output = activate("conv_transpose2d_bn_act", z, activation, negative_slope)
