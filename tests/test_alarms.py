@@ -167,6 +167,22 @@ def test_a_resumed_run_neither_repeats_nor_forgets_an_alarm(tmp_path, capsys):
         assert of(folder, "discriminator has won") == of(tmp_path / "whole", "discriminator has won")
 
 
+def test_the_figures_of_the_step_a_run_is_stopped_at_do_not_count(tmp_path):
+    trained(tmp_path / "whole", 30, log_every=4)
+    trained(tmp_path / "stopped", 13, log_every=4)
+    checkpoint = load_checkpoint(tmp_path / "stopped" / "checkpoint.pt")
+    trained(tmp_path / "stopped", 30, log_every=4, checkpoint=checkpoint)
+    states = [load_checkpoint(tmp_path / name / "checkpoint.pt")["alarms"] for name in ("whole", "stopped")]
+    assert states[0] == states[1] and len(states[0]["windows"]["gradient"]) == 12
+
+
+def test_samples_of_the_step_a_run_is_stopped_at_do_not_count(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Alarms, "drawn", lambda alarms, step, samples, images: seen.append(step) or [])
+    trained(tmp_path, 13)
+    assert seen == [5, 10]
+
+
 def test_checkpoints_from_before_there_were_alarms_are_resumed(tmp_path):
     trained(tmp_path, 5)
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pt")

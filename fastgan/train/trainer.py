@@ -251,7 +251,9 @@ class Trainer:
                 progress.advance()
                 run_ends = self.step == self.total_steps or self._stopping
                 epoch_ends = self.step % steps_per_epoch == 0
-                logged = run_ends or epoch_ends or self.step % self.config.log_every == 0
+                # The alarms see what a run sees that does not stop here, and not the rest: a resumed one raises the same.
+                watched = epoch_ends or self.step % self.config.log_every == 0
+                logged = run_ends or watched
                 if logged:
                     self.graph.check()
                     figures = self.ranks.mean(figures)
@@ -268,15 +270,17 @@ class Trainer:
                     timed_images, seconds = 0, 0.0
                     self.metrics.append(record)
                     progress.show(record, always=run_ends or epoch_ends)
-                    scale = self.scalers["generator"].get_scale()
-                    self._raise(self.alarms.logged(self.step, record, self.networks["generator"], scale))
+                    if watched:
+                        scale = self.scalers["generator"].get_scale()
+                        self._raise(self.alarms.logged(self.step, record, self.networks["generator"], scale))
                     if self.board:
                         self.board.log(record)
                 if run_ends or epoch_ends:
                     path = self.output / "samples" / f"epoch_{epoch + 1:04d}.png"
                     samples = self.samples(self.grid_noise)
                     save_grid(path, samples, self.config.grid[1])
-                    self._raise(self.alarms.drawn(self.step, samples, batch.images))
+                    if epoch_ends:
+                        self._raise(self.alarms.drawn(self.step, samples, batch.images))
                     if self.board:
                         self.board.draw(path, self.step)
                 if run_ends or self.step % checkpoint_every == 0:
