@@ -343,6 +343,18 @@ def test_step_size_in_a_tensor_is_changed_in_place_and_saved_as_a_number():
     assert torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.parametrize("change", [{"params": [0]}, None], ids=["fewer parameters", "one group more"])
+def test_a_state_the_optimizer_refuses_leaves_its_step_size(change):
+    optimizer = graph.adam([nn.Parameter(torch.ones(3)) for _ in range(2)], 0.5, (0.5, 0.9), torch.device("cpu"))
+    state = optimizer.state_dict()
+    (group,) = state["param_groups"]
+    group["lr"] = 5.0
+    state["param_groups"] = [group | change] if change else [group, group]
+    with pytest.raises(ValueError, match="loaded state dict"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"].item() == 0.5
+
+
 def test_average_is_that_of_averaged_model():
     def ramped(averaged, current, count):
         get_ema_multi_avg_fn(min(0.9, (1 + int(count)) / (10 + int(count))))(averaged, current, count)

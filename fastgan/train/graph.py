@@ -42,8 +42,9 @@ def with_rate_on_device(optimizer: Adam) -> Adam:
             group["lr"] = float(group["lr"])
 
     def load(optimizer: Adam, state: dict[str, Any]) -> dict[str, Any]:
-        own = [group["lr"].fill_(saved["lr"]) for group, saved in zip(optimizer.param_groups, state["param_groups"])]
-        return state | {"param_groups": [group | {"lr": rate} for group, rate in zip(state["param_groups"], own)]}
+        own = optimizer.param_groups[0]["lr"]  # not changed: the state may yet be refused
+        rates = [torch.full_like(own, float(group["lr"])) for group in state["param_groups"]]
+        return state | {"param_groups": [group | {"lr": rate} for group, rate in zip(state["param_groups"], rates)]}
 
     optimizer.register_state_dict_post_hook(save)
     optimizer.register_load_state_dict_pre_hook(load)
