@@ -48,6 +48,13 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path, capsys, second, 
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_setting_that_one_run_alone_has_differs(tmp_path, capsys):
+    runs = [run(tmp_path / "a", 0, 1.0, r1=10.0), run(tmp_path / "b", 1, 2.0)]
+    for order in (runs, runs[::-1]):
+        assert main(order) == 1
+        assert "in more than its seed: r1" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_run_is_named(tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
     assert f"{tmp_path} does not hold a training run" in capsys.readouterr().err

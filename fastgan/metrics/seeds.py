@@ -44,7 +44,7 @@ def last_figures(runs: list[Path], figure: str) -> dict[int, float]:
             raise ValueError(f"{run} is not finished: {reached}")
         settings = {name: value for name, value in config.items() if name not in MAY_DIFFER}
         first = first or settings
-        differing = [name for name in settings if settings[name] != first.get(name)]
+        differing = [name for name in first | settings if first.get(name) != settings.get(name)]
         if differing:
             raise ValueError(f"{run} differs from {runs[0]} in more than its seed: {', '.join(differing)}")
         if config["seed"] in values:
