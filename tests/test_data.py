@@ -304,6 +304,19 @@ def test_unreadable_images_are_counted_and_the_first_is_named(tmp_path):
         load_dataset("folder", tmp_path, image_size=8)
 
 
+def test_floating_point_pixels_are_refused_by_name(tmp_path):
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "depth.tiff")
+    with pytest.raises(DataError, match=r"depth\.tiff .floating-point pixels"):
+        load_dataset("folder", tmp_path, image_size=8)
+
+
+def test_formats_that_can_only_be_written_are_no_images(tmp_path):
+    save(tmp_path / "one.png", size=(8, 8))
+    save(tmp_path / "two.mpo", size=(8, 8))
+    save(tmp_path / "catalogue.pdf", size=(8, 8))
+    assert len(load_dataset("folder", tmp_path, image_size=8)) == 2
+
+
 # --- batches
 
 

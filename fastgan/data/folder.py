@@ -54,7 +54,8 @@ def load_folder(folder: Path, image_size: int, channels: int) -> torch.Tensor:
 
 
 def _image_paths(folder: Path) -> list[Path]:
-    endings = Image.registered_extensions()
+    # Of formats that PIL can read, not of those it can only write; MPO is read as JPEG.
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN or name == "MPO"}
     paths, others = [], collections.Counter()
     for parent, subfolders, names in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -77,6 +78,8 @@ def _load_image(path: Path, image_size: int, channels: int) -> np.ndarray:
         # A JPEG decodes several times faster at a half, quarter or eighth of its size.
         image.draft(None, (2 * image_size, 2 * image_size))
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("floating-point pixels, whose black and white are not known; save it with 8 or 16 bits")
         if image.mode.startswith("I"):
             # 16-bit grey: PIL's own conversion clips everything above 255 to white.
             image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
