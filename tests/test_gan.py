@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -63,6 +64,17 @@ def test_trains_under_autograd():
 def test_impossible_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         mlp_gan(**settings)
+
+
+@pytest.mark.parametrize("data_shape", [None, "abc", 2.5, (2.5,)])
+def test_a_data_shape_that_is_none_is_named(data_shape):
+    with pytest.raises(TypeError, match="mlp_gan: each size of data_shape must be an integer, got"):
+        mlp_gan(data_shape)
+
+
+def test_integers_of_numpy_are_sizes():
+    generator, _ = mlp_gan(np.int64(4))
+    assert generator.data_shape == mlp_gan(np.array([4]))[0].data_shape == (4,) and type(generator.data_shape[0]) is int
 
 
 def test_wrong_input_shapes_are_named():

@@ -1,12 +1,12 @@
 """GAN of multilayer perceptrons (Goodfellow et al. 2014, arXiv 1406.2661), on data taken as plain vectors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastgan._arguments import check_counts
+from fastgan._arguments import check_counts, check_integer
 
 OUTPUT_ACTIVATIONS = {"tanh": nn.Tanh, "linear": nn.Identity}
 
@@ -94,9 +94,12 @@ def mlp_gan(
 
     Raises:
         ValueError: an empty shape, a count below 1, an unknown activation.
-        TypeError: a count that is no integer.
+        TypeError: a size or count that is no integer.
     """
-    shape = (data_shape,) if isinstance(data_shape, int) else tuple(data_shape)
+    shape = tuple(data_shape) if isinstance(data_shape, Iterable) else (data_shape,)
+    for size in shape:
+        check_integer("mlp_gan", "each size of data_shape", size)
+    shape = tuple(map(int, shape))
     if not shape or min(shape) < 1:
         raise ValueError(f"mlp_gan: data_shape must have sizes of at least 1, got {data_shape}")
     check_counts("mlp_gan", latent_dim=latent_dim, hidden_features=hidden_features, generator_layers=generator_layers,
