@@ -9,6 +9,9 @@ from fastgan import _extension, ops
 from fastgan.ops._conv import NO_GROUP_ON_CUDA, explicit_padding, pair
 from fastgan.ops.batch_norm_act_noise import NO_CUDA_KERNEL
 
+# kMaxSide in csrc/cpu/conv4x4s2.cpp.
+MAX_FILTERED_SIDE = 256
+
 
 def explain(op, *args, **kwargs):
     """Which path a call takes and why, without making the call: nothing is computed and no buffer changes.
@@ -118,8 +121,9 @@ def _convolution_loop(arguments):
             return _bfloat16_loop(arguments)
         return (
             f"ATen's (oneDNN) {in_dtype}; fastgan's minimal filtering takes float32 in channels_last (or any layout "
-            "inside a Sequential given to fastgan.fuse), kernel 4, stride 2, padding 1, and channels in multiples of "
-            "16 (up to 4 on the image side); its loops for one pixel take kernels of the image's size, without padding"
+            "inside a Sequential given to fastgan.fuse), kernel 4, stride 2, padding 1, channels in multiples of "
+            f"16 (up to 4 on the image side), and up to {MAX_FILTERED_SIDE} pixels a side of the smaller image; its loops for one "
+            "pixel take kernels of the image's size, without padding"
         )
     if dtype.itemsize == 2 and _has_cuda_loop(arguments):
         return f"fastgan's for kernel 4 {in_dtype}, with batch statistics or activation in its epilogue"
@@ -249,8 +253,8 @@ def _fits_minimal_filtering(arguments):
     if arguments["groups"] != 1 or any(pair(arguments.get("output_padding", 0))) or input.numel() == 0:
         return False
     small, large = weight.shape[:2]
-    least = 2 if "output_padding" in arguments else 4
-    return small % 16 == 0 and (large <= 4 or large % 16 == 0) and min(input.shape[2:]) >= least
+    sides = input.shape[2:] if "output_padding" in arguments else [side // 2 for side in input.shape[2:]]
+    return small % 16 == 0 and (large <= 4 or large % 16 == 0) and all(2 <= side <= MAX_FILTERED_SIDE for side in sides)
 
 
 def _has_cuda_loop(arguments):

@@ -35,6 +35,18 @@ def test_padding_by_name_is_taken_for_its_numbers(side, kernel, padding, fits):
 
 
 @requires_kernels
+@pytest.mark.parametrize("op, loop, longest", [("conv2d_act", "conv4x4s2_down", 513), ("conv_transpose2d_act", "conv4x4s2_up", 256)])
+def test_minimal_filtering_is_said_of_the_sides_it_takes(op, loop, longest):
+    weight = torch.ones(16, 16, 4, 4)
+    for side, fits in ((longest, True), (longest + 1, False)):
+        image = torch.ones(1, 16, 4, side).contiguous(memory_format=torch.channels_last)
+        text = fastgan.explain(op, image, weight, stride=2, padding=1)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            getattr(ops, op)(image, weight, stride=2, padding=1)
+        assert (f"fastgan::{loop}" in [event.name for event in profile.events()]) == ("fastgan's minimal filtering for" in text) == fits
+
+
+@requires_kernels
 def test_negative_slope_below_zero_leaves_the_fused_kernels_without_batch_norm():
     below = dict(activation="leaky_relu", negative_slope=-0.1)
     assert "negative_slope is below 0" in fastgan.explain(ops.conv2d_act, **layer(), **below)
