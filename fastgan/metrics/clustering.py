@@ -13,6 +13,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from fastgan.data import normalize
+
 UNMAPPED = -1
 
 
@@ -150,6 +152,5 @@ def mean_and_std(errors: Sequence[float]) -> tuple[float, float]:
 
 
 def _prepared(images: Tensor, device: torch.device) -> Tensor:
-    if images.dtype == torch.uint8:
-        return images.to(device).float().div_(127.5).sub_(1)
-    return images.to(device)
+    images = images.to(device)
+    return normalize(images) if images.dtype == torch.uint8 else images
