@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -383,6 +384,17 @@ def test_truncated_checkpoint_write_leaves_the_previous_one(tmp_path, monkeypatc
     with pytest.raises(TrainingError, match="No space left on device .the previous one is kept."):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_system_that_does_not_sync_folders_is_written_to(tmp_path, monkeypatch):
+    def files_only(descriptor, fsync=os.fsync):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    write_atomically(tmp_path / "checkpoint.pt", b"new")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"new"
 
 
 def test_two_writers_of_a_file_do_not_meet_in_a_temporary_one(tmp_path, monkeypatch):

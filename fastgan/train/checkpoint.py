@@ -16,7 +16,7 @@ class TrainingError(RuntimeError):
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step that also survives a power cut.
+    """Replace a file in one step that also survives a power cut, where the file system can sync a folder.
 
     Raises:
         TrainingError: the file cannot be written; the old one is still there.
@@ -34,14 +34,15 @@ def write_atomically(path: Path, content: bytes) -> None:
             with contextlib.suppress(OSError):  # what went wrong before says more
                 part.unlink()
             raise
+    except OSError as error:
+        kept = " (the previous one is kept)" if path.exists() else ""
+        raise TrainingError(f"{path} cannot be written: {error.strerror or error}{kept}") from error
+    with contextlib.suppress(OSError):  # the file is in its place; some file systems do not sync folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
-        kept = " (the previous one is kept)" if path.exists() else ""
-        raise TrainingError(f"{path} cannot be written: {error.strerror or error}{kept}") from error
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
