@@ -113,6 +113,7 @@ def test_wrong_arguments_exit_with_2(arguments, message, capsys):
     (["train", "dcgan", "--image-size", "30", "--output", "{tmp}/x"], "image_size must be 4 * 2**n"),
     (["train", "dcgan", "--resume", "{tmp}"], "no checkpoint to resume from"),
     (["train", "dcgan", "--resume", "", "--output", "{tmp}/x"], "--resume must be the folder of a run, got an empty path"),
+    (["train", "gaussian", "--output", ""], "--output must be a folder, got an empty path"),
     (["train", "gaussian", "--resume", "", "--output", "{tmp}/x"], "--resume must be the folder of a run, got an empty path"),
     (["sample", "--checkpoint", "{tmp}/none.pt"], "none.pt: no such file"),
     (["sample", "--checkpoint", "{runs}/gan", "--grid", "8x8"], "10 networks side by side"),

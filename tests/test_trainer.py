@@ -548,6 +548,7 @@ def test_running_statistics_that_are_not_finite_are_not_saved_and_a_mask_is(tmp_
         (["--image-size", "30"], "image_size must be 4 * 2**n"),
         (["--data-root", "/no/such/place"], "no such folder: /no/such/place"),
         (["--precision", "fp16"], "--precision fp16 needs a GPU"),
+        (["--output", ""], "--output must be a folder, got an empty path"),
         (["--keep-checkpoints", "1,x"], "--keep-checkpoints must be 'all' or epochs with commas between"),
     ],
 )

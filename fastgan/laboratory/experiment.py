@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fastgan.laboratory.mixture import Mixture
 from fastgan.laboratory.networks import Adam, StackedMLP
 from fastgan.train.checkpoint import TrainingError
-from fastgan.train.config import option
+from fastgan.train.config import check_limits, option
 
 GENERATOR_LOSSES = ("non_saturating", "minimax")
 STEPS_PER_EPOCH = 200
@@ -54,17 +54,7 @@ class LaboratoryConfig:
     resume: str | None = option(None, "folder of a run to continue, with that run's settings", may_change=True)
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, limits = getattr(self, field.name), field.metadata
-            if value is None:
-                continue
-            flag = f"--{field.name.replace('_', '-')}"
-            if limits["choices"] and value not in limits["choices"]:
-                raise ValueError(f"{flag} must be one of {', '.join(limits['choices'])}, got {value}")
-            if limits["minimum"] is not None and not value >= limits["minimum"]:
-                raise ValueError(f"{flag} must be at least {limits['minimum']}, got {value}")
-            if limits["below"] is not None and not value < limits["below"]:
-                raise ValueError(f"{flag} must be below {limits['below']}, got {value}")
+        check_limits(self)
         self.data  # raises for means and stds that do not fit
 
     @property

@@ -36,6 +36,23 @@ def option(default: Any, help: str, *, choices: tuple | None = None, minimum: fl
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def check_limits(config: Any) -> None:
+    """Raises a ValueError that names the first setting outside the choices or limits of its :func:`option`, or an empty output."""
+    for field in dataclasses.fields(config):
+        value, limits = getattr(config, field.name), field.metadata
+        flag = f"--{field.name.replace('_', '-')}"
+        if value is None and field.default is None:
+            continue
+        if limits["choices"] and value not in limits["choices"]:
+            raise ValueError(f"{flag} must be one of {', '.join(map(str, limits['choices']))}, got {value}")
+        if limits["minimum"] is not None and not value >= limits["minimum"]:
+            raise ValueError(f"{flag} must be at least {limits['minimum']}, got {value}")
+        if limits["below"] is not None and not value < limits["below"]:
+            raise ValueError(f"{flag} must be below {limits['below']}, got {value}")
+    if not config.output:  # as of a shell's variable that is not set
+        raise ValueError("--output must be a folder, got an empty path")
+
+
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig:
     """What all examples share. A model family adds its own settings and says how its networks are built.
@@ -98,17 +115,7 @@ class TrainConfig:
     resume: str | None = option(None, "folder of a run to continue, with that run's settings", may_change=True)
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, limits = getattr(self, field.name), field.metadata
-            flag = f"--{field.name.replace('_', '-')}"
-            if value is None and field.default is None:
-                continue
-            if limits["choices"] and value not in limits["choices"]:
-                raise ValueError(f"{flag} must be one of {', '.join(map(str, limits['choices']))}, got {value}")
-            if limits["minimum"] is not None and not value >= limits["minimum"]:
-                raise ValueError(f"{flag} must be at least {limits['minimum']}, got {value}")
-            if limits["below"] is not None and not value < limits["below"]:
-                raise ValueError(f"{flag} must be below {limits['below']}, got {value}")
+        check_limits(self)
         if self.discriminator_learning_rate is not None and self.learning_rate == 0:
             raise ValueError("--learning-rate must be above 0 with --discriminator-learning-rate, got 0")
         if self.device == "cuda" and not torch.cuda.is_available():
