@@ -206,7 +206,7 @@ def test_normalization_follows_the_penalty_and_batch_norm_beside_it_is_refused(t
     dataset = ImageDataset("noise", torch.zeros(8, 1, 16, 16, dtype=torch.uint8), None)
 
     def kinds(**settings):
-        discriminator = DCGANConfig(**settings, base_channels=2).build(dataset)[1]
+        discriminator = DCGANConfig(**settings, image_size=16, base_channels=2).build(dataset)[1]
         return {type(m) for m in discriminator.main}, discriminator
 
     assert nn.BatchNorm2d in kinds()[0]
