@@ -1,7 +1,7 @@
 """Alarms: signs in the figures of a run that it will come to nothing, each with advice.
 
-They look at figures of logged steps, and at the samples at the end of an epoch, so they add nothing to the steps
-between. The limits lie far from what a run that ends well shows (default DCGAN on the digits, four epochs; medians over
+They look at figures of logged steps, and at the samples whenever a grid of them is drawn, so they add nothing to the
+steps between. The limits lie far from what a run that ends well shows (default DCGAN on the digits, four epochs; medians over
 200 steps): D(x) up to 0.93 and D(G(z)) down to 0.08 with two seeds; with one a gradient of a quarter of its largest, and samples
 0.88 times as diverse as the images at step 624, 0.96 times at step 1248.
 """
@@ -80,7 +80,7 @@ class Alarms:
         return found
 
     def drawn(self, step: int, samples: Tensor, images: Tensor) -> list[dict]:
-        """To be called when samples were drawn from fixed noise at the end of an epoch.
+        """To be called when samples were drawn from fixed noise.
 
         Args:
             step: the number of the step before.

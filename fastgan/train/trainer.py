@@ -251,7 +251,7 @@ class Trainer:
                 progress.advance()
                 run_ends = self.step == self.total_steps or self._stopping
                 epoch_ends = self.step % steps_per_epoch == 0
-                # The alarms see what a run sees that does not stop here, and not the rest: a resumed one raises the same.
+                # The figures that alarms collect are those of a run that does not stop here: a resumed one raises the same.
                 watched = epoch_ends or self.step % self.config.log_every == 0
                 logged = run_ends or watched
                 if logged:
@@ -279,8 +279,7 @@ class Trainer:
                     path = self.output / "samples" / f"epoch_{epoch + 1:04d}.png"
                     samples = self.samples(self.grid_noise)
                     save_grid(path, samples, self.config.grid[1])
-                    if epoch_ends:
-                        self._raise(self.alarms.drawn(self.step, samples, batch.images))
+                    self._raise(self.alarms.drawn(self.step, samples, batch.images))
                     if self.board:
                         self.board.draw(path, self.step)
                 if run_ends or self.step % checkpoint_every == 0:
