@@ -19,7 +19,8 @@ from fuse_models import (
 from test_fuse import assert_same, fused_calls, train
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import fastgan
 
@@ -498,6 +499,33 @@ def test_copies_pickles_and_functional_call():
     torch.testing.assert_close(
         torch.func.functional_call(fused, other, x), torch.func.functional_call(plain, other, x), rtol=1e-4, atol=1e-5
     )
+
+
+class Projection(nn.Module):
+    """With a parameter of its own beside its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.weight = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x, scale=1.0):
+        return scale * F.relu(self.conv(x)).mean((2, 3)) @ self.weight.T
+
+
+def test_a_fused_module_may_be_parametrized_itself():
+    torch.manual_seed(0)
+    plain, x = Projection(), torch.randn(2, 3, 5, 5)
+    fused = fastgan.fuse(copy.deepcopy(plain))
+    before = type(fused)
+    weight_norm(plain), weight_norm(fused)
+    assert_same(plain, fused, x)
+    torch.testing.assert_close(fused(x, scale=2.0), plain(x, scale=2.0))
+    torch.testing.assert_close(copy.deepcopy(fused)(x), plain(x))
+    _, report = fastgan.fuse(fused, report=True)
+    assert report.layers[0].activation == "relu"
+    parametrize.remove_parametrizations(fused, "weight")
+    assert type(fused) is before
+    torch.testing.assert_close(fused(x), plain(x))
 
 
 def test_not_in_place_leaves_the_module_as_it_was():

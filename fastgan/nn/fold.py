@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 import torch
 from torch import nn
 
-from fastgan.nn.fuse import FusedSequential, _plain
+from fastgan.nn.fuse import FusedSequential, _plain, _users_class
 from fastgan.nn.modules import ConvBNAct2d, ConvTransposeBNAct2d
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -44,7 +44,7 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
     places = Counter(id(child) for parent in holder.modules() for child in parent._modules.values())
     for sequential in list(holder.modules()):
         if isinstance(sequential, FusedSequential):
-            sequential.__class__ = type(sequential).__bases__[1]
+            sequential.__class__ = _users_class(sequential)
         if type(sequential) is nn.Sequential:
             _fold_sequential(sequential, places)
     return holder[0].eval()

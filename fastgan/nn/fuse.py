@@ -123,7 +123,7 @@ class FusedSequential:
         return _run_on_batches([*self, module], parts, batches, tracked) if _plain(self) else None
 
     def __reduce__(self):
-        return _rebuild, (FusedSequential, type(self).__bases__[1]), self.__dict__
+        return _rebuild, (FusedSequential, _users_class(self)), self.__dict__
 
 
 class FusedModule:
@@ -146,7 +146,7 @@ class FusedModule:
                 return plan if plan.run is not None else None
         if len(plans) == _TRACES or torch.compiler.is_compiling() or Untraceable in (*arguments, *keywords.values()):
             return None
-        plan = _Plan.of(self, type(self).__bases__[1], arguments, keywords)
+        plan = _Plan.of(self, _users_class(self), arguments, keywords)
         plans.append(plan)
         return plan if plan.run is not None else None
 
@@ -158,16 +158,21 @@ class FusedModule:
 
     def __reduce__(self):
         state = {name: value for name, value in self.__dict__.items() if name != "_fastgan_plans"}
-        return _rebuild, (FusedModule, type(self).__bases__[1]), state
+        return _rebuild, (FusedModule, _users_class(self)), state
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.__dict__["_fastgan_plans"] = _plans(self, type(self).__bases__[1])
+        self.__dict__["_fastgan_plans"] = _plans(self, _users_class(self))
 
 
 @functools.cache
 def _fused_class(mixin, base):
-    return type(f"Fused{base.__name__}", (mixin, base), {"__module__": base.__module__})
+    return type(f"Fused{base.__name__}", (mixin, base), {"__module__": base.__module__, "_fastgan_base": base})
+
+
+def _users_class(module):
+    """The class that fuse() found `module` to be of. Parametrizing a fused module puts another class on top of what fuse() made."""
+    return getattr(type(module), "_fastgan_base", type(module))
 
 
 def _rebuild(mixin, base):
@@ -262,7 +267,7 @@ class _Plan(NamedTuple):
 
 def _may_be_traced(module):
     """Whether `module` is of somebody's own class and has convolutions that no other such module has."""
-    home = type(module).__module__
+    home = _users_class(module).__module__
     if home.startswith(("torch.", "fastgan.nn.")) or "forward" in module.__dict__:
         return False
     containers = [module]
@@ -297,7 +302,7 @@ def _required_arguments(base):
 
 
 def _fuse_by_trace(module, prefix, found):
-    base = type(module).__bases__[1] if isinstance(module, FusedModule) else type(module)
+    base = _users_class(module)
     plans = _plans(module, base)
     if any(plan.run is not None for plan in plans) and not isinstance(module, FusedModule):
         module.__class__ = _fused_class(FusedModule, base)
@@ -382,12 +387,8 @@ def _fusion(module, name, found):
             break
     owner = module.get_submodule(owner)
     own = "is an nn.Sequential with a forward of its own" if isinstance(owner, nn.Sequential) else None
-    reason = f"{type(owner).__name__} {own}" if own else f"no call of it was seen in forward of {_class_name(owner)}"
+    reason = f"{type(owner).__name__} {own}" if own else f"no call of it was seen in forward of {_users_class(owner).__name__}"
     return Fusion(name, False, reason=reason)
-
-
-def _class_name(module):
-    return type(module).__bases__[1].__name__ if isinstance(module, FusedModule) else type(module).__name__
 
 
 class _Layer:
