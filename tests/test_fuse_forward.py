@@ -7,6 +7,7 @@ import io
 import pickle
 import random
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -526,6 +527,47 @@ def test_a_fused_module_may_be_parametrized_itself():
     parametrize.remove_parametrizations(fused, "weight")
     assert type(fused) is before
     torch.testing.assert_close(fused(x), plain(x))
+
+
+class Locked(nn.Module):
+    """Holds what cannot be copied, and hands over the rest in a form of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.lock = nn.Conv2d(3, 8, 3), threading.Lock()
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        del state["lock"]
+        return state, "unlocked"
+
+    def __setstate__(self, state):
+        super().__setstate__(state[0])
+        self.lock = threading.Lock()
+
+    def forward(self, x):
+        return F.relu(self.conv(x))
+
+
+class LockedSequential(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 3), nn.ReLU())
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("build", [Locked, LockedSequential])
+def test_copies_and_pickles_are_made_by_the_modules_own_getstate_and_setstate(build):
+    fused, x = fastgan.fuse(build()), torch.randn(2, 3, 5, 5)
+    for clone in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert type(clone) is type(fused) and fused_calls(clone, x) == ["conv2d_act"] and clone.lock is not fused.lock
+        torch.testing.assert_close(clone(x), fused(x))
 
 
 def test_not_in_place_leaves_the_module_as_it_was():

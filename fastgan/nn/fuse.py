@@ -123,7 +123,7 @@ class FusedSequential:
         return _run_on_batches([*self, module], parts, batches, tracked) if _plain(self) else None
 
     def __reduce__(self):
-        return _rebuild, (FusedSequential, _users_class(self)), self.__dict__
+        return _rebuild, (FusedSequential, _users_class(self)), _state(self)
 
 
 class FusedModule:
@@ -157,8 +157,7 @@ class FusedModule:
         )
 
     def __reduce__(self):
-        state = {name: value for name, value in self.__dict__.items() if name != "_fastgan_plans"}
-        return _rebuild, (FusedModule, _users_class(self)), state
+        return _rebuild, (FusedModule, _users_class(self)), _state(self)
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -178,6 +177,18 @@ def _users_class(module):
 def _rebuild(mixin, base):
     cls = _fused_class(mixin, base)
     return cls.__new__(cls)
+
+
+def _state(module):
+    """What a copy or a pickle of `module` is made from, by its own __getstate__ where it has one."""
+    return module.__getstate__() if hasattr(module, "__getstate__") else module.__dict__  # all objects have it since Python 3.11
+
+
+class _Plans(list):
+    """The traces of a module. Copies and pickles are empty: the module there is traced anew."""
+
+    def __reduce__(self):
+        return _Plans, ()
 
 
 def _run_children(children, input):
@@ -283,7 +294,7 @@ def _may_be_traced(module):
 def _plans(module, base):
     """The traces for a call with the required arguments, all tensors, in both modes."""
     arguments = _required_arguments(base)
-    mode, plans = module.training, []
+    mode, plans = module.training, _Plans()
     for training in (mode, not mode):
         module.__dict__["training"] = training  # of this module alone: its layers are not called
         try:
