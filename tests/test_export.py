@@ -95,13 +95,26 @@ def hooked():
     return network
 
 
+class Residual(ConvBNAct2d):
+    def forward(self, input):
+        return input + super().forward(input)
+
+
+def hooked_own():
+    layer = ConvBNAct2d(3, 3, 1)
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return layer
+
+
 @pytest.mark.parametrize("build", [
     shared,
     hooked,
+    hooked_own,
+    lambda: Residual(3, 3, 1),
     lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)),
     lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)),
     lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3)),
-], ids=["shared", "hooked", "no running statistics", "behind an activation", "parametrized"])  # fmt: skip
+], ids=["shared", "hooked", "hooked module of fastgan", "subclass of one", "no running statistics", "behind an activation", "parametrized"])  # fmt: skip
 def test_what_cannot_be_folded_stays_and_computes_the_same(build):
     network, input = settled(build(), 2, 3, 4, 4)
     folded = fold_batch_norm(network)

@@ -38,7 +38,7 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
     holder = nn.Sequential(copy.deepcopy(module))  # so that the network itself can be replaced too
     for parent in list(holder.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, (ConvBNAct2d, ConvTransposeBNAct2d)):
+            if type(child) in (ConvBNAct2d, ConvTransposeBNAct2d) and _plain(child):
                 setattr(parent, name, child.plain())
     # Not children(), which gives a layer with two places once.
     places = Counter(id(child) for parent in holder.modules() for child in parent._modules.values())
