@@ -162,6 +162,16 @@ def test_every_activation(activation, bn, device):
     assert_same(plain, fastgan.fuse(copy.deepcopy(plain)), torch.randn(4, 3, 8, 8, device=device))
 
 
+@pytest.mark.parametrize("set_to", [1, (1,), [1, 1]], ids=str)
+def test_attributes_of_convolutions_may_be_set_as_pytorch_takes_them(set_to, device):
+    plain = nn.Sequential(nn.Conv2d(3, 16, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.Conv2d(16, 16, 4, 2, 1))
+    plain[0].padding = set_to  # nn.ConvTranspose2d takes a tuple alone
+    for conv in (plain[0], plain[2]):
+        conv.stride = conv.dilation = set_to
+    plain[2].output_padding = 0
+    assert_same(plain, fastgan.fuse(copy.deepcopy(plain)), torch.randn(4, 3, 8, 8, device=device))
+
+
 def test_nested_shared_and_mixed_children():
     shared = nn.Conv2d(8, 8, 3, padding=1)
     plain = nn.Sequential(

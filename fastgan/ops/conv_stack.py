@@ -8,7 +8,7 @@ import math
 import torch
 
 from fastgan import _extension
-from fastgan.ops._conv import ACTIVATION_CODES, group_arguments
+from fastgan.ops._conv import ACTIVATION_CODES, group_arguments, pair
 
 _INTEGERS, _NUMBERS = 12, 3  # a layer, as in csrc/ops/conv_stack.h
 _CUDA_PIXELS = 2**31 - 128  # indices_fit() in csrc/cuda/conv4x4s2.cu
@@ -60,9 +60,10 @@ class StackCall:
             return False
         weight, transposed = conv.weight, isinstance(conv, torch.nn.ConvTranspose2d)
         parameters = [weight, conv.bias, *((bn.weight, bn.bias) if bn is not None else (None, None))]
-        if isinstance(conv.padding, str) or conv.groups != 1 or any(d != 1 for d in conv.dilation):
+        if isinstance(conv.padding, str) or conv.groups != 1 or any(d != 1 for d in pair(conv.dilation)):
             return False
-        if transposed and any(conv.output_padding):
+        stride, padding = pair(conv.stride), pair(conv.padding)
+        if transposed and any(pair(conv.output_padding)):
             return False
         if any(t is not None and (t.dtype != torch.float32 or t.device != self.input.device) for t in (*parameters, *running)):
             return False
@@ -76,14 +77,14 @@ class StackCall:
         if any(t is not None and tuple(t.shape) != (out_channels,) for t in (*parameters[1:], *running)):
             return False
         new_size = []
-        for side, kernel, stride, padding in zip(size, weight.shape[2:], conv.stride, conv.padding):
-            room = side + 2 * padding - kernel
-            new_size.append((side - 1) * stride - 2 * padding + kernel if transposed else room // stride + 1 if room >= 0 else 0)
+        for side, k, s, p in zip(size, weight.shape[2:], stride, padding):
+            room = side + 2 * p - k
+            new_size.append((side - 1) * s - 2 * p + k if transposed else room // s + 1 if room >= 0 else 0)
         if min(new_size) < 1 or batch < 1 or (
             uses_batch and process_group is None and batch * new_size[0] * new_size[1] == 1
         ):
             return False
-        if self._cuda and not self._cuda_takes(conv, new_size, process_group):
+        if self._cuda and not self._cuda_takes(conv, stride, padding, new_size, process_group):
             return False
         if self._cuda and bn is not None and not uses_batch and len(running) == 0:
             return False
@@ -92,7 +93,7 @@ class StackCall:
             if activation == "leaky_relu" and negative_slope < 0:
                 return False
             self._complete = activation != "leaky_relu"
-        minimal = tuple(weight.shape[2:]) == (4, 4) and conv.stride == (2, 2) and conv.padding == (1, 1)
+        minimal = tuple(weight.shape[2:]) == (4, 4) and stride == (2, 2) and padding == (1, 1)
         small, large = (channels, out_channels) if transposed else (out_channels, channels)
         if self.dtype == torch.bfloat16 and _extension.CPU_ISA == "amx":  # conv4x4s2_supported in csrc/cpu/conv4x4s2.cpp
             minimal &= batch >= 16
@@ -104,11 +105,11 @@ class StackCall:
         self.process_group = process_group or self.process_group
         statistics = uses_batch if process_group is None else 2
         flags = [present[0], bn is not None, present[1], present[2], len(running) > 0, statistics]
-        self.layers += [int(transposed), *conv.stride, *conv.padding, *map(int, flags), ACTIVATION_CODES[activation]]
+        self.layers += [int(transposed), *stride, *padding, *map(int, flags), ACTIVATION_CODES[activation]]
         self.numbers += [momentum, bn.eps if bn is not None else 0.0, negative_slope]
         return True
 
-    def _cuda_takes(self, conv, new_size, process_group):
+    def _cuda_takes(self, conv, stride, padding, new_size, process_group):
         """The rule of make_plan() in csrc/ops/cuda_conv_stack_plan.cpp."""
         if self._complete or process_group is not None or tuple(conv.weight.shape[2:]) != (4, 4):
             return False
@@ -119,7 +120,7 @@ class StackCall:
             return False
         if self.shape[0] * (large[0] + 1) * (large[1] + 1) >= _CUDA_PIXELS:
             return False
-        shape = (conv.stride, conv.padding)
+        shape = (stride, padding)
         return shape == ((2, 2), (1, 1)) or shape == ((1, 1), (0, 0)) and tuple(small) == (1, 1)
 
     def run(self):
