@@ -7,6 +7,7 @@ import io
 import pickle
 import random
 import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -620,3 +621,61 @@ def test_garbage_collected_while_tracing_is_not_taken_for_forwards_doing():
         gc.set_threshold(*threshold)
         gc.callbacks.remove(read_the_time)
     assert gc.isenabled() and all(layer.fused for layer in report.layers), report
+
+
+def meanwhile():
+    """What happens while Interrupted's forward runs."""
+
+
+class Interrupted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x, scale=1.0):
+        h = self.conv(x)
+        meanwhile()
+        return scale * F.relu(h)
+
+
+def test_another_threads_calls_while_a_module_is_traced_are_its_own(monkeypatch):
+    fused, other = fastgan.fuse(Interrupted()), nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    x, z, results = torch.randn(2, 3, 5, 5), torch.randn(4, 2), []
+    expected = fused(x), other(z)
+
+    def call():
+        try:
+            results.extend([fused(x), other(z)])
+        except Exception as error:
+            results.append(error)
+
+    def call_in_another_thread():
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(sys.modules[__name__], "meanwhile", call_in_another_thread)
+    torch.testing.assert_close(fused(x, scale=2.0), 2 * expected[0])
+    torch.testing.assert_close(results[:2], [*expected])  # the trace is refused, as it waits: forward runs once more
+
+
+def test_two_threads_that_trace_leave_torch_as_it_was(monkeypatch):
+    methods = nn.Module.__call__, nn.Module.__getattr__
+    for method in methods:
+        monkeypatch.setattr(nn.Module, method.__name__, method)  # put back for other tests
+    inside, done = threading.Event(), threading.Event()
+    second = threading.Thread(target=lambda: fastgan.fuse(Interrupted()))
+
+    def wait_for_the_other():
+        if threading.current_thread() is second:
+            inside.set()
+            done.wait(10)
+        elif second.ident is None:
+            second.start()
+            inside.wait(0.5)
+
+    monkeypatch.setattr(sys.modules[__name__], "meanwhile", wait_for_the_other)
+    fastgan.fuse(Interrupted())
+    done.set()
+    second.join()
+    assert (nn.Module.__call__, nn.Module.__getattr__) == methods

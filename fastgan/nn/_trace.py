@@ -15,6 +15,7 @@ import os
 import pickle
 import random
 import sys
+import threading
 import types
 import typing
 
@@ -33,6 +34,9 @@ _ACTING = ("print", "input", "open", "setattr", "delattr", "exec")
 _STATES = (
     "is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled", "is_autocast_cpu_enabled", "manual_seed",
 )
+# Held while a module is traced: torch.fx replaces methods of nn.Module then, which two traces would not put back in order.
+TRACING = threading.RLock()
+_tracing_thread = None
 
 
 class Untraceable(Exception):
@@ -106,6 +110,13 @@ def trace(module, base, arguments, keywords):
     Raises:
         Untraceable: with its reads.
     """
+    global _tracing_thread
+    with TRACING:
+        _tracing_thread = threading.get_ident()
+        return _trace(module, base, arguments, keywords)
+
+
+def _trace(module, base, arguments, keywords):
     count = sum(value is TENSOR for value in (*arguments, *keywords.values()))
     reads, tracer = Reads(), _Tracer()
 
@@ -126,7 +137,7 @@ def trace(module, base, arguments, keywords):
         for name, child in module.named_modules():
             child.__dict__["_fastgan_reads"] = (reads, f"{name}." if name else "")
             child.__class__ = type(type(child).__name__, (_Recorder, type(child)), {})
-        module.__class__.forward = scope["traced"]
+        module.__class__._fastgan_traced = scope["traced"]
         graph = tracer.trace(module)
         if changed := reads.changed_contents(module):
             raise Untraceable(f"it changes the contents of self.{changed[0]}")
@@ -177,9 +188,12 @@ class _Tracer(fx.Tracer):
     """
     Attributes:
         found: what forward did that a trace would lose.
+
+    The calls that other threads make meanwhile, of any module, pass straight through.
     """
 
     proxy_buffer_attributes = True
+    traced_func_name = "_fastgan_traced"  # so that forward is what it was, for other threads
 
     def __init__(self):
         super().__init__()
@@ -187,6 +201,16 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module, name):
         return True
+
+    def call_module(self, module, forward, args, kwargs):
+        if threading.get_ident() != _tracing_thread:
+            return forward(*args, **kwargs)
+        return super().call_module(module, forward, args, kwargs)
+
+    def getattr(self, name, value, parameter_proxy_cache):
+        if threading.get_ident() != _tracing_thread:
+            return value
+        return super().getattr(name, value, parameter_proxy_cache)
 
     def create_arg(self, value):
         if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
@@ -203,10 +227,13 @@ def _children(module):
 
 
 class _Recorder:
-    """Mixed into a module's class while it is traced: notes the attributes its own code reads, and the children it sees."""
+    """Mixed into a module's class while it is traced: notes the attributes its own code reads, and the children it sees.
+    Other threads, which may call the module meanwhile, notice nothing."""
 
     def __getattribute__(self, name):
         value = super().__getattribute__(name)
+        if threading.get_ident() != _tracing_thread:
+            return value
         if name == "_modules":  # loops over a container, named_children(), ...
             if _is_for_user(sys._getframe(1)):
                 self._fastgan_note_children()
@@ -223,6 +250,8 @@ class _Recorder:
         return value
 
     def __getattr__(self, name):  # of children, parameters and buffers
+        if threading.get_ident() != _tracing_thread:
+            return super().__getattr__(name)
         self._fastgan_note_children()
         reads, path = self.__dict__["_fastgan_reads"]
         users = _is_users(sys._getframe(1))
@@ -241,7 +270,7 @@ class _Recorder:
         reads.children.setdefault(path.removesuffix("."), _children(self))
 
     def __setattr__(self, name, value):
-        if _is_users(sys._getframe(1)):
+        if threading.get_ident() == _tracing_thread and _is_users(sys._getframe(1)):
             path = object.__getattribute__(self, "__dict__")["_fastgan_reads"][1]
             raise Untraceable(f"it sets self.{path}{name}")
         super().__setattr__(name, value)

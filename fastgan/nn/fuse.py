@@ -17,7 +17,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastgan import _extension, ops
-from fastgan.nn._trace import TENSOR, Reads, Untraceable, kind, trace
+from fastgan.nn._trace import TENSOR, TRACING, Reads, Untraceable, kind, trace
 from fastgan.nn.modules import BatchNormCall, GaussianNoise, conv_arguments, run_batch_norm_layer
 from fastgan.nn.report import Fusion, FusionReport
 from fastgan.nn.sync_batch_norm import SyncBatchNorm
@@ -141,13 +141,15 @@ class FusedModule:
         """The trace for these arguments and the state the module is in, or None: then its own forward runs."""
         arguments, keywords = [kind(value) for value in args], {name: kind(value) for name, value in kwargs.items()}
         plans = self.__dict__["_fastgan_plans"]
-        for plan in plans:
-            if plan.takes(arguments, keywords) and plan.reads.hold(self):
-                return plan if plan.run is not None else None
-        if len(plans) == _TRACES or torch.compiler.is_compiling() or Untraceable in (*arguments, *keywords.values()):
-            return None
-        plan = _Plan.of(self, _users_class(self), arguments, keywords)
-        plans.append(plan)
+        plan = plans.find(self, arguments, keywords)
+        if plan is None:
+            if len(plans) >= _TRACES or torch.compiler.is_compiling() or Untraceable in (*arguments, *keywords.values()):
+                return None
+            with TRACING:
+                plan = plans.find(self, arguments, keywords)  # which another thread may have made meanwhile
+                if plan is None:
+                    plan = _Plan.of(self, _users_class(self), arguments, keywords)
+                    plans.append(plan)
         return plan if plan.run is not None else None
 
     def _fastgan_run(self, input, *children):
@@ -186,6 +188,10 @@ def _state(module):
 
 class _Plans(list):
     """The traces of a module. Copies and pickles are empty: the module there is traced anew."""
+
+    def find(self, module, arguments, keywords):
+        """The one for these arguments and the state the module is in, or None."""
+        return next((plan for plan in self if plan.takes(arguments, keywords) and plan.reads.hold(module)), None)
 
     def __reduce__(self):
         return _Plans, ()
@@ -420,7 +426,7 @@ class _Layer:
         return f"leaky_relu({self.negative_slope:g})" if self.activation == "leaky_relu" else self.activation
 
     def run(self, input):
-        transposed = type(self.conv) is nn.ConvTranspose2d
+        transposed = isinstance(self.conv, nn.ConvTranspose2d)  # whose class another thread may have changed: see _trace.py
         arguments = dict(conv_arguments(self.conv), activation=self.activation, negative_slope=self.negative_slope)
         if self.bn is None:
             operator = ops.conv_transpose2d_act if transposed else ops.conv2d_act
