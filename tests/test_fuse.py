@@ -162,6 +162,17 @@ def test_every_activation(activation, bn, device):
     assert_same(plain, fastgan.fuse(copy.deepcopy(plain)), torch.randn(4, 3, 8, 8, device=device))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("conv", [lambda: nn.Conv2d(3, 16, 4, 2, 1), lambda: nn.Conv2d(3, 5, 3)], ids=["a run", "a layer"])
+@pytest.mark.parametrize("bn", [True, False])
+def test_what_leaves_leaky_relu_may_be_changed_in_place(conv, bn, layout, device):
+    first = conv()
+    norm = [nn.BatchNorm2d(first.out_channels)] if bn else []
+    plain = nn.Sequential(first, *norm, nn.LeakyReLU(0.2), nn.ELU(inplace=True))
+    x = torch.randn(4, 3, 8, 8, device=device).contiguous(memory_format=layout)
+    assert_same(plain, fastgan.fuse(copy.deepcopy(plain)), x)
+
+
 @pytest.mark.parametrize("set_to", [1, (1,), [1, 1]], ids=str)
 def test_attributes_of_convolutions_may_be_set_as_pytorch_takes_them(set_to, device):
     plain = nn.Sequential(nn.Conv2d(3, 16, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.Conv2d(16, 16, 4, 2, 1))

@@ -623,6 +623,38 @@ def test_garbage_collected_while_tracing_is_not_taken_for_forwards_doing():
     assert gc.isenabled() and all(layer.fused for layer in report.layers), report
 
 
+class ChangedInPlace(nn.Module):
+    """One forward a name; each changes what leaves LeakyReLU."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.act, self.elu, self.how = nn.Conv2d(3, 16, 4, 2, 1), nn.LeakyReLU(0.2), nn.ELU(inplace=True), how
+
+    def forward(self, x):
+        return getattr(self, self.how)(self.conv(x))
+
+    def by_a_module(self, h):
+        return self.elu(self.act(h))
+
+    def by_a_method(self, h):
+        return F.leaky_relu(h, 0.2).mul_(2)
+
+    def by_a_function(self, h):
+        return F.elu(F.leaky_relu(h, 0.2), inplace=True)
+
+    def later(self, h):
+        h = self.act(h)
+        return h.mean() + F.elu_(h)
+
+
+@pytest.mark.parametrize("how", [name for name in vars(ChangedInPlace) if name.startswith("by") or name == "later"])
+def test_what_leaves_leaky_relu_may_be_changed_in_place(how):
+    torch.manual_seed(0)
+    plain = ChangedInPlace(how)
+    assert_same(plain, fastgan.fuse(copy.deepcopy(plain)), torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last))
+    assert "its output is changed in place" in reported(plain)["conv"]
+
+
 def meanwhile():
     """What happens while Interrupted's forward runs."""
 

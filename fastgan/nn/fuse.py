@@ -366,7 +366,7 @@ def _why_ended(children, names, end, layer):
         child = children[end]
         kinds = (*_BATCH_NORMS, *_ACTIVATIONS)
         if isinstance(child, kinds) and not (layer.bn is not None and isinstance(child, _BATCH_NORMS)):
-            return f"not with {names[end]}: {_why_not(child)}"
+            return f"not with {names[end]}: {_why_not(child) or 'its output is changed in place'}"
     return None
 
 
@@ -624,7 +624,15 @@ def _match(children, position):
         child = children[position]
         if type(child) is _Activation or type(child) in _ACTIVATIONS and _plain(child):
             activation = child
+    if bn is None and type(activation) is nn.LeakyReLU and _changed_in_place(children, position):
+        activation = None
     return _Layer(conv, bn, activation)
+
+
+def _changed_in_place(children, position):
+    """Whether the output of children[position] is overwritten by the child behind it. PyTorch takes the derivative of LeakyReLU from
+    its input; the operators, behind a convolution alone, from the output, which then has to stay. Other activations need theirs anyway."""
+    return position + 1 < len(children) and getattr(children[position + 1], "inplace", False) is True
 
 
 def _match_norm(children, position, input):
@@ -681,6 +689,18 @@ def _fuse_graph(module, graph):
         single = len(node.users) == 1 and user.args[:1] == (node,) and len(user.all_input_nodes) == 1
         return user if single else None
 
+    def is_leaky_relu(node):
+        if node.op == "call_module":
+            return isinstance(modules[node.target], nn.LeakyReLU)
+        return (_functional_activation(node) or ("",))[0] == "leaky_relu"
+
+    def changes_in_place(node):
+        """See _changed_in_place."""
+        if node.op == "call_module":
+            return getattr(modules[node.target], "inplace", False) is True
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        return node.kwargs.get("inplace") is True or name.endswith("_") and not name.endswith("__")
+
     for node in calls:
         if node in done or not isinstance(modules[node.target], _CONVOLUTIONS):
             continue
@@ -695,6 +715,9 @@ def _fuse_graph(module, graph):
                 last, stage = child, 1
             elif stage == 1 and takes(current, _BATCH_NORMS) and uses[id(modules[child])] == 1:
                 stage = 2
+            elif stage == 1 and is_leaky_relu(current) and any(map(changes_in_place, current.users)):
+                reasons[last] = f"not with {_describe(current, modules, uses)}: its output is changed in place"
+                break
             elif stage < 3 and takes(current, tuple(_ACTIVATIONS)):
                 stage = 3
             elif stage < 3 and (activation := _functional_activation(current)):
