@@ -711,3 +711,23 @@ def test_two_threads_that_trace_leave_torch_as_it_was(monkeypatch):
     done.set()
     second.join()
     assert (nn.Module.__call__, nn.Module.__getattr__) == methods
+def test_packages_beside_torchs_whose_names_begin_like_it_are_watched():
+    name = "torchnetworks"
+    source = Path(torch.__file__).parent.with_name(name) / "model.py"
+    scope = {"__name__": name, "nn": nn, "F": F}
+    program = """
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gain = nn.Conv2d(3, 4, 3), 1.0
+
+    def forward(self, x):
+        return F.dropout(F.relu(self.conv(x)), 0.5, self.training) * self.gain
+"""
+    exec(compile(program, str(source), "exec"), scope)
+    plain, x = scope["Network"](), torch.randn(2, 3, 5, 5)
+    fused = fastgan.fuse(plain)
+    assert fused_calls(fused, x) == ["conv2d_act"]
+    plain.eval(), fused.eval()
+    plain.gain = fused.gain = 3.0
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)

@@ -24,8 +24,8 @@ from torch import fx, nn
 
 from fastgan import _arguments
 
-_TORCH = os.path.dirname(torch.__file__)
-_FX = os.path.dirname(fx.__file__)
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")  # with the separator: torchvision lies beside it
+_FX = os.path.join(os.path.dirname(fx.__file__), "")
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 # Modules whose functions answer differently from call to call, and builtin functions that act on the world.
 _CHANGING = ("time", "datetime", "secrets")
