@@ -711,6 +711,79 @@ def test_two_threads_that_trace_leave_torch_as_it_was(monkeypatch):
     done.set()
     second.join()
     assert (nn.Module.__call__, nn.Module.__getattr__) == methods
+class Changes(nn.Module):
+    """One forward a name; each changes a tensor in place that goes by another name too."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.norm, self.last, self.short = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Conv2d(3, 4, 3)
+        self.how = how
+
+    def forward(self, x):
+        return getattr(self, self.how)(x)
+
+    def residual(self, x):
+        h = self.norm(self.conv(x))
+        skip = h
+        h += self.short(x)
+        return self.last(F.relu(h)) + skip
+
+    def activated(self, x):
+        h = skip = F.leaky_relu(self.conv(x), 0.2)
+        h *= 0.5
+        return torch.tanh(self.last(h)) + skip
+
+    def between_two_layers(self, x):
+        h = skip = self.conv(x)
+        h -= 0.5
+        return F.relu(self.norm(h)) + skip
+
+    def of_its_argument(self, x):
+        x -= 0.5
+        return F.relu(self.conv(x))
+
+    def of_a_view(self, x):
+        view = x[:, :1]
+        view -= 5
+        transposed = x.mT
+        transposed /= 2
+        return F.relu(self.conv(x))
+
+    def of_a_size(self, x):
+        h = F.relu(self.conv(x))
+        size = before = x.shape[0]
+        size += 1
+        return h * size + before
+
+
+@pytest.mark.parametrize("how", [name for name in vars(Changes) if not name.startswith("_") and name != "forward"])
+def test_tensors_changed_in_place_are_changed_under_all_their_names(how):
+    torch.manual_seed(0)
+    plain = Changes(how).double()
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    fused = fastgan.fuse(copy.deepcopy(plain))
+    assert any(call.startswith("conv") for call in fused_calls(fused, x.clone()))
+    plain.train(), fused.train()
+    arguments = x.clone(), x.clone()
+    outputs = [network(argument) for network, argument in zip((plain, fused), arguments)]
+    torch.testing.assert_close(*outputs)
+    assert torch.equal(*arguments)
+    for network, output in zip((plain, fused), outputs):
+        output.square().sum().backward()
+    for theirs, ours in zip(plain.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+class SetsData(Changes):
+    def forward(self, x):
+        x.data = x.data * 2
+        return F.relu(self.conv(x))
+
+
+def test_an_attribute_set_on_a_tensor_is_refused():
+    assert "it sets the attribute data of a tensor" in reported(SetsData(""))["conv"]
+
+
 def test_packages_beside_torchs_whose_names_begin_like_it_are_watched():
     name = "torchnetworks"
     source = Path(torch.__file__).parent.with_name(name) / "model.py"

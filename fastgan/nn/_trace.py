@@ -11,6 +11,7 @@ import abc
 import copy
 import functools
 import gc
+import operator
 import os
 import pickle
 import random
@@ -184,6 +185,48 @@ def kind(value):
     return value if isinstance(value, _SIMPLE) else Untraceable
 
 
+def _in_place(name):
+    """``operator.iadd`` and its like as a function of its own: torch.fx would write ``a += b``, by which `a` would stand for the
+    sum where it is a number, such as a size, that forward also keeps."""
+    operation = getattr(operator, name)
+
+    def change(value, other):
+        return operation(value, other)
+
+    change.__name__ = name
+    return change
+
+
+class _StandIn:
+    """Mixed into torch.fx's stand-ins: what theirs do otherwise than a tensor."""
+
+    def __getattr__(self, name):
+        return _Attribute(self, name)
+
+    def __setattr__(self, name, value):
+        if _is_users(sys._getframe(1)):
+            raise Untraceable(f"it sets the attribute {name} of a tensor")
+        super().__setattr__(name, value)
+
+
+def _changing(function):
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+_OPERATORS = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+IN_PLACE = {f"__i{name}__": _in_place(f"i{name}") for name in _OPERATORS}
+for _name, _function in IN_PLACE.items():
+    setattr(_StandIn, _name, _changing(_function))
+
+
+class _Proxy(_StandIn, fx.Proxy):
+    pass
+
+
+class _Attribute(_StandIn, fx.proxy.Attribute):
+    pass
+
+
 class _Tracer(fx.Tracer):
     """
     Attributes:
@@ -198,6 +241,9 @@ class _Tracer(fx.Tracer):
     def __init__(self):
         super().__init__()
         self.found = []
+
+    def proxy(self, node):
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module, name):
         return True
@@ -314,7 +360,7 @@ def _asks(value):
 
 def _is_tensor(value):
     """Whether what a stand-in stands for is a tensor without doubt: an argument or a buffer. A result may be a tuple or a size."""
-    return type(value) is fx.Proxy and value.node.op in ("placeholder", "get_attr")
+    return type(value) is _Proxy and value.node.op in ("placeholder", "get_attr")
 
 
 def _refuse(value, question):

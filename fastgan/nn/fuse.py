@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import operator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastgan import _extension, ops
-from fastgan.nn._trace import TENSOR, TRACING, Reads, Untraceable, kind, trace
+from fastgan.nn._trace import IN_PLACE, TENSOR, TRACING, Reads, Untraceable, kind, trace
 from fastgan.nn.modules import BatchNormCall, GaussianNoise, conv_arguments, run_batch_norm_layer
 from fastgan.nn.report import Fusion, FusionReport
 from fastgan.nn.sync_batch_norm import SyncBatchNorm
@@ -736,10 +737,19 @@ def _fuse_graph(module, graph):
         with graph.inserting_before(node):
             # Where the first layer ran: what happens in between cannot change its input then.
             call = graph.create_node("call_module", "_fastgan_run", (node.args[0], *children))
+            if any(_changes(user) for user in nodes[-1].users):  # which may be kept for the backward pass
+                call = graph.call_method("clone", (call,))
         nodes[-1].replace_all_uses_with(call)
         for old in reversed(nodes):
             graph.erase_node(old)
     return chains, reasons
+
+
+def _changes(node):
+    """Whether `node` changes its first argument in place."""
+    if node.op == "call_method":
+        return node.target.endswith("_") and not node.target.endswith("__")
+    return node.target is operator.setitem or node.target in IN_PLACE.values()
 
 
 def _functional_activation(node):
