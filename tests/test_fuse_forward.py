@@ -298,6 +298,30 @@ class Asks(nn.Module):
     def size_is_int(self, x, h):
         return h * 2 if isinstance(x.shape[0], int) else h
 
+    def dtype_is(self, x, h):
+        return h * 2 if h.dtype is torch.float32 else h
+
+    def dtype_is_in_set(self, x, h):
+        return h * 2 if x.dtype in {torch.float32} else h
+
+    def dtype_is_a_key(self, x, h):
+        return h * {torch.float32: 2.0}.get(x.dtype, 1.0)
+
+    def device_in_words(self, x, h):
+        return h * 2 if "cpu" in str(x.device) else h
+
+    def formatted(self, x, h):
+        return h * 2 if f"{x.dtype}" == "torch.float32" else h
+
+    def tensor_in_words(self, x, h):
+        return h * len(repr(x))
+
+    def has_no_graph(self, x, h):
+        return h if h.grad_fn is None else h * 2
+
+    def uses_metadata(self, x, h):
+        return h.to(dtype=x.dtype) * x.to(x.device).mean()
+
     def swallows(self, x, h):
         try:
             return h if isinstance(h, tuple) else h * 2
@@ -311,7 +335,7 @@ class Asks(nn.Module):
 
 
 ANSWERED = (
-    "is_instance", "is_one_of", "is_optional", "is_tensor", "has_method", "is_callable", "others",
+    "is_instance", "is_one_of", "is_optional", "is_tensor", "has_method", "is_callable", "others", "uses_metadata",
 )  # fmt: skip
 
 
@@ -326,7 +350,7 @@ def test_what_forward_asks_about_a_tensor_is_answered_as_for_one_or_refused(how)
         torch.testing.assert_close(fused(tensor), plain(tensor), rtol=1e-4, atol=1e-5)
     assert report.layers[0].fused == (how in ANSWERED)
     if how not in ANSWERED:
-        assert "forward of Asks cannot be traced: it calls " in report.layers[0].reason
+        assert re.search("forward of Asks cannot be traced: it (calls|looks at) ", report.layers[0].reason)
 
 
 class Optional(nn.Module):

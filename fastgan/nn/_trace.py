@@ -31,6 +31,8 @@ _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch
 # Modules whose functions answer differently from call to call, and builtin functions that act on the world.
 _CHANGING = ("time", "datetime", "secrets")
 _ACTING = ("print", "input", "open", "setattr", "delattr", "exec")
+# Attributes of a tensor that forward may look at by `is`.
+_METADATA = ("dtype", "device", "layout", "requires_grad", "is_leaf", "grad", "grad_fn")
 # What forward may ask PyTorch outside of any tensor, and would be told differently another time.
 _STATES = (
     "is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled", "is_autocast_cpu_enabled", "manual_seed",
@@ -140,6 +142,9 @@ def _trace(module, base, arguments, keywords):
             child.__class__ = type(type(child).__name__, (_Recorder, type(child)), {})
         module.__class__._fastgan_traced = scope["traced"]
         graph = tracer.trace(module)
+        for attribute in tracer.asked:
+            if not attribute.node.users:
+                raise Untraceable(f"it looks at the {attribute.attr} of a tensor, which a trace does not know")
         if changed := reads.changed_contents(module):
             raise Untraceable(f"it changes the contents of self.{changed[0]}")
         if pickle.dumps(_random_states()) != pickle.dumps(numbers):
@@ -201,7 +206,20 @@ class _StandIn:
     """Mixed into torch.fx's stand-ins: what theirs do otherwise than a tensor."""
 
     def __getattr__(self, name):
-        return _Attribute(self, name)
+        attribute = _Attribute(self, name)
+        if name in _METADATA:
+            self.tracer.asked.append(attribute)
+        return attribute
+
+    def __hash__(self):
+        if _is_users(sys._getframe(1)):
+            _refuse(self, "hash")
+        return super().__hash__()
+
+    def __repr__(self):
+        if _is_users(sys._getframe(1)):
+            _refuse(self, "str or repr")
+        return super().__repr__()
 
     def __setattr__(self, name, value):
         if _is_users(sys._getframe(1)):
@@ -231,6 +249,7 @@ class _Tracer(fx.Tracer):
     """
     Attributes:
         found: what forward did that a trace would lose.
+        asked: the stand-ins for a tensor's dtype, device, ...
 
     The calls that other threads make meanwhile, of any module, pass straight through.
     """
@@ -240,7 +259,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.found, self.asked = [], []
 
     def proxy(self, node):
         return _Proxy(node, self)
