@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -735,6 +736,65 @@ def test_two_threads_that_trace_leave_torch_as_it_was(monkeypatch):
     done.set()
     second.join()
     assert (nn.Module.__call__, nn.Module.__getattr__) == methods
+class Scale:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x):
+        return x * self.factor
+
+
+class Kept(nn.Module):
+    """Reads what it keeps in attributes that can be replaced or changed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.first = self.second = nn.ReLU()
+        self.bias = self.shift = nn.Parameter(torch.ones(1))
+        self.impl, self.scale = self.stage1, Scale(2.0)
+        self.slope = functools.partial(F.leaky_relu, negative_slope=0.2)
+        self.squash, self.negate = torch.sigmoid, lambda x: -x
+
+    def stage1(self, x):
+        return x * 2
+
+    def stage2(self, x):
+        return x * 3
+
+    def forward(self, x):
+        return type(self).act(self, self.conv(x))
+
+
+KEPT = {
+    "method": (lambda net, h: net.impl(h), lambda net: setattr(net, "impl", net.stage2), True),
+    "alias": (lambda net, h: net.first(h) + net.second(-h), lambda net: setattr(net, "second", nn.Tanh()), True),
+    "tied parameter": (lambda net, h: h * net.bias + net.shift, lambda net: setattr(net, "shift", nn.Parameter(torch.zeros(1))), True),
+    "partial": (lambda net, h: net.slope(h), lambda net: setattr(net, "slope", functools.partial(F.leaky_relu)), True),
+    "functions": (lambda net, h: net.squash(net.negate(h)), lambda net: setattr(net, "squash", torch.tanh), True),
+    "object": (lambda net, h: net.scale(h), lambda net: setattr(net.scale, "factor", 3.0), False),
+    "parameters": (lambda net, h: h * len(list(net.parameters())), lambda net: setattr(net, "new", nn.Parameter(torch.ones(1))), False),
+    "a parameter's state": (lambda net, h: h * 2 if next(net.conv.parameters()).requires_grad else h,
+                            lambda net: net.requires_grad_(False), False),
+    "buffers": (lambda net, h: h * (1 + len(net._buffers)), lambda net: net.register_buffer("new", torch.ones(1)), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", KEPT)
+def test_what_the_module_keeps_is_followed_or_refused(what):
+    torch.manual_seed(0)
+    forward, change, traced = KEPT[what]
+    plain, x = Kept(), torch.randn(2, 3, 5, 5)
+    plain.__class__ = type("Kept", (Kept,), {"act": forward})
+    fused, report = fastgan.fuse(copy.deepcopy(plain), report=True)
+    assert report.layers[0].fused == traced, report
+    before = fused(x)
+    torch.testing.assert_close(before, plain(x), rtol=1e-4, atol=1e-5)
+    change(plain), change(fused)
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(fused(x), before)
+
+
 class Changes(nn.Module):
     """One forward a name; each changes a tensor in place that goes by another name too."""
 

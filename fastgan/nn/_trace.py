@@ -60,11 +60,21 @@ class Reads(dict):
 
     Attributes:
         children: path of a module that forward looked into -> its children, as _children() gives them.
+        aliases: lists of paths that led to the same layer, parameter or buffer, which the trace knows by the first of them.
     """
 
     def __init__(self):
         super().__init__()
-        self.children = {}
+        self.children, self.aliases = {}, []
+
+    def note_aliases(self, module, graph):
+        """Finds the aliases of what `graph`, the trace of `module`, takes from it."""
+        targets = {node.target for node in graph.nodes if node.op in ("call_module", "get_attr")}
+        paths = {}
+        for members in (module.named_modules, module.named_parameters, module.named_buffers):
+            for path, member in members(remove_duplicate=False):
+                paths.setdefault(id(member), []).append(path)
+        self.aliases = [names for names in paths.values() if len(names) > 1 and not targets.isdisjoint(names)]
 
     def hold(self, module):
         """Whether `module` still is as it was when traced."""
@@ -76,6 +86,9 @@ class Reads(dict):
     def _hold(self, module):
         for path, children in self.children.items():
             if _children(module.get_submodule(path)) != children:
+                return False
+        for path, *others in self.aliases:
+            if any(self._now(module, other) is not self._now(module, path) for other in others):
                 return False
         for path, value in self.items():
             now = self._now(module, path)
@@ -145,6 +158,7 @@ def _trace(module, base, arguments, keywords):
         for attribute in tracer.asked:
             if not attribute.node.users:
                 raise Untraceable(f"it looks at the {attribute.attr} of a tensor, which a trace does not know")
+        reads.note_aliases(module, graph)
         if changed := reads.changed_contents(module):
             raise Untraceable(f"it changes the contents of self.{changed[0]}")
         if pickle.dumps(_random_states()) != pickle.dumps(numbers):
@@ -303,13 +317,20 @@ class _Recorder:
             if _is_for_user(sys._getframe(1)):
                 self._fastgan_note_children()
             return value
+        if name in ("_parameters", "_buffers"):  # parameters(), state_dict(), ...
+            if _is_for_user(sys._getframe(1)):
+                raise Untraceable(f"it looks through the {name[1:]} of a module")
+            return value
         if name.startswith("__") or not _is_users(sys._getframe(1)):
             return value
-        if isinstance(value, (nn.Module, torch.Tensor, fx.Proxy, types.MethodType)):
+        if isinstance(value, (nn.Module, torch.Tensor, fx.Proxy)):
             return value  # looked up anew at every call
-        reads, path = object.__getattribute__(self, "__dict__")["_fastgan_reads"]
+        state = object.__getattribute__(self, "__dict__")
+        if isinstance(value, types.MethodType) and name not in state:
+            return value
+        reads, path = state["_fastgan_reads"]
         if path + name not in reads:
-            if not (_comparable(value) or callable(value)):
+            if not (_comparable(value) or _is_function(value)):
                 raise Untraceable(f"it reads self.{path}{name} ({type(value).__name__}), whose contents may change")
             reads[path + name] = value if callable(value) else copy.deepcopy(value)
         return value
@@ -347,6 +368,16 @@ def _comparable(value):
     if isinstance(value, dict):
         return all(_comparable(part) for item in value.items() for part in item)
     return isinstance(value, _SIMPLE)
+
+
+def _is_function(value):
+    """Whether calling `value` does the same as long as it is the same object, but for what is recorded by itself."""
+    if isinstance(value, functools.partial):
+        return _is_function(value.func) and _comparable(value.args) and _comparable(value.keywords)
+    if isinstance(value, (types.MethodType, types.BuiltinMethodType)):
+        owner = value.__self__
+        return owner is None or isinstance(owner, (types.ModuleType, type, _Recorder))
+    return isinstance(value, (types.FunctionType, types.MethodDescriptorType, type))
 
 
 @functools.cache
