@@ -2,17 +2,21 @@
 
 import contextlib
 import copy
+import cProfile
 import functools
 import gc
 import io
 import pickle
+import pstats
 import random
 import re
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from fuse_models import (
@@ -24,6 +28,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 import fastgan
 
@@ -158,6 +164,10 @@ def test_arguments_that_are_equal_and_of_different_types_have_traces_of_their_ow
         torch.testing.assert_close(found, plain(x, skip, times))
 
 
+GENERATORS = types.SimpleNamespace(python=random.Random(0))
+TORCHS = torch.Generator()
+
+
 class Refused(nn.Module):
     """One forward a name; each does something that a trace would lose."""
 
@@ -203,15 +213,33 @@ class Refused(nn.Module):
     def draws(self, h):
         return h if random.random() < 2 else -h
 
+    def draws_from_pythons(self, h):
+        return h if GENERATORS.python.random() < 2 else -h
+
+    def draws_from_numpys(self, h, generator=numpy.random.default_rng(0)):
+        return h if generator.random() < 2 else -h
+
+    def draws_from_torchs(self, h):
+        return h if torch.rand(1, generator=TORCHS).item() < 2 else -h
+
     def asks_the_time(self, h):
         return h if time.time() > 0 else -h
+
+    def evaluates(self, h):
+        self.conv.eval()
+        return h
+
+    def checkpoints(self, h):
+        return checkpoint(torch.exp, h, use_reentrant=False)
 
 
 @pytest.mark.parametrize("how, reason", [
     ("draws", "it draws random numbers"), ("asks_the_time", "it calls time.time"), ("count", "it sets self.calls"),
     ("noise", "it makes a tensor of its own"), ("no_grad", "it enters a context"),
     ("branch", "symbolically traced variables cannot be used"), ("shape_check", "symbolically traced variables"),
-    ("grad_mode", "it calls is_grad_enabled"), ("prints", "it calls print"),
+    ("grad_mode", "it calls is_grad_enabled"), ("prints", "it calls print"), ("evaluates", "it sets self.conv.training"),
+    ("draws_from_pythons", "it draws random numbers"), ("draws_from_numpys", "it has a random number generator"),
+    ("draws_from_torchs", "it has a random number generator"), ("checkpoints", "it calls torch.utils.checkpoint"),
 ])  # fmt: skip
 def test_what_a_trace_would_lose_is_left_alone_with_the_reason(how, reason):
     plain = Refused(how)
@@ -888,3 +916,16 @@ class Network(nn.Module):
     plain.eval(), fused.eval()
     plain.gain = fused.gain = 3.0
     torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_profiler_goes_on_and_does_not_keep_forward_from_being_traced():
+    profiler = cProfile.Profile()
+    profiler.enable()
+    _, report = fastgan.fuse(FunctionalDiscriminator(), report=True)
+    copy.copy(report)
+    profiler.disable()
+    assert all(layer.fused for layer in report.layers), report
+    assert "copy" in {name for _, _, name in pstats.Stats(profiler).stats}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_stack=True):
+        _, report = fastgan.fuse(FunctionalDiscriminator(), report=True)
+    assert all(layer.fused for layer in report.layers), report

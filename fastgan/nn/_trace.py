@@ -37,6 +37,7 @@ _METADATA = ("dtype", "device", "layout", "requires_grad", "is_leaf", "grad", "g
 _STATES = (
     "is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled", "is_autocast_cpu_enabled", "manual_seed",
 )
+_CHECKPOINT = os.path.join(_TORCH, "utils", "checkpoint.py")
 # Held while a module is traced: torch.fx replaces methods of nn.Module then, which two traces would not put back in order.
 TRACING = threading.RLock()
 _tracing_thread = None
@@ -356,7 +357,7 @@ class _Recorder:
         reads.children.setdefault(path.removesuffix("."), _children(self))
 
     def __setattr__(self, name, value):
-        if threading.get_ident() == _tracing_thread and _is_users(sys._getframe(1)):
+        if threading.get_ident() == _tracing_thread and _is_for_user(sys._getframe(1)):  # also self.eval()
             path = object.__getattribute__(self, "__dict__")["_fastgan_reads"][1]
             raise Untraceable(f"it sets self.{path}{name}")
         super().__setattr__(name, value)
@@ -489,6 +490,15 @@ class _Type(metaclass=_TypeOfType):
 _ANSWERS = {"isinstance": _isinstance, "hasattr": _hasattr, "getattr": _getattr, "callable": _callable, "type": _Type}
 
 
+def _has_generator(frame):
+    """Whether an argument, a variable around it or a global name of a function about to run is a generator of random numbers. The
+    global generators' states are compared instead; the calls of numpy's cannot be seen."""
+    numpy = sys.modules.get("numpy.random")
+    kinds = (random.Random, torch.Generator) + ((numpy.Generator, numpy.RandomState) if numpy else ())
+    names = [frame.f_globals.get(name) for name in frame.f_code.co_names]
+    return any(isinstance(value, kinds) for value in (*names, *frame.f_locals.values()))
+
+
 class _watched:
     """While forward runs: raises Untraceable where its own code does what a trace would lose, and answers what it asks about stand-ins.
 
@@ -517,13 +527,25 @@ class _watched:
                 self.found.append(f"it calls {name}, whose answer may change")
             elif home in _CHANGING:
                 self.found.append(f"it calls {home}.{name}, whose answer changes")
+            elif isinstance(getattr(function, "__self__", None), random.Random):
+                self.found.append("it draws random numbers, which a trace would keep")
         elif event == "return":
-            self.imports -= frame.f_code.co_name == "<module>"
+            if frame.f_code.co_name == "<module>":
+                self.imports -= 1
+                if not self.imports:
+                    self.give_answers()
         elif event == "call":
-            self.imports += frame.f_code.co_name == "<module>"
+            if frame.f_code.co_name == "<module>":
+                if not self.imports:
+                    self.take_answers()  # what the module takes from here would stay, and typing makes classes by type
+                self.imports += 1
             if _is_users_file(frame.f_code.co_filename) or frame.f_code is torch.is_tensor.__code__:
                 self.answer(frame)
+                if _has_generator(frame):
+                    self.found.append("it has a random number generator at hand, whose numbers a trace would keep")
             home, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+            if frame.f_code.co_filename == _CHECKPOINT:
+                self.found.insert(0, "it calls torch.utils.checkpoint, which a trace would undo")  # before contexts of its own
             if name == "__enter__" and home in ("torch.autograd.grad_mode", "torch.amp.autocast_mode"):
                 self.found.append(f"it enters a context ({home.rpartition('.')[2]}), which a trace loses")
             elif frame.f_back is None or not _is_users(frame.f_back):
@@ -537,7 +559,7 @@ class _watched:
 
     def answer(self, frame):
         """Gives a function about to run its builtins from _ANSWERS, by the global names it looks them up by."""
-        if self.imports:  # what a module takes from here while it is imported would stay
+        if self.imports:
             return
         scope = frame.f_globals
         for name in _ANSWERS.keys() & frame.f_code.co_names:
@@ -545,10 +567,21 @@ class _watched:
                 scope[name] = _ANSWERS[name]
                 self.answers.append((scope, name))
 
-    def __exit__(self, kind, error, traceback):
-        sys.setprofile(self.before)
+    def give_answers(self):
+        for scope, name in self.answers:
+            scope[name] = _ANSWERS[name]
+
+    def take_answers(self):
         for scope, name in self.answers:
             del scope[name]
+
+    def __exit__(self, kind, error, traceback):
+        if self.before is None or callable(self.before):
+            sys.setprofile(self.before)
+        else:  # a profiler in C, cProfile's or PyTorch's
+            sys.setprofile(None)
+            getattr(self.before, "enable", bool)()
+        self.take_answers()
         if self.collects:
             gc.enable()
         if self.found and not isinstance(error, Untraceable):
