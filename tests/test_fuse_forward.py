@@ -5,6 +5,7 @@ import copy
 import cProfile
 import functools
 import gc
+import inspect
 import io
 import pickle
 import pstats
@@ -929,3 +930,20 @@ def test_a_profiler_goes_on_and_does_not_keep_forward_from_being_traced():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_stack=True):
         _, report = fastgan.fuse(FunctionalDiscriminator(), report=True)
     assert all(layer.fused for layer in report.layers), report
+
+
+def test_a_fused_module_has_the_signature_of_its_class_and_can_be_traced():
+    plain, x = FadeGenerator(), torch.randn(4, 16, 8, 8)
+    fused = fastgan.fuse(plain)
+    assert inspect.signature(fused.forward) == inspect.signature(plain.forward)
+    defaults = {name: p.default for name, p in inspect.signature(plain.forward).parameters.items() if p.default is not p.empty}
+    traced = torch.fx.symbolic_trace(fused, concrete_args=defaults)
+    torch.testing.assert_close(traced(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_copied_is_fused_in_place():
+    plain = FunctionalDiscriminator()
+    plain.lock = threading.Lock()
+    with pytest.raises(TypeError, match="fuse: module has an attribute that cannot be copied .*pass inplace=True"):
+        fastgan.fuse(plain)
+    assert fastgan.fuse(plain, inplace=True) is plain and type(plain) is not FunctionalDiscriminator

@@ -81,7 +81,7 @@ def fuse(module, inplace=False, report=False):
         The fused module, or ``(module, report)``. Fusing it again changes nothing.
 
     Raises:
-        TypeError: `module` is not an ``nn.Module``.
+        TypeError: `module` is not an ``nn.Module``, or has an attribute that cannot be copied and `inplace` is not set.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"fuse: module must be a torch.nn.Module, got {type(module).__name__}")
@@ -90,7 +90,10 @@ def fuse(module, inplace=False, report=False):
         # weight_norm and prune keep computed weights, which cannot be copied; at every call a hook computes them anew.
         attributes = [value for child in module.modules() for value in vars(child).values()]
         tensors += [value for value in attributes if isinstance(value, torch.Tensor) and not value.is_leaf]
-        module = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+        try:
+            module = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+        except TypeError as error:  # a lock, an open file
+            raise TypeError(f"fuse: module has an attribute that cannot be copied ({error}); pass inplace=True") from error
     found = {}
     for name, child in module.named_modules():
         prefix = f"{name}." if name else ""
@@ -169,7 +172,15 @@ class FusedModule:
 
 @functools.cache
 def _fused_class(mixin, base):
-    return type(f"Fused{base.__name__}", (mixin, base), {"__module__": base.__module__, "_fastgan_base": base})
+    names = {"__module__": base.__module__, "_fastgan_base": base}
+    if mixin is FusedModule:
+
+        @functools.wraps(base.forward)  # torch.fx and inspect go by its signature
+        def forward(self, *args, **kwargs):
+            return FusedModule.forward(self, *args, **kwargs)
+
+        names["forward"] = forward
+    return type(f"Fused{base.__name__}", (mixin, base), names)
 
 
 def _users_class(module):
