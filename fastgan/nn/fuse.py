@@ -8,7 +8,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import operator
 from typing import NamedTuple
 
 import torch
@@ -760,7 +759,7 @@ def _changes(node):
     """Whether `node` changes its first argument in place."""
     if node.op == "call_method":
         return node.target.endswith("_") and not node.target.endswith("__")
-    return node.target is operator.setitem or node.target in IN_PLACE.values()
+    return node.target in IN_PLACE.values()
 
 
 def _functional_activation(node):
