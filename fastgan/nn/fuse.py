@@ -710,7 +710,8 @@ def _fuse_graph(module, graph):
         if node.op == "call_module":
             return getattr(modules[node.target], "inplace", False) is True
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        return node.kwargs.get("inplace") is True or name.endswith("_") and not name.endswith("__")
+        written = name.endswith("_") and not name.endswith("__")
+        return written or node.kwargs.get("inplace") is True or node.target in IN_PLACE.values()
 
     for node in calls:
         if node in done or not isinstance(modules[node.target], _CONVOLUTIONS):
@@ -747,19 +748,10 @@ def _fuse_graph(module, graph):
         with graph.inserting_before(node):
             # Where the first layer ran: what happens in between cannot change its input then.
             call = graph.create_node("call_module", "_fastgan_run", (node.args[0], *children))
-            if any(_changes(user) for user in nodes[-1].users):  # which may be kept for the backward pass
-                call = graph.call_method("clone", (call,))
         nodes[-1].replace_all_uses_with(call)
         for old in reversed(nodes):
             graph.erase_node(old)
     return chains, reasons
-
-
-def _changes(node):
-    """Whether `node` changes its first argument in place."""
-    if node.op == "call_method":
-        return node.target.endswith("_") and not node.target.endswith("__")
-    return node.target in IN_PLACE.values()
 
 
 def _functional_activation(node):
