@@ -176,11 +176,11 @@ def test_the_figures_of_the_step_a_run_is_stopped_at_do_not_count(tmp_path):
     assert states[0] == states[1] and len(states[0]["windows"]["gradient"]) == 12
 
 
-def test_samples_of_the_step_a_run_is_stopped_at_do_not_count(tmp_path, monkeypatch):
+def test_samples_are_looked_at_after_every_epoch_and_where_a_run_stops(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(Alarms, "drawn", lambda alarms, step, samples, images: seen.append(step) or [])
     trained(tmp_path, 13)
-    assert seen == [5, 10]
+    assert seen == [5, 10, 13]
 
 
 def test_checkpoints_from_before_there_were_alarms_are_resumed(tmp_path):

@@ -494,7 +494,7 @@ def test_errors_of_the_operator_change_nothing():
         run(x, [w1, gamma[:9], beta], [mean, var], seeds, flags, [0.0] * 5)
     with pytest.raises(ValueError, match="batch norm of layer 0 must have running statistics"):
         run(x, [w1, gamma, beta], [], seeds, [0, 1, 1, 1, 0, 0, 0, 2], [0.0] * 5)
-    with pytest.raises(ValueError, match="running must have at 1 a tensor of 70 values"):
+    with pytest.raises(ValueError, match="running must have at 1 a contiguous tensor of 70 values"):
         run(x, [w1, gamma, beta], [mean], seeds, flags, [0.0] * 5)
     with pytest.raises(ValueError, match=r"seeds must have shape \[2\], got \[3\]"):
         run(x, [w1, gamma, beta], [mean, var], seeds, flags, [0.1] * 5)
