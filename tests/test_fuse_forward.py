@@ -29,7 +29,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
-from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 import fastgan
@@ -765,6 +764,8 @@ def test_two_threads_that_trace_leave_torch_as_it_was(monkeypatch):
     done.set()
     second.join()
     assert (nn.Module.__call__, nn.Module.__getattr__) == methods
+
+
 class Scale:
     def __init__(self, factor):
         self.factor = factor

@@ -52,8 +52,8 @@ class ReductionBlocks {
   static int64_t at_least_1(int64_t value) { return value > 1 ? value : 1; }
 
   int64_t outer_, inner_;
-  int64_t size_;            // outer indices a block
-  int64_t stretch_;         // elements of a plane a block
+  int64_t size_;           // outer indices a block
+  int64_t stretch_;        // elements of a plane a block
   int64_t stretches_ = 1;  // of a plane
 };
 

@@ -151,7 +151,7 @@ class FusedModule:
             with TRACING:
                 plan = plans.find(self, arguments, keywords)  # which another thread may have made meanwhile
                 if plan is None:
-                    plan = _Plan.of(self, _users_class(self), arguments, keywords)
+                    plan = _Plan.of(self, arguments, keywords)
                     plans.append(plan)
         return plan if plan.run is not None else None
 
@@ -166,7 +166,7 @@ class FusedModule:
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.__dict__["_fastgan_plans"] = _plans(self, _users_class(self))
+        self.__dict__["_fastgan_plans"] = _plans(self)
 
 
 @functools.cache
@@ -277,7 +277,8 @@ class _Plan(NamedTuple):
         )
 
     @staticmethod
-    def of(module, base, arguments, keywords):
+    def of(module, arguments, keywords):
+        base = _users_class(module)
         try:
             graph, reads = trace(module, base, arguments, keywords)
         except Untraceable as error:
@@ -308,15 +309,15 @@ def _may_be_traced(module):
     return False
 
 
-def _plans(module, base):
+def _plans(module):
     """The traces for a call with the required arguments, all tensors, in both modes."""
-    arguments = _required_arguments(base)
+    arguments = _required_arguments(_users_class(module))
     mode, plans = module.training, _Plans()
     for training in (mode, not mode):
         module.__dict__["training"] = training  # of this module alone: its layers are not called
         try:
             if not any(plan.reads.hold(module) for plan in plans):
-                plans.append(_Plan.of(module, base, arguments, {}))
+                plans.append(_Plan.of(module, arguments, {}))
         finally:
             module.__dict__["training"] = mode
     return plans
@@ -330,10 +331,9 @@ def _required_arguments(base):
 
 
 def _fuse_by_trace(module, prefix, found):
-    base = _users_class(module)
-    plans = _plans(module, base)
+    plans = _plans(module)
     if any(plan.run is not None for plan in plans) and not isinstance(module, FusedModule):
-        module.__class__ = _fused_class(FusedModule, base)
+        module.__class__ = _fused_class(FusedModule, type(module))
         module.__dict__["_fastgan_plans"] = plans
     plan = next((plan for plan in plans if plan.reads.hold(module)), plans[0])
     if "" in plan.reasons:
