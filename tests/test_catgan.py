@@ -267,6 +267,8 @@ def test_a_run_trains_and_leaves_its_pictures(tmp_path, flags):
     assert run_catgan("--output", tmp_path, *size, *flags) == 0
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"entropy_real", "entropy_marginal", "entropy_fake"} <= last.keys()
+    for name, entropy in (("d_real", "entropy_real"), ("d_fake", "entropy_fake")):
+        assert last[name] == pytest.approx(1 - last[entropy] / math.log(20 if flags[1] == 0 else 10), abs=1e-6) and 0 < last[name] < 1
     assert ("cross_entropy" in last) == (flags[1] != 0)
     assert 0 <= last["test_error_majority" if flags[1] == 0 else "test_error"] <= 100
     assert (tmp_path / "confusion.png").stat().st_size > 0

@@ -101,8 +101,10 @@ def test_command_writes_figures_and_numbers(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["epoch_0001.png"]
     assert json.loads((tmp_path / "summary.json").read_text())["seeds"] == 2
     assert "of 2 pass" in capsys.readouterr().out
-    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    last = lines[-1]
     assert last["step"] == 30 and last["epoch"] == 1 and 0 < last["d_real"] < 1 and 0 < last["d_fake"] < 1
+    assert lines[0]["images_per_second"] == 0 and all(line["images_per_second"] > 0 for line in lines[1:])
 
 
 def test_a_second_run_keeps_all_files_of_the_first(tmp_path):
@@ -138,6 +140,8 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, whole, stop):
         assert torch.equal(value, parts["weights"][name]), name
     assert whole["history"]["steps"][-1] == parts["history"]["steps"][-1] == 400
     assert torch.equal(whole["history"]["samples"][-1], parts["history"]["samples"][-1])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["images_per_second"] > 0 for line in lines[1:])
 
 
 def test_a_run_that_diverges_stops_with_its_step(tmp_path, capsys):

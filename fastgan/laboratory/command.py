@@ -121,13 +121,14 @@ def summarise(trained: Run) -> dict:
 
 
 def _lines(trained: Run) -> str:
-    """metrics.jsonl: a line a frame with the median over the seeds of every figure."""
+    """metrics.jsonl: a line a frame with the median over the seeds of every figure but the speed."""
     lines = []
     for number, step in enumerate(trained.steps):
         figures = distances(trained.samples[number], trained.config.data)
         figures |= {name: values[number] for name, values in trained.losses.items()}
         record = {"step": step, "epoch": max(1, math.ceil(step / STEPS_PER_EPOCH))}
-        lines.append(json.dumps(record | {name: float(value.median()) for name, value in figures.items()}))
+        record |= {name: float(value.median()) for name, value in figures.items()}
+        lines.append(json.dumps(record | {"images_per_second": trained.images_per_second[number]}))
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,7 @@
 """Training of one-dimensional GANs, all seeds at once, and the experiments on their theory."""
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -88,6 +89,8 @@ class Run:
         grid: places x of the curves, [X].
         curves: the discriminators' probabilities over the grid at every frame, [T, seeds, X].
         losses: ``loss_d``, ``loss_g``, ``d_real`` and ``d_fake`` (mean probabilities) at every frame, [T, seeds].
+        images_per_second: samples of the data, of all seeds together, that the steps since the frame before took in; 0 for the
+            first frame.
     """
 
     config: LaboratoryConfig
@@ -98,6 +101,7 @@ class Run:
     grid: Tensor
     curves: Tensor
     losses: dict[str, Tensor]
+    images_per_second: list[float]
 
 
 def train(
@@ -129,12 +133,12 @@ def train(
     real_then_fake = torch.cat([torch.ones(count), torch.zeros(count)])
     z = torch.empty(seeds, 1, count)
     grid = torch.linspace(*data.limits(5), 401)
-    recorded = ("steps", "samples", "curves", "loss_d", "loss_g", "d_real", "d_fake")
+    recorded = ("steps", "images_per_second", "samples", "curves", "loss_d", "loss_g", "d_real", "d_fake")
     history: dict[str, list] = {name: [] for name in recorded}
     weights = {"generator": generator.parameters, "discriminator": discriminator.parameters, "averaged": averaged,
                "mean_g": optimizer_g.mean, "square_g": optimizer_g.square,
                "mean_d": optimizer_d.mean, "square_d": optimizer_d.square}
-    first = 0
+    first, speed = 0, 0.0
     if resumed:
         if total < resumed["step"]:
             raise ValueError(f"--max-steps must be at least {resumed['step']}, the step of the checkpoint, got {total}")
@@ -142,15 +146,20 @@ def train(
             value.copy_(resumed["weights"][name])
         random.set_state(resumed["random"])
         first = optimizer_g.steps = optimizer_d.steps = resumed["step"]
+        speed = resumed["history"]["images_per_second"][-1]
         # The last look was at the end of the run that stopped; it is taken anew.
         history = {name: values[:-1] for name, values in resumed["history"].items()}
 
     frame_steps = {round(number * total / frames) for number in range(frames + 1)}
     frame_steps |= set(range(0, total, STEPS_PER_EPOCH))
+    looked, started = first, time.perf_counter()  # the step of the last look, and the time of its end
     for step in range(first, total + 1):
         looks = step in frame_steps
         if looks:
+            if step > looked:
+                speed = round(count * seeds * (step - looked) / (time.perf_counter() - started), 1)
             history["steps"].append(step)
+            history["images_per_second"].append(speed)
             history["samples"].append(_generate(generator, averaged, config.noise_range) * scale + shift)
             history["curves"].append(
                 discriminator.forward(((grid - shift) / scale).expand(seeds, 1, -1)).sigmoid()[:, 0]
@@ -168,6 +177,7 @@ def train(
                 save({"step": step, "weights": weights, "random": before, "history": history})
             if step == total:
                 break
+            looked, started = step, time.perf_counter()
 
         # Full speed for half of the run, then down to 0, so that the circling dies out.
         rate = min(1.0, 2 * (1 - step / config.planned_steps))
@@ -180,9 +190,9 @@ def train(
         optimizer_g.step(generator.gradients, config.generator_learning_rate * rate)
         averaged.lerp_(generator.parameters, 1 - min(config.ema, (1 + step) / (10 + step)) if config.ema else 1.0)
     generator.parameters.copy_(averaged)
-    steps = history.pop("steps")
+    steps, speeds = history.pop("steps"), history.pop("images_per_second")
     found = {name: torch.stack(values) for name, values in history.items()}
-    return Run(config, generator, discriminator, steps, found.pop("samples"), grid, found.pop("curves"), found)
+    return Run(config, generator, discriminator, steps, found.pop("samples"), grid, found.pop("curves"), found, speeds)
 
 
 def _note_losses(history: dict[str, list], config: LaboratoryConfig, logits: Tensor) -> None:

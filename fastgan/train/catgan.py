@@ -100,7 +100,11 @@ class CatGANConfig(TrainConfig):
 
 
 class CatGANObjective(Objective):
-    """The CatGAN's losses over real, labeled and generated images, and its evaluation."""
+    """The CatGAN's losses over real, labeled and generated images, and its evaluation.
+
+    ``d_real`` and ``d_fake`` among the figures are how certain the classifier is of the category: one minus the mean entropy, as
+    a part of the largest one.
+    """
 
     averaged = ("generator", "discriminator")
     no_graph = "the CatGAN's loss changes with the progress of the run, and its batches are put together on the host"
@@ -154,6 +158,7 @@ class CatGANObjective(Objective):
         loss, figures = _real_categories_loss(
             mixed, labeled_logits, labels, self.config.supervised_weight, marginal_weight, self.ranks.group
         )
+        figures["d_real"] = self._certainty(figures["entropy_real"])
         if fake_logits is None:
             yield loss, figures
             loss, figures = 0.0, {}
@@ -162,7 +167,7 @@ class CatGANObjective(Objective):
             with _running_statistics_kept(self.norms):
                 fake_logits = discriminator(fake)
         fake_loss = _fake_categories_loss(fake_logits)
-        yield loss + fake_loss, figures | {"entropy_fake": -fake_loss.detach()}
+        yield loss + fake_loss, figures | {"entropy_fake": -fake_loss.detach(), "d_fake": self._certainty(-fake_loss)}
 
     def generator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
         if self.kind == "catgan":
@@ -194,6 +199,10 @@ class CatGANObjective(Objective):
                 save_categories(trainer.output / "categories.png", counts, categories, self.judged.images)
         save_confusion(trainer.output / "confusion.png", result.confusion, result.error)
         return errors
+
+    def _certainty(self, entropy: Tensor) -> Tensor:
+        """What stands for D(x) where D has categories: 0 where all are equally likely, 1 where one is certain."""
+        return 1 - entropy.detach() / math.log(max(2, self.categories))
 
     def _noisy(self, images: Tensor) -> Tensor:
         return random_affine(images) if self.config.augment else images

@@ -165,7 +165,7 @@ def save_curves(path: Path, records: list[dict[str, Any]]) -> None:
             panels.setdefault(name.partition("_")[0], []).append(name)
     figure = Figure(figsize=(8, 2.8 * max(1, len(panels))), layout="constrained")
     axes = figure.subplots(max(1, len(panels)), sharex=True, squeeze=False)[:, 0]
-    labels = {"loss": "loss", "d": "probability of being real"}
+    labels = {"loss": "loss", "d": "mean output of D"}
     for axis, (prefix, names) in zip(axes, panels.items()):
         for name in names:
             points = [(record["step"], record[name]) for record in records if name in record]
