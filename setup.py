@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent
 VERSION = "0.1.0"
 TESTED_TORCH = "2.13.0"  # what an environment without PyTorch gets
 OLDEST_TORCH = (2, 10)
-# PTX of 8.9, for GPUs to come: that of 9.0a runs on no other architecture.
+# PTX of 8.9, for GPUs to come.
 CUDA_ARCHITECTURES = "8.0;8.6;8.9+PTX;9.0a"
 DEPENDENCIES = ["numpy", "pillow", "matplotlib", "tqdm", "scipy"]
 
@@ -50,16 +50,17 @@ def main():
     import torch
 
     check_torch(torch.__version__)
+    architectures = cuda_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
     cuda, cuda_reason = decide_cuda(
-        os.environ.get("FASTGAN_CUDA", ""), torch.__version__, torch.version.cuda, toolkit, nvcc_version
+        os.environ.get("FASTGAN_CUDA", ""), torch.__version__, torch.version.cuda, toolkit, nvcc_version, architectures
     )
     if cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures)
     config = {
         "VERSION": VERSION,
         "TORCH_VERSION": torch.__version__,
         "CUDA_VERSION": torch.version.cuda if cuda else None,
-        "CUDA_ARCHITECTURES": tuple(re.split(r"[ ;]+", os.environ["TORCH_CUDA_ARCH_LIST"])) if cuda else (),
+        "CUDA_ARCHITECTURES": architectures if cuda else (),
         "CUDA_KERNELS": cuda,
         "CUDA_REASON": cuda_reason,
     }
@@ -142,13 +143,29 @@ def find_cuda_toolkit():
     return None, None
 
 
-def decide_cuda(wanted, torch_version, torch_cuda, toolkit, nvcc_version):
+def cuda_architectures(asked):
+    """What is compiled for those in TORCH_CUDA_ARCH_LIST: none below 8.0, which has no arithmetic in bfloat16, and 9.0 as 9.0a, whose
+    code runs on the same GPUs and has the kernels for Hopper. Names, such as Ampere, are PyTorch's to read."""
+    chosen = []
+    for architecture in filter(None, re.split(r"[ ;]+", asked)):
+        version, _, ptx = architecture.partition("+")
+        if re.fullmatch(r"\d+\.\d+", version) and float(version) < 8:
+            say(f"not compiled for {architecture}: the CUDA kernels need 8.0 or more")
+        elif version == "9.0":
+            chosen += ["9.0a", *(["8.9+PTX"] if ptx else [])]  # the PTX of 9.0a runs on no other architecture
+        else:
+            chosen.append(architecture)
+    return tuple(dict.fromkeys(chosen))
+
+
+def decide_cuda(wanted, torch_version, torch_cuda, toolkit, nvcc_version, architectures):
     """(build the CUDA kernels?, why).
 
     Args:
         wanted: FASTGAN_CUDA: "0", "1" or "".
         torch_version, torch_cuda: of the PyTorch to build against; its CUDA version is None for a CPU build.
         toolkit, nvcc_version: as find_cuda_toolkit returns them.
+        architectures: as cuda_architectures returns them.
     """
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"fastgan: FASTGAN_CUDA must be 0, 1 or unset, got {wanted!r}")
@@ -168,6 +185,8 @@ def decide_cuda(wanted, torch_version, torch_cuda, toolkit, nvcc_version):
             f"PyTorch {torch_version} is built with CUDA {torch_cuda}, but the toolkit in {toolkit} is "
             f"{nvcc_version}; install the CUDA toolkit {torch_cuda}, or set CUDA_HOME to it"
         )
+    elif not architectures:
+        possible, why = False, "TORCH_CUDA_ARCH_LIST has none of 8.0 or more, which the CUDA kernels need"
     else:
         possible, why = True, f"PyTorch is built with CUDA {torch_cuda}, nvcc {nvcc_version} is in {toolkit}"
     if wanted == "1" and not possible:

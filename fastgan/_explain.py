@@ -60,6 +60,8 @@ def _path(name, input, arguments):
     device = input.device.type
     if not _extension.has_kernels("cpu" if device == "meta" else device):
         return _plain(name, _extension.why_no_kernels(device))
+    if device == "cuda" and (reason := _extension.why_not_on_gpu(input.device)):
+        return _plain(name, reason)
     if _extension.transformed():
         return _plain(name, _extension.TRANSFORMED)
     if device == "meta":

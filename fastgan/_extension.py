@@ -1,6 +1,7 @@
 """Loading of the compiled extension, and what is known about it."""
 
 import os
+import re
 import warnings
 
 import torch
@@ -59,6 +60,44 @@ def why_no_kernels(device_type):
     return f"fastgan has kernels for cpu and cuda, not for {device_type}"
 
 
+# By number of the GPU: see why_not_on_gpu.
+_gpus = {}
+
+
+def why_not_on_gpu(device):
+    """Why the compiled CUDA kernels do not run on the GPU `device`, for warnings; None where they do. Asked once a GPU."""
+    if torch.compiler.is_compiling():  # which could not trace the question
+        return None
+    if device.index not in _gpus:
+        properties = torch.cuda.get_device_properties(device.index)
+        _gpus[device.index] = _why_not_on(properties.name, (properties.major, properties.minor), _build_config.CUDA_ARCHITECTURES)
+    return _gpus[device.index]
+
+
+def _why_not_on(name, capability, architectures):
+    for architecture in architectures:
+        parts = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", architecture)
+        if parts is None:  # a name, such as Ampere
+            return None
+        compiled = int(parts[1]), int(parts[2])
+        if compiled == capability or not parts[3] and compiled <= capability and (compiled[0] == capability[0] or parts[4]):
+            return None
+    version = f"{capability[0]}.{capability[1]}"
+    mend = (f'`TORCH_CUDA_ARCH_LIST="{version}" pip install --force-reinstall --no-deps .` compiles them for it' if capability >= (8, 0)
+            else "they need 8.0 or more")
+    return f"the CUDA kernels are compiled for compute capability {', '.join(architectures)}, and the {name} has {version}; {mend}"
+
+
+def runs_on(device):
+    """Whether the compiled kernels run for tensors on `device`, which fuse() asks of every input; says why not on a GPU, once."""
+    if device.type not in _DEVICES:
+        return False
+    reason = why_not_on_gpu(device) if device.type == "cuda" else None
+    if reason is not None:
+        leave_fast_path("the layers of a fused module", reason)
+    return reason is None
+
+
 # Whether a transform of torch.func is on. PyTorch's own autograd.Function asks the same.
 _in_torch_func = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 TRANSFORMED = "torch.func's transforms (grad, vmap, jvp, ...) and forward-mode derivatives need PyTorch's own operators"
@@ -69,14 +108,16 @@ def transformed():
     return _in_torch_func() or forward_ad._current_level >= 0
 
 
-def runs_fused(op, device_type, obstacle=None):
-    """Whether the kernels of `op` run for tensors on `device_type`; where not, says why, once. `obstacle` is what else speaks
+def runs_fused(op, device, obstacle=None):
+    """Whether the kernels of `op` run for tensors on `device`; where not, says why, once. `obstacle` is what else speaks
     against it, None for nothing."""
     if transformed():
         obstacle = TRANSFORMED
-    elif device_type == "meta":
+    elif device.type == "meta":
         return has_kernels("cpu")
-    reason = obstacle or why_no_kernels(device_type)
+    reason = obstacle or why_no_kernels(device.type)
+    if reason is None and device.type == "cuda":
+        reason = why_not_on_gpu(device)
     if reason is not None:
         leave_fast_path(op, reason)
     return reason is None

@@ -67,7 +67,7 @@ class Adam(torch.optim.Adam):
     def _step_in_kernel(self, group: dict[str, Any]) -> bool:
         """Take the group's step in the kernel; False, and no step is made, where that is for PyTorch."""
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not parameters or not _is_for_kernel(group, parameters[0].device.type):
+        if not parameters or not _is_for_kernel(group, parameters[0].device):
             return False
         return (self._step_on_cpu if parameters[0].is_cpu else self._step_on_cuda)(group, parameters)
 
@@ -133,10 +133,11 @@ def _torch_step(optimizer: torch.optim.Adam, closure: Callable[[], Any] | None =
     return (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer, closure)
 
 
-def _is_for_kernel(group: dict[str, Any], device_type: str) -> bool:
+def _is_for_kernel(group: dict[str, Any], device: torch.device) -> bool:
     chosen = group["fused"] or (group["fused"] is None and group["foreach"] is None)
     others = group["amsgrad"] or group["maximize"] or group["differentiable"] or any(isinstance(b, Tensor) for b in group["betas"])
-    return chosen and not others and device_type in ("cpu", "cuda") and _extension.has_kernels(device_type)
+    kernels = _extension.has_kernels(device.type) and (device.type == "cpu" or _extension.why_not_on_gpu(device) is None)
+    return chosen and not others and kernels
 
 
 def _is_float_on(device: torch.device, tensor: Tensor) -> bool:

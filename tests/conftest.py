@@ -44,18 +44,20 @@ def setup_script():
 
 CUDA_HOST_OPERATORS = [
     "conv_act_forward", "conv_act_backward", "conv_bn_act_forward", "conv_bn_act_backward",
-    "conv_stack_forward", "conv_stack_backward",
+    "conv_stack_forward", "conv_stack_backward", "softmax_entropy_forward", "softmax_entropy_backward",
 ]  # fmt: skip
 CUDA_HOST_SOURCES = [
     "csrc/ops/cuda_conv_bn_act.cpp", "csrc/ops/convolution.cpp", "csrc/ops/conv_bn_act_checks.cpp",
     "csrc/ops/cuda_conv_stack.cpp", "csrc/ops/cuda_conv_stack_plan.cpp", "csrc/ops/conv_stack_layers.cpp",
-    "csrc/cuda/conv4x4s2.cu", "csrc/cuda/bn_act.cu", "csrc/cuda/host/fibers.cpp", "tests/native/cuda/conv_ops.cpp",
+    "csrc/ops/cuda_softmax_entropy.cpp", "csrc/ops/softmax_entropy_shared.cpp",
+    "csrc/cuda/conv4x4s2.cu", "csrc/cuda/bn_act.cu", "csrc/cuda/softmax_entropy.cu", "csrc/cuda/host/fibers.cpp",
+    "tests/native/cuda/conv_ops.cpp",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def cuda_host(tmp_path_factory):
-    """torch.ops.fastgan_cuda_host: the convolutions' operators on CUDA, for tensors on the CPU, with their kernels on the
+    """torch.ops.fastgan_cuda_host: operators on CUDA, for tensors on the CPU, with their kernels on the
     host shim and the schemas of torch.ops.fastgan. Under pytest-xdist the first worker compiles them for all."""
     from test_cuda_host import load_operators
 

@@ -39,30 +39,63 @@ NO_TOOLKIT = (None, None)
 @pytest.mark.parametrize("wanted", ["", "1"])
 def test_cuda_torch_with_nvcc_builds_cuda_kernels_without_asking_for_a_gpu(setup_script, monkeypatch, wanted):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
-    cuda, why = setup_script.decide_cuda(wanted, *CUDA_TORCH, *TOOLKIT)
+    cuda, why = setup_script.decide_cuda(wanted, *CUDA_TORCH, *TOOLKIT, ("8.0",))
     assert cuda and "13.0" in why
 
 
 @pytest.mark.parametrize(
-    "pytorch, toolkit, why",
+    "pytorch, toolkit, architectures, why",
     [
-        (CPU_TORCH, TOOLKIT, r"2\.13\.0\+cpu is a build without CUDA; install one with CUDA.*pip install --force-reinstall torch==2\.13\.0 "),
-        (CUDA_TORCH, NO_TOOLKIT, "nvcc was not found; install the CUDA toolkit 13.0"),
-        (CUDA_TORCH, (Path("/opt/cuda-12"), "12.4"), "built with CUDA 13.0, but the toolkit in /opt/cuda-12 is 12.4"),
+        (CPU_TORCH, TOOLKIT, ("8.0",), r"2\.13\.0\+cpu is a build without CUDA; install one with CUDA.*pip install --force-reinstall torch==2\.13\.0 "),
+        (CUDA_TORCH, NO_TOOLKIT, ("8.0",), "nvcc was not found; install the CUDA toolkit 13.0"),
+        (CUDA_TORCH, (Path("/opt/cuda-12"), "12.4"), ("8.0",), "built with CUDA 13.0, but the toolkit in /opt/cuda-12 is 12.4"),
+        (CUDA_TORCH, TOOLKIT, (), "TORCH_CUDA_ARCH_LIST has none of 8.0 or more"),
     ],
-    ids=["torch for the CPU", "no nvcc", "nvcc of another CUDA"],
+    ids=["torch for the CPU", "no nvcc", "nvcc of another CUDA", "old GPUs"],
 )
-def test_without_cuda_the_cpu_kernels_are_built_and_only_asking_for_cuda_is_an_error(setup_script, pytorch, toolkit, why):
-    cuda, reason = setup_script.decide_cuda("", *pytorch, *toolkit)
+def test_without_cuda_the_cpu_kernels_are_built_and_only_asking_for_cuda_is_an_error(setup_script, pytorch, toolkit, architectures, why):
+    cuda, reason = setup_script.decide_cuda("", *pytorch, *toolkit, architectures)
     assert not cuda and re.search(why, reason)
     with pytest.raises(SystemExit, match="FASTGAN_CUDA=1, but .*" + why):
-        setup_script.decide_cuda("1", *pytorch, *toolkit)
-    assert setup_script.decide_cuda("0", *pytorch, *toolkit) == (False, "FASTGAN_CUDA=0")
+        setup_script.decide_cuda("1", *pytorch, *toolkit, architectures)
+    assert setup_script.decide_cuda("0", *pytorch, *toolkit, architectures) == (False, "FASTGAN_CUDA=0")
+
+
+@pytest.mark.parametrize("asked, compiled", [
+    ("8.0;8.6;8.9+PTX;9.0a", ("8.0", "8.6", "8.9+PTX", "9.0a")),
+    ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", ("8.0", "8.6", "9.0a", "10.0", "12.0+PTX")),
+    ("9.0+PTX;9.0a", ("9.0a", "8.9+PTX")),
+    ("7.0;7.5", ()),
+    ("Ampere", ("Ampere",)),
+])  # fmt: skip
+def test_architectures_that_are_compiled(setup_script, asked, compiled):
+    assert setup_script.cuda_architectures(asked) == compiled
+
+
+@pytest.mark.parametrize("capability, runs", [((7, 5), False), ((8, 0), True), ((8, 6), True), ((8, 7), True), ((9, 0), True),
+                                              ((9, 1), False), ((12, 0), False)])  # fmt: skip
+def test_gpus_that_code_for_an_architecture_runs_on(capability, runs):
+    assert (_extension._why_not_on("GPU", capability, ("8.0", "8.6", "9.0a")) is None) == runs
+    assert (_extension._why_not_on("GPU", capability, ("8.9+PTX", "9.0a")) is None) == (capability >= (8, 9))
+    assert _extension._why_not_on("GPU", capability, ("Ampere",)) is None
+
+
+def test_a_gpu_without_kernels_is_left_to_pytorch_with_the_reason(monkeypatch):
+    monkeypatch.setattr(_extension, "_DEVICES", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(_extension, "_warned", set())
+    monkeypatch.setattr(_extension, "_gpus", {1: _extension._why_not_on("Tesla T4", (7, 5), ("8.0", "9.0a"))})
+    device, said = torch.device("cuda", 1), "compiled for compute capability 8.0, 9.0a, and the Tesla T4 has 7.5; they need 8.0 or more"
+    with pytest.warns(RuntimeWarning, match="fastgan runs conv2d_act in plain PyTorch: the CUDA kernels are " + said):
+        assert not _extension.runs_fused("conv2d_act", device)
+    assert not _extension.runs_on(device) and _extension.runs_on(torch.device("cpu"))  # said once
+    monkeypatch.setenv("FASTGAN_STRICT", "1")
+    with pytest.raises(RuntimeError, match="FASTGAN_STRICT=1.*Tesla T4"):
+        _extension.runs_on(device)
 
 
 def test_fastgan_cuda_takes_0_and_1_only(setup_script):
     with pytest.raises(SystemExit, match="FASTGAN_CUDA must be 0, 1 or unset, got 'yes'"):
-        setup_script.decide_cuda("yes", *CUDA_TORCH, *TOOLKIT)
+        setup_script.decide_cuda("yes", *CUDA_TORCH, *TOOLKIT, ("8.0",))
 
 
 @pytest.mark.sources

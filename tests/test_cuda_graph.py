@@ -527,6 +527,6 @@ def test_cuda_recorder_restores_stream_and_random_numbers_after_a_failure(cuda):
     expected = torch.randn(4, device="cuda")
     torch.manual_seed(0)
     with pytest.raises(RuntimeError):
-        CUDARecorder().capture(lambda: torch.randn(4, device="cuda").sum().item())
+        CUDARecorder().capture(lambda: torch.randn(4, device="cuda").sum().item(), [])
     assert torch.cuda.current_stream() == stream
     assert torch.equal(torch.randn(4, device="cuda"), expected) and value.item() == 1

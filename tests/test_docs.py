@@ -77,6 +77,13 @@ def test_page_quotes_the_warning_of_a_build_without_cuda(monkeypatch):
     assert is_quoted(f"RuntimeWarning: {str(warnings[0].message).partition(';')[0]}; ...")
 
 
+def test_page_quotes_the_warning_of_a_gpu_without_kernels(setup_script):
+    architectures = setup_script.cuda_architectures(setup_script.CUDA_ARCHITECTURES)
+    with pytest.warns(RuntimeWarning) as warnings:
+        _extension.leave_fast_path("conv2d_act", _extension._why_not_on("Tesla T4", (7, 5), architectures))
+    assert is_quoted(f"RuntimeWarning: {warnings[0].message}")
+
+
 def test_page_quotes_what_setup_py_says(setup_script, tmp_path, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -85,9 +92,9 @@ def test_page_quotes_what_setup_py_says(setup_script, tmp_path, monkeypatch):
     assert is_quoted(str(error.value))
     cuda_torch = ("2.11.0+cu130", "13.0")
     for arguments in (
-        ("2.13.0+cpu", None, None, None),
-        (*cuda_torch, None, None),
-        (*cuda_torch, Path("/opt/cuda-12"), "12.4"),
+        ("2.13.0+cpu", None, None, None, ("8.0",)),
+        (*cuda_torch, None, None, ("8.0",)),
+        (*cuda_torch, Path("/opt/cuda-12"), "12.4", ("8.0",)),
     ):
         with pytest.raises(SystemExit) as error:
             setup_script.decide_cuda("1", *arguments)

@@ -114,12 +114,21 @@ class OnCuda(torch.Tensor):
 )
 def test_cuda_convolution_loop_goes_by_the_layer(monkeypatch, shapes, options, loop):
     monkeypatch.setattr(_extension, "_DEVICES", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(_extension, "why_not_on_gpu", lambda device: None)
     input, weight = (torch.ones(shape, dtype=torch.bfloat16).as_subclass(OnCuda) for shape in shapes)
     text = fastgan.explain("conv2d_act", input, weight, **options)
     assert "fused CUDA kernels" in text and f"convolution: {loop}" in text
     assert "run on these GPUs: " in text
     assert "convolution: ATen's" in fastgan.explain("conv2d_act", input.float(), weight.float(), **options)
     assert "no fused CUDA kernels" in fastgan.explain("conv2d_act", input.double(), weight.double(), **options)
+
+
+def test_a_gpu_without_kernels_is_said(monkeypatch):
+    monkeypatch.setattr(_extension, "_DEVICES", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(_extension, "why_not_on_gpu", lambda device: "the GPU is too old")
+    image = torch.ones(2, 16, 8, 8).as_subclass(OnCuda)
+    text = fastgan.explain("conv2d_act", image, torch.ones(32, 16, 4, 4), stride=2, padding=1)
+    assert "plain PyTorch" in text and "because the GPU is too old" in text
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -328,18 +330,41 @@ def test_gradient_penalty_through_a_fused_discriminator():
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("bn", [False, True])
 @pytest.mark.parametrize("kernel, c_in, c_out", [(4, 3, 32), (4, 32, 16), (3, 3, 10), (5, 33, 8), (4, 1, 16)])
-def test_the_gradient_of_a_contiguous_input_is_contiguous(kernel, c_in, c_out, bn, create_graph):
+def test_the_gradient_of_a_contiguous_input_is_contiguous(device, kernel, c_in, c_out, bn, create_graph):
     torch.manual_seed(0)
     norm = [nn.BatchNorm2d(c_out)] if bn else []
-    net = nn.Sequential(nn.Conv2d(c_in, c_out, kernel, 2, 1), *norm, nn.LeakyReLU(0.2), nn.Conv2d(c_out, 16, 4, 2, 1))
-    x = torch.randn(4, c_in, 16, 16, requires_grad=True)
-    for images in (x, 2 * x):
-        gradients = [
-            torch.autograd.grad(network(images).square().sum(), images, create_graph=create_graph)[0]
-            for network in (net, fastgan.fuse(net))
-        ]
-        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+    net = nn.Sequential(nn.Conv2d(c_in, c_out, kernel, 2, 1), *norm, nn.LeakyReLU(0.2), nn.Conv2d(c_out, 16, 4, 2, 1)).to(device)
+    x = torch.randn(4, c_in, 16, 16, device=device, requires_grad=True)
+    for images, low in itertools.product((x, 2 * x), (False, True) if device.type == "cuda" else (False,)):
+        gradients = []
+        for network in (net, fastgan.fuse(net)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=low):
+                loss = network(images).float().square().sum()
+            gradients += torch.autograd.grad(loss, images, create_graph=create_graph)
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=(0.05 if low else 1e-6) * gradients[0].detach().abs().max().item())
         gradients[1].view(4, -1)  # as gradient penalties do
+
+
+@pytest.mark.parametrize("kernel, logit", [(4, -200.0), (4, -100.0), (4, -50.0), (3, -200.0), (3, 200.0)])
+def test_a_saturated_sigmoid_gives_pytorchs_loss(kernel, logit):
+    plain = nn.Sequential(nn.Conv2d(16, 1, kernel), nn.Sigmoid())
+    nn.init.zeros_(plain[0].weight)
+    nn.init.constant_(plain[0].bias, logit)
+    x = torch.randn(4, 16, 4, 4)
+    for target in (0.0, 1.0):
+        losses = [F.binary_cross_entropy(y := network(x), torch.full_like(y, target)) for network in (plain, fastgan.fuse(plain))]
+        torch.testing.assert_close(losses[1], losses[0])  # PyTorch cuts it off at 100
+
+
+@pytest.mark.parametrize("layer, size", [(lambda: nn.Conv2d(1, 64, 4, 2, 1), 4), (lambda: nn.Conv2d(3, 3, 1), 5),
+                                         (lambda: nn.ConvTranspose2d(16, 1, 4, 2, 1), 4)])  # fmt: skip
+@pytest.mark.parametrize("weights", [torch.channels_last, torch.contiguous_format])
+def test_the_output_has_the_layout_that_plain_layers_give_it(layer, size, weights):
+    plain = nn.Sequential(layer(), nn.ReLU()).to(memory_format=weights)
+    x = torch.randn(16, plain[0].in_channels, size, size)
+    y, expected = fastgan.fuse(plain)(x), plain(x)
+    assert y.is_contiguous() == expected.is_contiguous()
+    assert y.is_contiguous(memory_format=torch.channels_last) == expected.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_refused_input_changes_no_running_statistic():

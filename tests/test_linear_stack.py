@@ -393,6 +393,15 @@ def test_compile_is_the_same_without_a_break(calls):
         torch.testing.assert_close(dynamic(x), fused(x))
 
 
+def test_a_network_is_exported_for_any_number_of_rows():
+    network = fastgan.fuse(nn.Sequential(nn.Linear(600, 600), nn.ReLU(), nn.Linear(600, 600)).eval())
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    exported = torch.export.export(network, (torch.randn(64, 600),), dynamic_shapes=({0: rows},)).module()
+    for count in (2, 64, 1000):
+        x = torch.randn(count, 600)
+        torch.testing.assert_close(exported(x), network(x))
+
+
 def test_export_and_deepcopy_keep_the_network():
     fused = fastgan.fuse(perceptron()).eval()
     x = torch.randn(40, 12)

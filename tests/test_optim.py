@@ -556,3 +556,16 @@ def test_gradients_in_other_strides_on_cuda_are_pytorchs():
 @needs_kernel
 def test_operator_on_cuda_names_the_argument_at_fault():
     check_that_operator_names_the_argument_at_fault("cuda")
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_weight_that_is_not_finite_stays_out_of_the_averages(decoupled):
+    found = []
+    for optimizer in (torch.optim.Adam, optim.Adam):
+        weight = nn.Parameter(torch.tensor([1.0, float("inf"), float("nan")]))
+        weight.grad = torch.ones(3)
+        own = optimizer([weight], lr=0.1, decoupled_weight_decay=decoupled)
+        own.step()
+        found.append((weight.detach(), own.state[weight]["exp_avg"], own.state[weight]["exp_avg_sq"]))
+    torch.testing.assert_close(found[1], found[0], equal_nan=True)
+    assert found[1][1].isfinite().all()

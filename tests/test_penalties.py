@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import is_parametrized
 
 import fastgan
+from fastgan import ops
 from fastgan.data import ImageDataset
 from fastgan.losses import discriminator_loss, generator_loss, gradient_penalty, r1_penalty
 from fastgan.models import dcgan
@@ -82,6 +84,57 @@ def test_penalties_and_their_gradients_through_fuse_equal_plain_pytorch(normaliz
     for theirs, ours in zip(*results):
         assert theirs.dtype == ours.dtype == dtype
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * 1e-2 * scale)
+
+
+WEIGHT, ROWS = torch.randn(8, 8, 4, 4, dtype=torch.float64) / 8, torch.randn(8, dtype=torch.float64)
+DEPENDENT = {  # functions of images [2, 8, 8, 8] and of a weight, whose layers share what they are computed from
+    "one weight twice": lambda x, w: ops.conv2d_act(ops.conv2d_act(x, w, padding="same", activation="tanh"), w, stride=2, padding=1),
+    "with batch norm": lambda x, w: ops.conv2d_bn_act(ops.conv2d_bn_act(x, w, padding=2, activation="tanh"), w, stride=2, padding=1),
+    "transposed": lambda x, w: ops.conv_transpose2d_act(ops.conv_transpose2d_act(x, w, activation="tanh"), w, activation="sigmoid"),
+    "a weight of the images": lambda x, w: ops.conv2d_act(x, w * x.mean(), stride=2, padding=1, activation="tanh"),
+    "scale and shift in one": lambda x, w: ops.batch_norm_act_noise(x, w[0, :, 0, 0], w[0, :, 0, 0], activation="tanh"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:fastgan runs .* in plain PyTorch:RuntimeWarning")
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_derivatives_where_inputs_depend_on_each_other(name, create_graph):
+    function = DEPENDENT[name]
+    x = torch.randn(2, 8, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = WEIGHT.clone().requires_grad_()
+    found = torch.autograd.grad(function(x, weight).square().sum(), (x, weight), create_graph=create_graph)
+    with forward_ad.dual_level():  # where PyTorch's own operators run
+        expected = torch.autograd.grad(function(x, weight).square().sum(), (x, weight), create_graph=create_graph)
+    torch.testing.assert_close(found, expected)
+    if create_graph:
+        second = [torch.autograd.grad(sum(g.sin().sum() for g in gradients), (x, weight)) for gradients in (found, expected)]
+        torch.testing.assert_close(*second)
+
+
+@pytest.mark.parametrize("layers", [
+    lambda conv, linear: [conv, nn.Tanh(), conv, nn.Tanh()],
+    lambda conv, linear: [nn.Flatten(), linear, nn.Tanh(), linear, nn.BatchNorm1d(256), nn.Tanh()],
+], ids=["convolution", "linear"])  # fmt: skip
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_derivatives_of_a_fused_network_that_shares_weights(layers, repeats):
+    torch.manual_seed(0)
+    plain = nn.Sequential(*layers(nn.Conv2d(16, 16, 4, 2, 1), nn.Linear(256, 256)))
+    x = torch.randn(6, 16, 4**repeats, 4**repeats) if isinstance(plain[0], nn.Conv2d) else torch.randn(6, 256)
+    gradients = []
+    for network in (plain, fastgan.fuse(copy.deepcopy(plain))):
+        loss = (network(x) if repeats == 1 else network(network(x)).square()).sum()
+        gradients.append(torch.autograd.grad(loss, list(network.parameters()), create_graph=True))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_a_hook_sees_a_gradient_once_whether_or_not_it_is_differentiated():
+    for create_graph in (False, True):
+        network = fastgan.fuse(nn.Sequential(nn.Conv2d(16, 16, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(16, 16, 4, 2, 1)))
+        seen = []
+        network[0].weight.register_hook(lambda gradient: seen.append(gradient))  # noqa: B023
+        torch.autograd.grad(network(torch.randn(2, 16, 16, 16)).sum(), network[0].weight, create_graph=create_graph)
+        assert len(seen) == 1
 
 
 def test_penalties_are_computed_in_float32_under_autocast():

@@ -1,4 +1,4 @@
-"""torch.func's transforms and forward-mode derivatives: operators and fused networks run PyTorch's own operators there."""
+"""torch.func's transforms, forward-mode derivatives and batches of gradients: operators and fused networks run PyTorch's own operators there."""
 
 import copy
 
@@ -57,6 +57,41 @@ def test_forward_mode(operator):
     torch.testing.assert_close((output, slope(tangent)), expected)
     with forward_ad.dual_level():
         torch.testing.assert_close(tuple(forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent)))), expected)
+
+
+def test_many_gradients_at_once(operator):
+    function, x = operator
+    leaf = x.clone().requires_grad_()
+    output = function(leaf)
+    gradients = numbers(3, *output.shape)
+    expected = torch.stack([torch.autograd.grad(output, leaf, one, retain_graph=True)[0] for one in gradients])
+    (slopes,) = torch.autograd.grad(output, leaf, gradients, is_grads_batched=True, create_graph=True)
+    torch.testing.assert_close(slopes, expected)
+    (found,) = torch.autograd.grad(output, leaf, gradients, is_grads_batched=True)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.functional.hessian(lambda x: function(x).square().sum(), x, vectorize=True),
+        torch.autograd.functional.hessian(lambda x: function(x).square().sum(), x),
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layers", [
+    [nn.ConvTranspose2d(8, 16, 4, 1, 0), nn.BatchNorm2d(16), nn.ReLU(), nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.LeakyReLU(0.1),
+     nn.ConvTranspose2d(16, 3, 4, 2, 1), nn.Tanh()],
+    [nn.Conv2d(8, 4, 3, padding=1), nn.BatchNorm2d(4), nn.LeakyReLU(0.2)],
+    [nn.Flatten(), nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 5), nn.LeakyReLU(0.2)],
+], ids=["stack", "layer", "linear"])  # fmt: skip
+def test_many_gradients_at_once_of_a_fused_network(layers, training):
+    plain = nn.Sequential(*copy.deepcopy(layers)).train(training)
+    fused = fastgan.fuse(plain)
+    x = numbers(4, 8, 1, 1).float().requires_grad_()
+    expected, found = (
+        torch.autograd.grad(y := network(x), [x, *network.parameters()], numbers(3, *y.shape).float(), is_grads_batched=True)
+        for network in (plain, fused)
+    )
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
 
 
 def test_a_class_of_probability_zero_has_no_gradient_there_either():

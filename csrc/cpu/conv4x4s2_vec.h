@@ -86,9 +86,9 @@ inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would be an addition: 
 inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 
-// e^x to about 1 ulp for |x| <= 87, clamped beyond, NaN of NaN; Cody-Waite reduction, polynomial of degree 6.
+// e^x to about 1 ulp for x in [-87, 88.3], clamped beyond, NaN of NaN; Cody-Waite reduction, polynomial of degree 6.
 inline Vec vexp(Vec x) {
-  x = vmin(splat(87.0f), vmax(splat(-87.0f), x));  // of a comparison with NaN the second operand
+  x = vmin(splat(88.3f), vmax(splat(-87.0f), x));  // of a comparison with NaN the second operand
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const Vec shifted = x * 1.44269504088896341f + magic;
   const Vec n = shifted - magic;
@@ -104,7 +104,8 @@ inline Vec vexp(Vec x) {
   return p * (Vec)(exponent << 23);
 }
 
-inline Vec vsigmoid(Vec x) { return 1.0f / (1.0f + vexp(-x)); }
+// 0 where e^-x is infinite in float32, as a loss that takes the logarithm may look for.
+inline Vec vsigmoid(Vec x) { return x < -88.72f ? Vec{} : 1.0f / (1.0f + vexp(-x)); }
 
 // Near 0 a polynomial, fitted to the relative error (5e-9); elsewhere what is left to 1, whose rounding counts by its size alone.
 inline Vec vtanh(Vec x) {

@@ -72,8 +72,9 @@ inline float tanh_value(float x) {
   return bits_to_float(float_to_bits(e / (e + 2.0f)) | (float_to_bits(x) & 0x80000000u));
 }
 
-// 1 / (1 + e^-x), written with e^-|x| so that small values keep their digits.
+// 1 / (1 + e^-x), written with e^-|x| so that small values keep their digits; 0 where e^-x is infinite in float32.
 inline float sigmoid_value(float x) {
+  if (x < -88.72f) return 0.0f;
   const float magnitude = bits_to_float(float_to_bits(x) & 0x7fffffffu);
   const ExpParts exp = exp_parts(magnitude > 87.0f ? -87.0f : -magnitude);
   const float e = exp.power * exp.minus_one + exp.power;

@@ -67,7 +67,9 @@ int64_t blocks_at_once() {
     config.dynamicSmemBytes = kSharedBytes, config.attrs = &attribute, config.numAttrs = 1;
     int clusters = 0;
     cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
-    return cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) == cudaSuccess ? clusters * kClusterSize : 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) == cudaSuccess) return clusters * kClusterSize;
+    cudaGetLastError();  // or the next launch would report it
+    return 0;
   }();
   return most;
 }

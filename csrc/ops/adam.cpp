@@ -1,20 +1,15 @@
 // adam_group_: a step of Adam on the CPU: kernel in csrc/cpu/adam.h.
-#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <cmath>
-#include <optional>
 #include <vector>
 
 #include "../cpu/adam.h"
 #include "adam.h"
+#include "tensors.h"
 
 namespace fastgan {
 namespace {
-
-using at::Tensor;
-
-using OptionalTensor = std::optional<Tensor>;
 
 // One number on the CPU, in float or double.
 bool is_number(const Tensor& t) {

@@ -19,7 +19,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr const char* kOp = "batch_norm_act_noise";
+constexpr const char* kBatchNormActNoise = "batch_norm_act_noise";
 
 at::MemoryFormat kernel_format(const Tensor& tensor) {
   const bool channels_last = tensor.dim() == 4 && tensor.is_contiguous(at::MemoryFormat::ChannelsLast);
@@ -29,18 +29,18 @@ at::MemoryFormat kernel_format(const Tensor& tensor) {
 void check(const Tensor& input, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
            const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& seed,
            bool training, double momentum, double eps, double noise_std) {
-  check_floating(kOp, input);
-  TORCH_CHECK_VALUE(input.dim() >= 2 && input.dim() <= 4, kOp,
+  check_floating(kBatchNormActNoise, input);
+  TORCH_CHECK_VALUE(input.dim() >= 2 && input.dim() <= 4, kBatchNormActNoise,
                     ": input must have shape [N, C], [N, C, L] or [N, C, H, W], got ", input.sym_sizes());
   c10::SymInt values = input.sym_size(0);
   for (int64_t dim = 2; dim < input.dim(); ++dim) values *= input.sym_size(dim);
-  check_batch_norm_arrays(kOp, input, input.sym_size(1), "input.size(1)", values, bn_weight, bn_bias, running_mean,
+  check_batch_norm_arrays(kBatchNormActNoise, input, input.sym_size(1), "input.size(1)", values, bn_weight, bn_bias, running_mean,
                           running_var, training, momentum, eps);
-  TORCH_CHECK_VALUE(noise_std >= 0, kOp, ": noise_std must be at least 0, got ", noise_std);
+  TORCH_CHECK_VALUE(noise_std >= 0, kBatchNormActNoise, ": noise_std must be at least 0, got ", noise_std);
   if (!defined(seed)) return;
-  TORCH_CHECK_VALUE(seed->dim() == 0, kOp, ": seed must be a scalar, got shape ", seed->sym_sizes());
-  TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, kOp, ": seed must have dtype int64, got ", seed->scalar_type());
-  TORCH_CHECK(seed->device().is_cpu() || seed->device().is_meta(), kOp, ": seed must be on the CPU, got ",
+  TORCH_CHECK_VALUE(seed->dim() == 0, kBatchNormActNoise, ": seed must be a scalar, got shape ", seed->sym_sizes());
+  TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, kBatchNormActNoise, ": seed must have dtype int64, got ", seed->scalar_type());
+  TORCH_CHECK(seed->device().is_cpu() || seed->device().is_meta(), kBatchNormActNoise, ": seed must be on the CPU, got ",
               seed->device());
 }
 
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_noise_forward_cpu(
     const Tensor& input, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& seed, bool training,
     double momentum, double eps, c10::string_view activation, double negative_slope, double noise_std) {
-  const cpu::ActivationSpec act{parse_activation(kOp, activation), negative_slope};
+  const cpu::ActivationSpec act{parse_activation(kBatchNormActNoise, activation), negative_slope};
   const Tensor x = input.contiguous(kernel_format(input));
   const Tensor output = at::empty_like(x);
   const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_noise_forward_cpu(
   const Tensor var = training ? at::empty({C}, options) : new_var;
   if (!training) mean.copy_(new_mean);
   const cpu::GaussianNoise noise{noise_std, defined(seed) ? static_cast<uint64_t>(*data<int64_t>(*seed)) : 0};
-  with_kernel_type(kOp, x.scalar_type(), [&](auto tag) {
+  with_kernel_type(kBatchNormActNoise, x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     using A = cpu::Accumulate<T>;
     const cpu::BnActShape shape = kernel_shape(x);
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_noise_backward_cpu(
     const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& invstd,
     const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, bool training, c10::string_view activation,
     double negative_slope, std::array<bool, 3> output_mask) {
-  const cpu::ActivationSpec act{parse_activation(kOp, activation), negative_slope};
+  const cpu::ActivationSpec act{parse_activation(kBatchNormActNoise, activation), negative_slope};
   const Tensor x = input.contiguous(kernel_format(input));
   const Tensor grad = grad_output.contiguous(kernel_format(x));
   const Tensor grad_input = output_mask[0] ? at::empty_like(x) : at::empty({0}, x.options());
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_noise_backward_cpu(
   const Tensor sum_dz = sums(), sum_dz_xhat = sums();
   if (!empty) {
     const Tensor gamma = as_accumulate(bn_weight, mean.scalar_type()), beta = as_accumulate(bn_bias, mean.scalar_type());
-    with_kernel_type(kOp, x.scalar_type(), [&](auto tag) {
+    with_kernel_type(kBatchNormActNoise, x.scalar_type(), [&](auto tag) {
       using T = decltype(tag);
       using A = cpu::Accumulate<T>;
       cpu::batch_norm_act_noise_kernels<T>().backward(
@@ -117,7 +117,7 @@ Tensor differentiable(const Tensor& input, const Tensor& bn_weight, const Tensor
   Tensor x = input;
   while (x.dim() < 4) x = x.unsqueeze(-1);
   const Tensor z = differentiable_batch_norm(x, bn_weight, bn_bias, mean, invstd, training, eps);
-  return activate(z, parse_activation(kOp, activation), slope).reshape(sizes);
+  return activate(z, parse_activation(kBatchNormActNoise, activation), slope).reshape(sizes);
 }
 
 class BatchNormActNoise : public torch::autograd::Function<BatchNormActNoise> {
@@ -149,10 +149,11 @@ class BatchNormActNoise : public torch::autograd::Function<BatchNormActNoise> {
     std::array<bool, 3> mask;  // the graph has an edge only for the tensors that were given
     for (size_t i = 0, edge = 0; i < 3; ++i) mask[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
     variable_list gradients(12);  // one an argument of forward; undefined for all but the first three
-    if (at::GradMode::is_enabled()) {
-      const Tensor output = differentiable(input, saved[1], saved[2], mean, invstd, training,
-                                           ctx->saved_data["eps"].toDouble(), activation, slope);
-      const auto found = differentiable_gradients(output, {input, saved[1], saved[2]},
+    if (must_be_differentiable(grad_outputs[0])) {
+      const auto whole = [&](const variable_list& from) {
+        return differentiable(from[0], from[1], from[2], mean, invstd, training, ctx->saved_data["eps"].toDouble(), activation, slope);
+      };
+      const auto found = differentiable_gradients(whole, {input, saved[1], saved[2]},
                                                   std::vector<bool>(mask.begin(), mask.end()), grad_outputs[0]);
       std::copy(found.begin(), found.end(), gradients.begin());
       return gradients;
@@ -174,7 +175,7 @@ Tensor batch_norm_act_noise(const Tensor& input, const OptionalTensor& bn_weight
                             const OptionalTensor& running_mean, const OptionalTensor& running_var,
                             const OptionalTensor& seed, bool training, double momentum, double eps,
                             c10::string_view activation, double negative_slope, double noise_std) {
-  parse_activation(kOp, activation);
+  parse_activation(kBatchNormActNoise, activation);
   check(input, bn_weight, bn_bias, running_mean, running_var, seed, training, momentum, eps, noise_std);
   OptionalTensor noise_seed;
   if (noise_std != 0) noise_seed = defined(seed) ? *seed : at::randint(int64_t{1} << 62, {}, at::kLong);
@@ -182,7 +183,7 @@ Tensor batch_norm_act_noise(const Tensor& input, const OptionalTensor& bn_weight
                                   activation, negative_slope, noise_std);
 }
 
-TORCH_LIBRARY_IMPL(fastgan, CompositeImplicitAutograd, m) { m.impl(kOp, &batch_norm_act_noise); }
+TORCH_LIBRARY_IMPL(fastgan, CompositeImplicitAutograd, m) { m.impl(kBatchNormActNoise, &batch_norm_act_noise); }
 
 TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("batch_norm_act_noise_forward", &batch_norm_act_noise_forward_cpu);

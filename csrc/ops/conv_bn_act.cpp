@@ -5,14 +5,11 @@
 //                     writes dy, then the convolution's gradient. Saved: x, y and 2 numbers a channel.
 #include "conv_bn_act.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/ops/batch_norm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -227,13 +224,17 @@ Tensor differentiable_batch_norm(const Tensor& y, const Tensor& bn_weight, const
   return z.to(y.scalar_type());
 }
 
-variable_list differentiable_gradients(const Tensor& output, const variable_list& inputs,
+variable_list differentiable_gradients(const std::function<Tensor(const variable_list&)>& function, const variable_list& inputs,
                                        const std::vector<bool>& needed, const Tensor& grad_output) {
-  variable_list wanted;
-  for (size_t i = 0; i < inputs.size(); ++i)
-    if (needed[i]) wanted.push_back(inputs[i]);
-  const variable_list found = torch::autograd::grad({output}, wanted, {grad_output}, /*retain_graph=*/true,
-                                                    /*create_graph=*/true, /*allow_unused=*/true);
+  const bool create_graph = at::GradMode::is_enabled();
+  const at::AutoGradMode enabled(true);
+  variable_list aliases, wanted;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    aliases.push_back(inputs[i].defined() ? inputs[i].view_as(inputs[i]) : Tensor());
+    if (needed[i]) wanted.push_back(aliases[i]);
+  }
+  const variable_list found = torch::autograd::grad({function(aliases)}, wanted, {grad_output}, /*retain_graph=*/create_graph,
+                                                    create_graph, /*allow_unused=*/true);
   variable_list gradients(inputs.size());
   for (size_t i = 0, next = 0; i < inputs.size(); ++i)
     if (needed[i]) gradients[i] = found[next++];
@@ -302,14 +303,15 @@ class ConvBnAct : public torch::autograd::Function<ConvBnAct> {
     const auto mask = needed_gradients<5>(ctx, saved);
     const ProcessGroup group{ctx->saved_data["process_group"].toStringRef(), ctx->saved_data["processes"].toInt()};
     variable_list gradients(15);  // one an argument of forward; undefined for all but the first five
-    if (at::GradMode::is_enabled()) {
+    if (must_be_differentiable(grad_outputs[0])) {
       if (training) refuse_second_derivative(s.layer.transposed ? "conv_transpose2d_bn_act" : "conv2d_bn_act", group);
-      const Tensor y = differentiable_convolution(input, weight, optional(bias), s.layer);
-      const Tensor z = differentiable_batch_norm(y, bn_weight, bn_bias, mean, invstd, training,
-                                                 ctx->saved_data["eps"].toDouble());
-      const auto found = differentiable_gradients(
-          activate(z, parse_activation("conv_bn_act", s.activation), s.negative_slope),
-          {input, weight, bias, bn_weight, bn_bias}, std::vector<bool>(mask.begin(), mask.end()), grad_outputs[0]);
+      const auto whole = [&](const variable_list& from) {
+        const Tensor y = differentiable_convolution(from[0], from[1], optional(from[2]), s.layer);
+        const Tensor z = differentiable_batch_norm(y, from[3], from[4], mean, invstd, training, ctx->saved_data["eps"].toDouble());
+        return activate(z, parse_activation("conv_bn_act", s.activation), s.negative_slope);
+      };
+      const auto found = differentiable_gradients(whole, {input, weight, bias, bn_weight, bn_bias},
+                                                  std::vector<bool>(mask.begin(), mask.end()), grad_outputs[0]);
       std::copy(found.begin(), found.end(), gradients.begin());
       return gradients;
     }
@@ -351,11 +353,12 @@ class ConvAct : public torch::autograd::Function<ConvAct> {
     const SavedLayer s(ctx);
     const auto mask = needed_gradients<3>(ctx, saved);
     variable_list gradients(6);
-    if (at::GradMode::is_enabled()) {
-      const Tensor z = differentiable_convolution(input, weight, optional(bias), s.layer);
-      const auto found =
-          differentiable_gradients(activate(z, parse_activation("conv_act", s.activation), s.negative_slope),
-                                   {input, weight, bias}, std::vector<bool>(mask.begin(), mask.end()), grad_outputs[0]);
+    if (must_be_differentiable(grad_outputs[0])) {
+      const auto whole = [&](const variable_list& from) {
+        const Tensor z = differentiable_convolution(from[0], from[1], optional(from[2]), s.layer);
+        return activate(z, parse_activation("conv_act", s.activation), s.negative_slope);
+      };
+      const auto found = differentiable_gradients(whole, {input, weight, bias}, std::vector<bool>(mask.begin(), mask.end()), grad_outputs[0]);
       std::copy(found.begin(), found.end(), gradients.begin());
       return gradients;
     }

@@ -2,24 +2,22 @@
 // layer, one set of checks, one autograd function. The four public operators differ only in how they fill ConvLayer.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 
 #include <array>
+#include <functional>
 #include <string_view>
 #include <tuple>
 #include <vector>
 
 #include "../activation.h"
+#include "image_format.h"
 #include "process_group.h"
+#include "tensors.h"
 
 namespace fastgan {
 
 using at::IntArrayRef;
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-inline bool defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
-inline OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
 // The memory format of a dense tensor; of one that is dense in both, the contiguous one.
 inline at::MemoryFormat dense_format(const Tensor& tensor) {
@@ -74,9 +72,14 @@ Tensor activate(const Tensor& z, Activation activation, double negative_slope);
 void refuse_second_derivative(const char* op, const ProcessGroup& group);
 Tensor differentiable_batch_norm(const Tensor& y, const Tensor& bn_weight, const Tensor& bn_bias, const Tensor& mean,
                                  const Tensor& invstd, bool training, double eps);
-// Gradients of output with respect to the needed ones of inputs, with a graph of their own.
-std::vector<Tensor> differentiable_gradients(const Tensor& output, const std::vector<Tensor>& inputs,
-                                             const std::vector<bool>& needed, const Tensor& grad_output);
+// Whether a backward has to be made of differentiable operators, which it then gets from differentiable_gradients().
+inline bool must_be_differentiable(const Tensor& grad_output) { return at::GradMode::is_enabled() || is_batched(grad_output); }
+// Gradients of function(inputs) with respect to the needed ones of inputs, undefined for the others; where gradients are on, with a graph
+// of their own. The function is given other tensors for the inputs, of the same values: one input may be another's, or be computed
+// from it, and have hooks, none of which is part of this derivative.
+std::vector<Tensor> differentiable_gradients(const std::function<Tensor(const std::vector<Tensor>&)>& function,
+                                             const std::vector<Tensor>& inputs, const std::vector<bool>& needed,
+                                             const Tensor& grad_output);
 
 // Differentiable entry points. Unbatched [C, H, W] input is accepted.
 Tensor conv_bn_act(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,

@@ -804,12 +804,14 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
     for (size_t i = 0; i <= parameters.size(); ++i) mask.push_back(ctx->needs_input_grad(i));
     const ProcessGroup group{ctx->saved_data["process_group"].toStringRef(), ctx->saved_data["processes"].toInt()};
     variable_list gradients(parameters.size() + 6);  // input and parameters, then five arguments without one
-    if (at::GradMode::is_enabled()) {
+    if (must_be_differentiable(grad_outputs[0])) {
       refuse_second_derivative("conv_stack", group);
       variable_list inputs{input};
       inputs.insert(inputs.end(), parameters.begin(), parameters.end());
-      const auto found = differentiable_gradients(differentiable_stack(input, parameters, statistics, layers, numbers),
-                                                  inputs, std::vector<bool>(mask.begin(), mask.end()), grad_outputs[0]);
+      const auto whole = [&](const variable_list& from) {
+        return differentiable_stack(from[0], at::TensorList(from).slice(1), statistics, layers, numbers);
+      };
+      const auto found = differentiable_gradients(whole, inputs, std::vector<bool>(mask.begin(), mask.end()), grad_outputs[0]);
       std::copy(found.begin(), found.end(), gradients.begin());
       return gradients;
     }

@@ -37,6 +37,12 @@ std::vector<LayerParameters> split_parameters(const std::vector<StackLayer>& sta
 void check_parameters(const std::vector<StackLayer>& stack, const std::vector<LayerParameters>& split,
                       at::TensorList running, const Tensor& input) {
   TORCH_CHECK_VALUE(input.dim() == 4, "conv_stack: input must have shape [N, C, H, W], got ", input.sizes());
+  const auto check_kind = [&](const char* name, size_t layer, const Tensor& t) {
+    TORCH_CHECK_VALUE(!t.defined() || t.device() == input.device(), "conv_stack: ", name, " of layer ", layer, " must be on ",
+                      input.device(), " like input, got ", t.device());
+    TORCH_CHECK_VALUE(!t.defined() || !input.is_cuda() || t.scalar_type() == at::kFloat, "conv_stack: ", name, " of layer ", layer,
+                      " must be float32, got ", t.scalar_type());
+  };
   int64_t channels = input.size(1);
   size_t next_running = 0;
   for (size_t i = 0; i < stack.size(); ++i) {
@@ -44,8 +50,10 @@ void check_parameters(const std::vector<StackLayer>& stack, const std::vector<La
     const LayerParameters& p = split[i];
     TORCH_CHECK_VALUE(p.weight.dim() == 4 && p.weight.size(layer.transposed ? 0 : 1) == channels, "conv_stack: weight of layer ",
                       i, " must be for ", channels, " input channels, got shape ", p.weight.sizes());
+    check_kind("weight", i, p.weight);
     channels = p.weight.size(layer.transposed ? 1 : 0);
     const auto check = [&](const char* name, const Tensor& array, bool dense) {
+      check_kind(name, i, array);
       TORCH_CHECK_VALUE(!array.defined() || (array.numel() == channels && (!dense || array.is_contiguous())), "conv_stack: ", name,
                         " of layer ", i, " must have shape [", channels, "]", dense ? " and be contiguous" : "", ", got shape ",
                         array.sizes());

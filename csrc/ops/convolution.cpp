@@ -94,6 +94,7 @@ std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor
       layer.transposed, layer.output_padding, layer.groups, {output_mask[0], output_mask[1], false});
   if (in_float && output_mask[0]) grad_input = grad_input.to(dtype);
   if (in_float) grad_weight = grad_weight.to(dtype);
+  if (is_batched(grad)) return {grad_input, grad_weight};  // which has no memory format
   // ATen's choice of a format depends on the kernel that it has taken; the fake kernels promise these.
   if (output_mask[0]) grad_input = grad_input.contiguous(input.suggest_memory_format());
   if (output_mask[1]) grad_weight = grad_weight.contiguous(weight.suggest_memory_format());

@@ -1,5 +1,4 @@
 // adam_ on CUDA: checks and launch.
-#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -7,12 +6,10 @@
 #include "../cuda/adam.h"
 #include "adam.h"
 #include "cuda.h"
+#include "tensors.h"
 
 namespace fastgan {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 void check_float_on_device(const char* argument, const Tensor& tensor, const Tensor& like) {
   TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.device() == like.device(), "adam_: ", argument,

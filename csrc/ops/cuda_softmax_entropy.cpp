@@ -18,9 +18,6 @@
 namespace fastgan {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 const float* floats_or_null(const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->defined() ? tensor->const_data_ptr<float>() : nullptr;
 }
@@ -51,7 +48,7 @@ struct Prepared {
 SoftmaxEntropyForward softmax_entropy_forward_cuda(const Tensor& logits_in, const OptionalTensor& labels_in,
                                                    int64_t ignore_index) {
   check_softmax_entropy(logits_in, labels_in);
-  const c10::cuda::CUDAGuard device_guard(logits_in.device());
+  const DeviceGuard device_guard(logits_in.device());
   if (logits_in.scalar_type() == at::kDouble) {
     const Tensor log_p = at::log_softmax(logits_in, 1), p = log_p.exp(), q = p.mean(0);
     Tensor cross_entropy = at::zeros({}, logits_in.options());
@@ -88,7 +85,7 @@ Tensor softmax_entropy_backward_cuda(const OptionalTensor& grad_conditional, con
                                      const OptionalTensor& labels_in, int64_t ignore_index,
                                      const Tensor& mean_probabilities, const Tensor&) {
   check_softmax_entropy(logits_in, labels_in);
-  const c10::cuda::CUDAGuard device_guard(logits_in.device());
+  const DeviceGuard device_guard(logits_in.device());
   if (logits_in.scalar_type() == at::kDouble) {
     return composed_softmax_entropy_backward(grad_conditional.value_or(Tensor()), grad_marginal.value_or(Tensor()),
                                              grad_cross_entropy.value_or(Tensor()), logits_in,
@@ -108,7 +105,7 @@ Tensor softmax_entropy_backward_cuda(const OptionalTensor& grad_conditional, con
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastgan, CUDA, m) {
+FASTGAN_CUDA_OPERATORS(m) {
   m.impl("softmax_entropy_forward", &softmax_entropy_forward_cuda);
   m.impl("softmax_entropy_backward", &softmax_entropy_backward_cuda);
 }

@@ -21,10 +21,11 @@ cpu::ImageFormatShape image_shape(const Tensor& t) {
 
 MemoryFormat format_of(bool channels_last) { return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous; }
 
-Tensor convert_images_cpu(const Tensor& input, bool channels_last) {
+// On CUDA by ATen's copy
+Tensor convert_images_kernel(const Tensor& input, bool channels_last) {
   TORCH_CHECK_VALUE(input.dim() == 4, "convert_images: input must have shape [N, C, H, W], got ", input.sizes());
   const cpu::ImageFormatShape shape = image_shape(input);
-  if (!cpu::image_format_supported(shape) || !input.is_contiguous(format_of(!channels_last)))
+  if (!input.is_cpu() || !cpu::image_format_supported(shape) || !input.is_contiguous(format_of(!channels_last)))
     return input.clone(format_of(channels_last));
   const Tensor output = empty_kept(input.sizes(), input.scalar_type(), channels_last);
   cpu::convert_images(shape, channels_last, input.const_data_ptr(), output.mutable_data_ptr());
@@ -35,7 +36,7 @@ Tensor convert_images_cpu(const Tensor& input, bool channels_last) {
 Tensor convert_images(const Tensor& input, bool channels_last) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("fastgan::convert_images", "")
-                       .typed<decltype(convert_images_cpu)>();
+                       .typed<decltype(convert_images_kernel)>();
   return op.call(input, channels_last);
 }
 
@@ -63,10 +64,11 @@ Tensor convert_images_autograd(const Tensor& input, bool channels_last) { return
 }  // namespace
 
 Tensor contiguous_images(const Tensor& t, MemoryFormat format) {
+  if (is_batched(t)) return t;
   const bool channels_last = format == MemoryFormat::ChannelsLast;
-  if (!t.is_cpu() || t.dim() != 4 || t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || t.is_contiguous(format))
+  if ((!t.is_cpu() && !t.is_cuda()) || t.dim() != 4 || t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || t.is_contiguous(format))
     return t.contiguous(format);
-  const bool own = t.is_contiguous(format_of(!channels_last)) && cpu::image_format_supported(image_shape(t));
+  const bool own = t.is_cpu() && t.is_contiguous(format_of(!channels_last)) && cpu::image_format_supported(image_shape(t));
   if (!own && !(channels_last && t.requires_grad() && at::GradMode::is_enabled())) return t.contiguous(format);
   return convert_images(t, channels_last);
 }
@@ -76,7 +78,8 @@ TORCH_LIBRARY_IMPL(fastgan, CompositeImplicitAutograd, m) {
     return contiguous_images(input, format_of(channels_last));
   });
 }
-TORCH_LIBRARY_IMPL(fastgan, CPU, m) { m.impl("convert_images", &convert_images_cpu); }
+TORCH_LIBRARY_IMPL(fastgan, CPU, m) { m.impl("convert_images", &convert_images_kernel); }
+TORCH_LIBRARY_IMPL(fastgan, CUDA, m) { m.impl("convert_images", &convert_images_kernel); }
 TORCH_LIBRARY_IMPL(fastgan, Meta, m) { m.impl("convert_images", &convert_images_meta); }
 TORCH_LIBRARY_IMPL(fastgan, Autograd, m) { m.impl("convert_images", &convert_images_autograd); }
 

@@ -8,7 +8,6 @@
 #include <sys/mman.h>
 #endif
 
-#include <algorithm>
 #include <cstring>
 #include <list>
 #include <mutex>

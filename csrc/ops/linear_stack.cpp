@@ -51,7 +51,7 @@ struct LinearLayer {
   bool passes_products_on() const { return !has_batch_norm && activation.kind == Activation::identity; }
 };
 
-struct Stack {
+struct Perceptron {
   double input_noise;
   std::vector<LinearLayer> layers;
   std::vector<int64_t> ends;  // rows each batch ends before
@@ -66,15 +66,15 @@ struct Stack {
 };
 
 // running and seeds: null in backward.
-Stack parse(const Tensor& input, at::TensorList parameters, const at::TensorList* running, const Tensor* seeds,
-            at::IntArrayRef integers, at::ArrayRef<double> numbers, at::IntArrayRef batches, int64_t save) {
+Perceptron parse(const Tensor& input, at::TensorList parameters, const at::TensorList* running, const Tensor* seeds,
+                 at::IntArrayRef integers, at::ArrayRef<double> numbers, at::IntArrayRef batches, int64_t save) {
   const size_t count = integers.size() / LinearLayer::kIntegers;
   TORCH_CHECK_VALUE(count > 0 && integers.size() == count * LinearLayer::kIntegers &&
                         numbers.size() == 1 + count * LinearLayer::kNumbers,
                     "linear_stack: layers must have ", LinearLayer::kIntegers, " integers and numbers 1 + ",
                     LinearLayer::kNumbers, " values a layer, got ", integers.size(), " and ", numbers.size());
   TORCH_CHECK_VALUE(input.dim() == 2, "linear_stack: input must have shape [N, C], got ", input.sizes());
-  Stack stack{numbers[0], {}, {}, 0};
+  Perceptron stack{numbers[0], {}, {}, 0};
   for (const int64_t rows : batches) {
     TORCH_CHECK_VALUE(rows > 0, "linear_stack: batches must be above 0, got ", batches);
     stack.ends.push_back((stack.ends.empty() ? 0 : stack.ends.back()) + rows);
@@ -143,7 +143,7 @@ cpu::GaussianNoise noise_of(double std, const Tensor& seeds, int64_t index) {
 std::tuple<Tensor, Tensor> linear_stack_forward_cpu(const Tensor& input, at::TensorList parameters, at::TensorList running,
                                                     const Tensor& seeds, at::IntArrayRef integers, at::ArrayRef<double> numbers,
                                                     at::IntArrayRef batches, int64_t tracked, int64_t save) {
-  const Stack stack = parse(input, parameters, &running, &seeds, integers, numbers, batches, save);
+  const Perceptron stack = parse(input, parameters, &running, &seeds, integers, numbers, batches, save);
   TORCH_CHECK_VALUE(0 <= tracked && tracked <= static_cast<int64_t>(stack.ends.size()), "linear_stack: tracked must be from 0 to ",
                     stack.ends.size(), ", the number of batches, got ", tracked);
   const cpu::LinearKernels& kernels = cpu::linear_kernels();
@@ -196,7 +196,7 @@ std::tuple<Tensor, Tensor> linear_stack_forward_cpu(const Tensor& input, at::Ten
 std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& input, at::TensorList parameters, const Tensor& saved,
                                     at::IntArrayRef integers, at::ArrayRef<double> numbers, at::IntArrayRef batches, int64_t save,
                                     at::IntArrayRef output_mask, const std::vector<Tensor>& held) {
-  const Stack stack = parse(input, parameters, nullptr, nullptr, integers, numbers, batches, save);
+  const Perceptron stack = parse(input, parameters, nullptr, nullptr, integers, numbers, batches, save);
   const cpu::LinearKernels& kernels = cpu::linear_kernels();
   const int64_t N = input.size(0), count = static_cast<int64_t>(stack.layers.size());
   const auto options = input.options();
@@ -321,11 +321,13 @@ class LinearStack : public torch::autograd::Function<LinearStack> {
     std::vector<int64_t> mask;
     for (size_t i = 0; i <= parameters.size(); ++i) mask.push_back(ctx->needs_input_grad(i));
     variable_list gradients(parameters.size() + 8);  // input and parameters, then seven arguments without one
-    if (at::GradMode::is_enabled()) {
+    if (must_be_differentiable(grad_outputs[0])) {
       variable_list inputs{input};
       inputs.insert(inputs.end(), parameters.begin(), parameters.end());
-      const Tensor output = differentiable(input, parameters, seeds, kept, layers, numbers, batches, save);
-      const auto found = differentiable_gradients(output, inputs, std::vector<bool>(mask.begin(), mask.end()), grad_outputs[0]);
+      const auto whole = [&](const variable_list& from) {
+        return differentiable(from[0], at::TensorList(from).slice(1), seeds, kept, layers, numbers, batches, save);
+      };
+      const auto found = differentiable_gradients(whole, inputs, std::vector<bool>(mask.begin(), mask.end()), grad_outputs[0]);
       std::copy(found.begin(), found.end(), gradients.begin());
       return gradients;
     }
@@ -355,7 +357,7 @@ class LinearStack : public torch::autograd::Function<LinearStack> {
       cpu::linear_kernels().read(N, C, floats(zeros), noise_of(std, seeds, index), floats(scratch), floats(noise));
       x = at::add(x, noise.narrow(1, 0, C));
     };
-    const Stack stack = parse(input, parameters, nullptr, nullptr, integers, numbers, batches, save);
+    const Perceptron stack = parse(input, parameters, nullptr, nullptr, integers, numbers, batches, save);
     add_noise(stack.input_noise, 0);
     for (size_t i = 0; i < stack.layers.size(); ++i) {
       const LinearLayer& layer = stack.layers[i];

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 from torch.nn.utils.parametrize import is_parametrized
@@ -498,6 +499,8 @@ def _match_perceptron(children, position, input, batches=(), tracked=1):
         return nothing
     if input.dim() != 2 or input.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return nothing
+    if isinstance(input.shape[0], torch.SymInt) and torch.compiler.is_exporting():
+        return nothing  # what gains goes by the rows, which an exported program is to leave open
     left = children[position:]
     kinds = [type(child) for child in left]
     # With a bias and batch norm's two numbers a feature, what all that is left would have as one run.
@@ -605,8 +608,10 @@ def _run_stack(layers, input):
 
 
 def _is_channels_last(tensor):
-    """In channels_last and in no other format: sizes of 1 make both true."""
-    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    """By PyTorch's rule for tensors that are in both formats, because of sizes of 1: it goes by their strides."""
+    if not tensor.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return not tensor.is_contiguous() or suggest_memory_format(tensor) == torch.channels_last
 
 
 def _fusable_input(input):
@@ -615,7 +620,7 @@ def _fusable_input(input):
         and input.dim() == 4
         and input.dtype in _DTYPES
         and input.layout == torch.strided
-        and _extension.has_kernels(input.device.type)
+        and _extension.runs_on(input.device)
     )
 
 

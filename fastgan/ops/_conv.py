@@ -85,9 +85,8 @@ NO_GROUP_ON_CUDA = "the CUDA kernels take no process_group"
 
 def fast_path(op, input, process_group=None):
     """Whether the fused kernels run on `input`; where not, says so once."""
-    device_type = input.device.type
-    obstacle = NO_GROUP_ON_CUDA if process_group is not None and device_type == "cuda" else None
-    return _extension.runs_fused(op, device_type, obstacle)
+    obstacle = NO_GROUP_ON_CUDA if process_group is not None and input.is_cuda else None
+    return _extension.runs_fused(op, input.device, obstacle)
 
 
 if _extension.has_kernels("cpu"):

@@ -68,9 +68,8 @@ def batch_norm_act_noise_reference(
 
 
 def _runs_fused(input):
-    device = input.device.type
-    obstacle = NO_CUDA_KERNEL if device == "cuda" and _extension.has_kernels("cuda") else None
-    return _extension.runs_fused("batch_norm_act_noise", "cpu" if device == "meta" else device, obstacle)
+    obstacle = NO_CUDA_KERNEL if input.is_cuda and _extension.has_kernels("cuda") else None
+    return _extension.runs_fused("batch_norm_act_noise", input.device, obstacle)
 
 
 if _extension.has_kernels("cpu"):

@@ -125,12 +125,9 @@ class StackCall:
 
     def run(self):
         """``[N, C, H, W]``, in channels_last."""
-        input = self.input
-        if input.dtype == self.dtype:
-            # What the operator saves for backward is then what its loops read.
-            input = input.contiguous(memory_format=torch.channels_last) if self._cuda else input
-        else:
-            input = input.to(self.dtype, memory_format=torch.channels_last if self._cuda else torch.preserve_format)
+        # The operator brings it to channels_last. On CUDA both are one pass, but the gradient would be in channels_last, too.
+        one_pass = self._cuda and not self.input.requires_grad
+        input = self.input.to(self.dtype, memory_format=torch.channels_last if one_pass else torch.preserve_format)
         return torch.ops.fastgan.conv_stack(
             input, self.parameters, self.running, self.layers, self.numbers, **group_arguments(self.process_group)
         )

@@ -118,7 +118,7 @@ def _runs_fused(op, logits):
     # The usual case is ahead of the general question, which costs a tenth of the fused op at 100 x 10.
     if _CPU_KERNELS and logits.is_cpu and not _extension.transformed():
         return True
-    return _extension.runs_fused(op, logits.device.type)
+    return _extension.runs_fused(op, logits.device)
 
 
 if _CPU_KERNELS:
