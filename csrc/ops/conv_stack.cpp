@@ -560,99 +560,135 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
   return {output, raw, save_for_backward ? statistics : at::empty({0}, options)};
 }
 
-// Gradients of input and of every parameter, with shape [0] where output_mask says false. Weight gradients that the loops of
-// conv4x4s2.h compute are added to `held`, one a result, where that is defined, or put off; they then have shape [0], too. With
+// The backward pass, layer by layer from the last one down. Weight gradients that the loops of conv4x4s2.h compute are added to
+// `held`, one a result, where that is defined, or put off; they then have shape [0], like those that nobody wants. With
 // overwrites_raw a layer's gradient takes the place of its raw output as soon as nothing else reads that.
-std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& input, at::TensorList parameters,
-                                    const Tensor& output, const Tensor& raw, const Tensor& statistics,
-                                    at::IntArrayRef layers, at::ArrayRef<double> numbers, at::IntArrayRef output_mask,
-                                    c10::string_view process_group, int64_t processes, const std::vector<Tensor>& held,
-                                    bool overwrites_raw) {
-  const auto stack = parse_stack(layers, numbers);
-  const ProcessGroup group{std::string(process_group), processes};
-  auto split = split_parameters(stack, parameters);
-  const Plan plan = make_plan(stack, split, input);
-  arrange(plan, split);
-  const auto options = float_options();
-  const int64_t count = static_cast<int64_t>(stack.size());
-
-  int64_t channels = 0;
-  for (const Geometry& g : plan.layers) channels += g.channels;
-  ChannelRows rows(7 * channels);
-  const WantedGradients wanted = wanted_gradients(stack, output_mask);
-  const std::vector<size_t>& first_parameter = wanted.first_parameter;
-  const int64_t lowest = wanted.lowest;
-  std::vector<Lazy> inputs(count + 1);  // what each layer's input was
-  inputs[0] = Lazy{dense_channels_last(input)};
-  for (int64_t i = 0; i < count; ++i) {
-    const LayerParameters& p = split[i];
-    Lazy& next = inputs[i + 1];
-    if (plan.layers[i].raw_offset >= 0) next.raw = raw_view(raw, plan.layers[i]);
-    next.activation = {stack[i].activation, stack[i].negative_slope};
-    if (!stack[i].has_batch_norm) continue;
-    const Statistics saved(statistics, plan.layers[i]);
-    const int64_t C = plan.layers[i].channels;
-    next.mean = saved.mean, next.invstd = saved.invstd;
-    next.scale = rows.take(C), next.shift = rows.take(C);
-    cpu::fold_scale_shift<float>(C, next.mean, next.invstd, floats(p.bn_weight), floats(p.bn_bias), next.scale, next.shift);
+class StackBackward {
+ public:
+  StackBackward(const Tensor& input, at::TensorList parameters, const Tensor& output, const Tensor& raw, const Tensor& statistics,
+                at::IntArrayRef layers, at::ArrayRef<double> numbers, at::IntArrayRef output_mask, const ProcessGroup& group,
+                const std::vector<Tensor>& held, bool overwrites_raw)
+      : input_(input),
+        output_(output),
+        parameters_(parameters),
+        output_mask_(output_mask),
+        group_(group),
+        held_(held),
+        overwrites_raw_(overwrites_raw),
+        stack_(parse_stack(layers, numbers)),
+        split_(split_parameters(stack_, parameters)),
+        plan_(make_plan(stack_, split_, input)),
+        wanted_(wanted_gradients(stack_, output_mask)),
+        rows_(kRows * channels_of(plan_)),
+        inputs_(stack_.size() + 1),
+        results_(output_mask.size()) {
+    arrange(plan_, split_);
+    inputs_[0] = Lazy{dense_channels_last(input)};
+    for (size_t i = 0; i < stack_.size(); ++i) {
+      Lazy& next = inputs_[i + 1];
+      if (plan_.layers[i].raw_offset >= 0) next.raw = raw_view(raw, plan_.layers[i]);
+      next.activation = {stack_[i].activation, stack_[i].negative_slope};
+      if (!stack_[i].has_batch_norm) continue;
+      const Statistics saved(statistics, plan_.layers[i]);
+      const int64_t C = plan_.layers[i].channels;
+      next.mean = saved.mean, next.invstd = saved.invstd;
+      next.scale = rows_.take(C), next.shift = rows_.take(C);
+      cpu::fold_scale_shift<float>(C, next.mean, next.invstd, floats(split_[i].bn_weight), floats(split_[i].bn_bias), next.scale,
+                                   next.shift);
+    }
   }
-  std::vector<Tensor> results(output_mask.size());
 
-  const auto result = [&](const float* row, int64_t size) {
-    const Tensor t = at::empty({size}, options);
-    std::copy_n(row, size, floats(t));
-    return t;
-  };
-  // The two rows of sums that finish_layer takes: of dz, and of dz * xhat; one after the other.
+  // Gradients of input and of every parameter, with shape [0] where output_mask says false.
+  std::vector<Tensor> run(const Tensor& grad_output) {
+    int64_t i = static_cast<int64_t>(stack_.size()) - 1;
+    for (LazyGrad grad = activation_backward(i, dense_channels_last(grad_output)); i >= wanted_.lowest; --i) {
+      const Geometry& g = plan_.layers[i];
+      const bool to_pixel = runs_to_pixel(g, split_[i].weight);
+      if (g.path != Path::conv4x4s2 && !to_pixel) {
+        const Tensor grad_input = plain_gradients(i, grad);
+        if (i > wanted_.lowest) grad = activation_backward(i - 1, grad_input);
+        continue;
+      }
+      // Two loops would each apply batch norm's backward while loading; one pass before them is faster then.
+      if ((wants_weight(i) && wants_input(i)) || to_pixel) grad = LazyGrad{grad.store(overwrites_raw_)};
+      Lazy below = inputs_[i];
+      if (to_pixel) grad.grad = grad.grad.to(at::kFloat), below.raw = below.raw.to(at::kFloat);
+      if (wants_weight(i)) to_pixel ? to_pixel_weight_gradient(i, below, grad) : loop_weight_gradient(i, below, grad);
+      if (wants_input(i)) grad = input_gradient(i, below, grad, to_pixel);
+    }
+    return finished_results();
+  }
+
+ private:
+  // Of a layer in rows_: scale and shift, two sums, and the coefficients of batch norm's backward.
+  static constexpr int64_t kRows = 7;
+  // The sums that finish_layer takes: of dz, and of dz * xhat; one after the other.
   struct Sums {
     float *dz, *dz_xhat;
   };
-  const auto take_sums = [&](int64_t C) {
-    float* first = rows.take(2 * C);
-    return Sums{first, first + C};
-  };
+
+  static int64_t channels_of(const Plan& plan) {
+    int64_t channels = 0;
+    for (const Geometry& g : plan.layers) channels += g.channels;
+    return channels;
+  }
+
+  bool wants_weight(int64_t i) const { return output_mask_[wanted_.first_parameter[i]] != 0; }
+  bool wants_input(int64_t i) const { return i > wanted_.lowest || (i == 0 && output_mask_[0]); }
+
+  Sums take_sums(int64_t C) {
+    float* first = rows_.take(2 * C);
+    return {first, first + C};
+  }
+
+  Tensor result(const float* row, int64_t size) const {
+    const Tensor t = at::empty({size}, float_options());
+    std::copy_n(row, size, floats(t));
+    return t;
+  }
 
   // Fills in the gradients of layer i's bias and batch norm and returns what the convolution below has to apply to dz.
-  const auto finish_layer = [&](int64_t i, const Tensor& dz, const Sums& sums) {
-    const StackLayer& layer = stack[i];
-    const Lazy& above = inputs[i + 1];
-    const int64_t C = plan.layers[i].channels;
-    size_t k = first_parameter[i] + 1;
+  LazyGrad finish_layer(int64_t i, const Tensor& dz, const Sums& sums) {
+    const StackLayer& layer = stack_[i];
+    const Lazy& above = inputs_[i + 1];
+    const int64_t C = plan_.layers[i].channels;
+    size_t k = wanted_.first_parameter[i] + 1;
     LazyGrad grad{dz};
     if (!layer.has_batch_norm) {
-      if (layer.has_bias) results[k] = result(sums.dz, C);
+      if (layer.has_bias) results_[k] = result(sums.dz, C);
       return grad;
     }
     if (layer.has_bias) {
       // Batch statistics cancel the bias, so its gradient in training mode is exactly 0.
-      const Tensor bias = at::empty({C}, options);
+      const Tensor bias = at::empty({C}, float_options());
       for (int64_t c = 0; c < C; ++c) floats(bias)[c] = layer.training ? 0.0f : above.scale[c] * sums.dz[c];
-      results[k++] = bias;
+      results_[k++] = bias;
     }
-    if (layer.has_bn_weight) results[k++] = result(sums.dz_xhat, C);
-    if (layer.has_bn_bias) results[k++] = result(sums.dz, C);
+    if (layer.has_bn_weight) results_[k++] = result(sums.dz_xhat, C);
+    if (layer.has_bn_bias) results_[k++] = result(sums.dz, C);
     // The results above stay this process's, like the gradients of all parameters.
     int64_t values = rows_of(above.raw).outer;
-    if (layer.training && layer.together) values = add_over_processes(group, at::from_blob(sums.dz, {2, C}, options), values);
-    grad.a = rows.take(C), grad.b = rows.take(C), grad.c = rows.take(C);
+    if (layer.training && layer.together) values = add_over_processes(group_, at::from_blob(sums.dz, {2, C}, float_options()), values);
+    grad.a = rows_.take(C), grad.b = rows_.take(C), grad.c = rows_.take(C);
     grad.y = above.raw;
     cpu::backward_coefficients<float>(C, values, layer.training, above.scale, above.mean, above.invstd, sums.dz, sums.dz_xhat,
                                       grad.a, grad.b, grad.c);
     return grad;
-  };
+  }
+
   // From the gradient of layer i's activation to that of its raw output, by passes of their own.
-  const auto activation_backward = [&](int64_t i, const Tensor& grad) {
+  LazyGrad activation_backward(int64_t i, const Tensor& grad) {
     RECORD_FUNCTION("fastgan::bn_act_backward", {});
-    const Lazy& above = inputs[i + 1];
+    const Lazy& above = inputs_[i + 1];
     const int64_t C = grad.size(1);
     const Sums sums = take_sums(C);
     const Tensor dz = empty_image_like(grad);
     // Where one sum is enough, or none is wanted.
-    const bool as_planes = !above.raw.defined() && (C == 1 || !stack[i].has_bias);
+    const bool as_planes = !above.raw.defined() && (C == 1 || !stack_[i].has_bias);
     const cpu::BnActShape shape = as_planes ? cpu::image_planes(grad.size(0), grad.numel()) : rows_of(grad);
-    const Tensor workspace = at::empty({cpu::bn_act_workspace_size(shape)}, options);
+    const Tensor workspace = at::empty({cpu::bn_act_workspace_size(shape)}, float_options());
     if (!above.raw.defined()) {  // the last layer, which kept its output instead
-      const Tensor kept = dense_channels_last(output);
+      const Tensor kept = dense_channels_last(output_);
       on_images(grad, [&](const auto& kernels, const auto& data) {
         kernels.act_backward(shape, data(grad), data(kept), above.activation, data(dz), sums.dz, floats(workspace));
       });
@@ -670,53 +706,53 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
                                     bn ? lazy.b : zeros.data(), bn ? lazy.c : zeros.data(), above.activation, data(dz));
     });
     return LazyGrad{dz};
-  };
+  }
 
-  LazyGrad grad = activation_backward(count - 1, dense_channels_last(grad_output));
-  for (int64_t i = count - 1; i >= lowest; --i) {
-    const StackLayer& layer = stack[i];
-    const Tensor& weight = split[i].weight;
-    Lazy below = inputs[i];
-    const Geometry& g = plan.layers[i];
-    const bool want_weight = output_mask[first_parameter[i]];
-    const bool want_input = i > lowest || (i == 0 && output_mask[0]);
-    const bool to_pixel = runs_to_pixel(g, weight);
-    if (g.path != Path::conv4x4s2 && !to_pixel) {
-      auto [grad_input, grad_weight] =
-          plain_backward(layer, g, grad.store(), below.store(), weight, want_input, want_weight);
-      if (want_weight) results[first_parameter[i]] = grad_weight;
-      if (i == 0 && want_input) results[0] = grad_input;
-      if (i > lowest) grad = activation_backward(i - 1, grad_input);
-      continue;
+  // Both gradients of a layer that has no loop of its own. Returns the input's, undefined where nobody wants it.
+  Tensor plain_gradients(int64_t i, const LazyGrad& grad) {
+    auto [grad_input, grad_weight] = plain_backward(stack_[i], plan_.layers[i], grad.store(), inputs_[i].store(), split_[i].weight,
+                                                    wants_input(i), wants_weight(i));
+    if (wants_weight(i)) results_[wanted_.first_parameter[i]] = grad_weight;
+    if (i == 0 && wants_input(i)) results_[0] = grad_input;
+    return grad_input;
+  }
+
+  void to_pixel_weight_gradient(int64_t i, const Lazy& below, const LazyGrad& grad) {
+    RECORD_FUNCTION("fastgan::to_pixel_weight_gradient", {});
+    const Tensor& weight = split_[i].weight;
+    const cpu::ToPixelShape shape = to_pixel_shape(plan_.layers[i], weight);
+    const Tensor grad_weight = empty_kept(weight.sizes(), at::kFloat), workspace = to_pixel_workspace(shape);
+    cpu::to_pixel_weight_gradient(shape, below.operand(), floats(grad.grad), floats(grad_weight), workspace.mutable_data_ptr());
+    results_[wanted_.first_parameter[i]] = grad_weight;
+  }
+
+  // Computed now, added to what is held, or put off.
+  void loop_weight_gradient(int64_t i, const Lazy& below, const LazyGrad& grad) {
+    const Geometry& g = plan_.layers[i];
+    const Tensor& weight = split_[i].weight;
+    const size_t k = wanted_.first_parameter[i];
+    const bool transposed = stack_[i].transposed, as_held = parameters_[k - 1].is_contiguous(weight_format(g));
+    const bool later = as_held && !held_.empty() && outweighs_images(weight, below.raw, grad.grad) && may_put_off(parameters_[k - 1]);
+    const bool add = as_held && k < held_.size() && held_[k].defined();
+    if (later || add) results_[k] = at::empty({0}, float_options());
+    if (later) {
+      put_off(parameters_[k - 1], [g, transposed, x = LazyCopy(below), dy = image_copy(grad.store())](const Tensor& grad_weight,
+                                                                                                     bool add_to) {
+        weight_gradient(g, transposed, x.operand(), LazyGrad{dy}.operand(), grad_weight, add_to);
+      });
+      return;
     }
-    // Two loops would each apply batch norm's backward while loading; one pass before them is faster then.
-    if ((want_weight && want_input) || to_pixel) grad = LazyGrad{grad.store(overwrites_raw)};
-    if (to_pixel) grad.grad = grad.grad.to(at::kFloat), below.raw = below.raw.to(at::kFloat);
-    if (want_weight && to_pixel) {
-      RECORD_FUNCTION("fastgan::to_pixel_weight_gradient", {});
-      const cpu::ToPixelShape shape = to_pixel_shape(g, weight);
-      const Tensor grad_weight = empty_kept(weight.sizes(), at::kFloat), workspace = to_pixel_workspace(shape);
-      cpu::to_pixel_weight_gradient(shape, below.operand(), floats(grad.grad), floats(grad_weight), workspace.mutable_data_ptr());
-      results[first_parameter[i]] = grad_weight;
-    } else if (want_weight) {
-      const size_t k = first_parameter[i];
-      const bool as_held = parameters[k - 1].is_contiguous(weight_format(g)), add = as_held && k < held.size() && held[k].defined();
-      const bool later = as_held && !held.empty() && outweighs_images(weight, below.raw, grad.grad) && may_put_off(parameters[k - 1]);
-      if (later || add) results[k] = at::empty({0}, options);
-      if (later) {
-        put_off(parameters[k - 1], [g, transposed = layer.transposed, x = LazyCopy(below), dy = image_copy(grad.store())](
-                                       const Tensor& grad_weight, bool add_to) {
-          weight_gradient(g, transposed, x.operand(), LazyGrad{dy}.operand(), grad_weight, add_to);
-        });
-      } else {
-        const Tensor grad_weight = add ? held[k] : empty_kept(weight.sizes(), at::kFloat, g.shape.weight_channels_last);
-        weight_gradient(g, layer.transposed, below.operand(), grad.operand(), grad_weight, add);
-        if (!add) results[k] = grad_weight;
-      }
-    }
-    if (!want_input) continue;
+    const Tensor grad_weight = add ? held_[k] : empty_kept(weight.sizes(), at::kFloat, g.shape.weight_channels_last);
+    weight_gradient(g, transposed, below.operand(), grad.operand(), grad_weight, add);
+    if (!add) results_[k] = grad_weight;
+  }
+
+  // The gradient of layer i's input by a loop, whose epilogue goes on through the layer below. Returns that layer's, if there is one.
+  LazyGrad input_gradient(int64_t i, const Lazy& below, const LazyGrad& grad, bool to_pixel) {
+    const Geometry& g = plan_.layers[i];
+    const Tensor& weight = split_[i].weight;
     // Batch norm's backward still reads the raw output; an activation's reads it here, element by element before it is written.
-    const bool in_place = overwrites_raw && i > 0 && below.scale == nullptr && (g.path == Path::conv4x4s2 || to_pixel);
+    const bool in_place = overwrites_raw_ && i > 0 && below.scale == nullptr && (g.path == Path::conv4x4s2 || to_pixel);
     Tensor grad_input = in_place ? below.raw : empty_image_like(below.raw);
     Sums sums{};
     cpu::ConvEpilogue e;
@@ -739,31 +775,51 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
       const cpu::ToPixelShape shape = to_pixel_shape(g, weight);
       const Tensor workspace = to_pixel_workspace(shape);
       cpu::to_pixel_input_gradient(shape, floats(grad.grad), floats(weight), e, workspace.mutable_data_ptr(), at::get_num_threads());
-      grad_input = grad_input.to(input.scalar_type());
+      grad_input = grad_input.to(input_.scalar_type());
     } else {
-      run_loop(g, layer.transposed ? cpu::Conv4x4s2Loop::down : cpu::Conv4x4s2Loop::up, grad.operand(), weight, e);
+      run_loop(g, stack_[i].transposed ? cpu::Conv4x4s2Loop::down : cpu::Conv4x4s2Loop::up, grad.operand(), weight, e);
     }
-    if (i == 0) results[0] = grad_input;
-    else grad = finish_layer(i - 1, grad_input, sums);
+    if (i > 0) return finish_layer(i - 1, grad_input, sums);
+    results_[0] = grad_input;
+    return LazyGrad{};
   }
-  for (size_t k = 0; k < results.size(); ++k) {
-    const Tensor& of = k == 0 ? input : parameters[k - 1];
-    if (!output_mask[k]) results[k] = at::empty({0}, of.options());
-    else if (!results[k].defined()) results[k] = at::zeros_like(of);
-    else if (k > 0 && of.dim() == 4 && results[k].numel() > 0)  // in the weight's format, or autograd would copy it
-      results[k] = contiguous_images(results[k], of.suggest_memory_format()).to(of.scalar_type());
-    else results[k] = results[k].to(of.scalar_type());
+
+  // In the dtypes of what they are gradients of.
+  std::vector<Tensor> finished_results() {
+    for (size_t k = 0; k < results_.size(); ++k) {
+      const Tensor& of = k == 0 ? input_ : parameters_[k - 1];
+      Tensor& found = results_[k];
+      if (!output_mask_[k]) found = at::empty({0}, of.options());
+      else if (!found.defined()) found = at::zeros_like(of);
+      else if (k > 0 && of.dim() == 4 && found.numel() > 0)  // in the weight's format, or autograd would copy it
+        found = contiguous_images(found, of.suggest_memory_format()).to(of.scalar_type());
+      else found = found.to(of.scalar_type());
+    }
+    return results_;
   }
-  return results;
-}
+
+  const Tensor &input_, &output_;
+  const at::TensorList parameters_;
+  const at::IntArrayRef output_mask_;
+  const ProcessGroup& group_;
+  const std::vector<Tensor>& held_;
+  const bool overwrites_raw_;
+  const std::vector<StackLayer> stack_;
+  std::vector<LayerParameters> split_;
+  const Plan plan_;
+  const WantedGradients wanted_;
+  ChannelRows rows_;
+  std::vector<Lazy> inputs_;  // what each layer's input was
+  std::vector<Tensor> results_;
+};
 
 std::vector<Tensor> conv_stack_backward_cpu(const Tensor& grad_output, const Tensor& input, at::TensorList parameters,
                                             const Tensor& output, const Tensor& raw, const Tensor& statistics,
                                             at::IntArrayRef layers, at::ArrayRef<double> numbers,
                                             at::IntArrayRef output_mask, c10::string_view process_group,
                                             int64_t processes) {
-  return stack_gradients(grad_output, input, parameters, output, raw, statistics, layers, numbers, output_mask, process_group,
-                         processes, {}, false);
+  const ProcessGroup group{std::string(process_group), processes};
+  return StackBackward(input, parameters, output, raw, statistics, layers, numbers, output_mask, group, {}, false).run(grad_output);
 }
 
 // ---- autograd ----------------------------------------------------------------------------------------------------
@@ -818,8 +874,9 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
     if (const auto held = input.is_cpu() ? held_gradients(parameters, mask) : std::vector<Tensor>(); !held.empty()) {
       RECORD_FUNCTION("fastgan::conv_stack_backward", {});
       at::AutoDispatchBelowADInplaceOrView below;
-      const auto found = stack_gradients(grad_outputs[0], input, parameters, output, raw, statistics, layers, numbers, mask,
-                                         group.name, group.size, held, !torch::autograd::get_current_graph_task_keep_graph());
+      StackBackward backward(input, parameters, output, raw, statistics, layers, numbers, mask, group, held,
+                             !torch::autograd::get_current_graph_task_keep_graph());
+      const auto found = backward.run(grad_outputs[0]);
       take_gradients(found, held, mask, gradients);
       return gradients;
     }
