@@ -48,20 +48,12 @@ void reorder(Weight* weight, int64_t all_pixels, int64_t pixels, float* panel, i
   int64_t p = 0;
   for (; kLanes >= kSide && p + kSide <= pixels; p += kSide)
     for (int64_t c = 0; c < kPanel; c += kSide) {
-      Side<float> square[kSide];
-#pragma GCC unroll 8
-      for (int j = 0; j < kSide; ++j) {
-        const float* from = kToPanel ? weight + (c + j) * all_pixels + p : panel + (p + j) * stride + c;
-        __builtin_memcpy(square + j, from, sizeof square[j]);
-      }
-      transpose<float>(square);
-#pragma GCC unroll 8
-      for (int j = 0; j < kSide; ++j) {
-        if constexpr (kToPanel)
-          __builtin_memcpy(panel + (p + j) * stride + c, square + j, sizeof square[j]);
-        else
-          __builtin_memcpy(weight + (c + j) * all_pixels + p, square + j, sizeof square[j]);
-      }
+      Weight* in_weight = weight + c * all_pixels + p;
+      float* in_panel = panel + p * stride + c;
+      if constexpr (kToPanel)
+        transpose_square(in_weight, all_pixels, in_panel, stride);
+      else
+        transpose_square(in_panel, stride, in_weight, all_pixels);
     }
   for (; p < pixels; ++p)
     for (int64_t c = 0; c < kPanel; ++c) {

@@ -240,12 +240,7 @@ void transpose_features(int64_t rows, int64_t features, const float* from, int64
     for (int64_t f = 0; f < features; f += kSide) {
       const int64_t height = min64(kSide, features - f), width = min64(kSide, rows - n);
       if (height == kSide && width == kSide) {
-        Side<float> square[kSide];
-#pragma GCC unroll 8
-        for (int j = 0; j < kSide; ++j) __builtin_memcpy(square + j, from + (f + j) * from_stride + n, sizeof square[j]);
-        transpose<float>(square);
-#pragma GCC unroll 8
-        for (int j = 0; j < kSide; ++j) __builtin_memcpy(to + (n + j) * to_stride + f, square + j, sizeof square[j]);
+        transpose_square(from + f * from_stride + n, from_stride, to + n * to_stride + f, to_stride);
       } else {
         for (int64_t i = 0; i < height; ++i)
           for (int64_t j = 0; j < width; ++j) to[(n + j) * to_stride + f + i] = from[(f + i) * from_stride + n + j];
