@@ -233,57 +233,107 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cuda(const Tensor& input, 
   return {output, memory, save_for_backward ? statistics : empty_floats(images, 0)};
 }
 
-// Gradients of input and of every parameter, with shape [0] where output_mask says false.
-std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Tensor& input, at::TensorList parameters,
-                                             const Tensor& output, const Tensor& raw, const Tensor& statistics,
-                                             at::IntArrayRef layers, at::ArrayRef<double> numbers,
-                                             at::IntArrayRef output_mask, c10::string_view, int64_t) {
-  const DeviceGuard device_guard(input.device());
-  const auto stack = parse_stack(layers, numbers);
-  const auto split = dense_parameters(split_parameters(stack, parameters));
-  const Plan plan = make_plan(stack, split, input);
-  const WantedGradients wanted = wanted_gradients(stack, output_mask);
-  const std::vector<size_t>& first = wanted.first_parameter;
-  const int64_t last = static_cast<int64_t>(stack.size()) - 1;
-  const Saved saved(raw);
-  Launches launches(input);
-  std::vector<Tensor> results(output_mask.size());
+// The backward pass, layer by layer from the last one down.
+class StackBackward {
+ public:
+  StackBackward(const Tensor& input, at::TensorList parameters, const Tensor& output, const Tensor& raw, const Tensor& statistics,
+                at::IntArrayRef layers, at::ArrayRef<double> numbers, at::IntArrayRef output_mask)
+      : input_(input),
+        output_(output),
+        statistics_(statistics),
+        parameters_(parameters),
+        output_mask_(output_mask),
+        stack_(parse_stack(layers, numbers)),
+        split_(dense_parameters(split_parameters(stack_, parameters))),
+        plan_(make_plan(stack_, split_, input)),
+        wanted_(wanted_gradients(stack_, output_mask)),
+        last_(static_cast<int64_t>(stack_.size()) - 1),
+        saved_(raw),
+        launches_(input),
+        rows_(empty_floats(input, 4 * plan_.most_channels)),
+        results_(output_mask.size()) {
+    together_ = last_ > 0 && plan_.layers[0].recomputed && !stack_[0].has_batch_norm && wanted_.lowest <= 1 &&
+                (wants_weight(1) || wants_input(1));
+    pack_weights();
+  }
 
-  // b and c of a layer's batch norm backward, and sums whose gradients nobody wants: of one layer at a time.
-  const Tensor rows = empty_floats(input, 4 * plan.most_channels);
-  const auto row = [&](int64_t i) { return floats(rows) + i * plan.most_channels; };
+  // Gradients of input and of every parameter, with shape [0] where output_mask says false.
+  std::vector<Tensor> run(const Tensor& grad_output) {
+    Tensor dy = last_layer(grad_output.contiguous(kChannelsLast));
+    for (int64_t i = last_; i >= wanted_.lowest; --i) {
+      if (i == 1 && together_) {
+        first_two_layers(dy);
+        break;
+      }
+      Tensor recomputed;  // the activated output of the layer below
+      if (wants_weight(i)) recomputed = weight_gradient(i, dy);
+      if (!wants_input(i)) break;
+      if (i == 0) {
+        results_[0] = at::empty(input_.sizes(), input_.options().memory_format(kChannelsLast));
+        Conv4x4Epilogue store;
+        const LayerPlan& p = plan_.layers[0];
+        launches_.convolve(p, p.backward, packed_[0], dy.const_data_ptr(), results_[0].mutable_data_ptr(), store);
+        break;
+      }
+      dy = through_layer_below(i, dy, recomputed);
+    }
+    for (size_t k = 0; k < results_.size(); ++k)
+      if (!output_mask_[k]) results_[k] = at::empty({0}, (k == 0 ? input_ : parameters_[k - 1]).options());
+    return results_;
+  }
 
-  const auto wants_weight = [&](int64_t i) { return output_mask[first[i]] != 0; };
-  const auto wants_input = [&](int64_t i) { return i > wanted.lowest || (i == 0 && output_mask[0]); };
+ private:
   // The places of a layer's arrays in the results; 0 where there is none, or nobody wants its gradient.
   struct Arrays {
     size_t bias, bn_weight, bn_bias;
   };
-  const auto wanted_arrays = [&](int64_t i) {
-    size_t next = first[i] + 1;
-    const auto place = [&](bool present) { return present && output_mask[next++] ? next - 1 : size_t{0}; };
+
+  bool wants_weight(int64_t i) const { return output_mask_[wanted_.first_parameter[i]] != 0; }
+  bool wants_input(int64_t i) const { return i > wanted_.lowest || (i == 0 && output_mask_[0]); }
+
+  Arrays wanted_arrays(int64_t i) const {
+    size_t next = wanted_.first_parameter[i] + 1;
+    const auto place = [&](bool present) { return present && output_mask_[next++] ? next - 1 : size_t{0}; };
     Arrays arrays;
-    arrays.bias = place(stack[i].has_bias);
-    arrays.bn_weight = place(stack[i].has_bn_weight);
-    arrays.bn_bias = place(stack[i].has_bn_bias);
+    arrays.bias = place(stack_[i].has_bias);
+    arrays.bn_weight = place(stack_[i].has_bn_weight);
+    arrays.bn_bias = place(stack_[i].has_bn_bias);
     return arrays;
-  };
+  }
+
   // How many sums over a layer's dz are needed: none, of dz, or also of dz * xhat.
-  const auto sums_needed = [&](int64_t i) {
+  int sums_needed(int64_t i) const {
     const Arrays arrays = wanted_arrays(i);
-    if ((stack[i].has_batch_norm && stack[i].training) || arrays.bn_weight) return 2;
+    if ((stack_[i].has_batch_norm && stack_[i].training) || arrays.bn_weight) return 2;
     return arrays.bias || arrays.bn_bias ? 1 : 0;
-  };
+  }
+
+  // One of the four of rows_: b and c of a layer's batch norm backward, and sums whose gradients nobody wants; of one layer at a time.
+  float* row(int64_t i) const { return floats(rows_) + i * plan_.most_channels; }
+
+  Statistics statistics(int64_t i) const { return Statistics(statistics_, plan_, plan_.layers[i]); }
+
+  void pack_weights() {
+    std::vector<std::pair<int64_t, Conv4x4Direction>> packs;
+    for (int64_t i = 0; i <= last_; ++i)
+      if (wants_input(i)) packs.emplace_back(i, plan_.layers[i].backward);
+    if (together_) packs.emplace_back(0, plan_.layers[0].forward);
+    const auto in_order = launches_.pack(plan_, split_, packs);
+    packed_.resize(stack_.size());
+    for (size_t k = 0; k < packs.size() - together_; ++k) packed_[packs[k].first] = in_order[k];
+    if (together_) packed_forward_ = in_order.back();
+  }
+
   // Merges the tiles' sums into the gradients of layer i's arrays, and into b and c.
-  const auto merge = [&](int64_t i, const cuda::GradientTiles& tiles) {
+  void merge(int64_t i, const cuda::GradientTiles& tiles) {
     if (tiles.sum_dz == nullptr) return;
-    const StackLayer& layer = stack[i];
-    const LayerPlan& p = plan.layers[i];
+    const StackLayer& layer = stack_[i];
+    const LayerPlan& p = plan_.layers[i];
     const Arrays arrays = wanted_arrays(i);
     const auto result = [&](size_t place, int64_t otherwise) {
       if (place == 0) return row(otherwise);
-      results[place] = empty_floats(input, p.channels());
-      return floats(results[place]);
+      results_[place] = empty_floats(input_, p.channels());
+      return floats(results_[place]);
     };
     cuda::BatchNormBackwardArgs args;
     args.channels = p.channels();
@@ -292,172 +342,172 @@ std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Te
     args.sum_dz = result(layer.has_batch_norm ? arrays.bn_bias : arrays.bias, 2);
     if (tiles.sum_dz_xhat != nullptr) args.sum_dz_xhat = result(arrays.bn_weight, 3);
     if (layer.has_batch_norm && layer.training) {
-      const Statistics s(statistics, plan, p);
-      args.weight = floats(split[i].bn_weight), args.mean = s.mean, args.invstd = s.invstd;
+      const Statistics s = statistics(i);
+      args.weight = floats(split_[i].bn_weight), args.mean = s.mean, args.invstd = s.invstd;
       args.b = row(0), args.c = row(1);
     }
-    C10_CUDA_CHECK(batch_norm_backward_launch(args, launches.stream));
+    C10_CUDA_CHECK(batch_norm_backward_launch(args, launches_.stream));
     if (!layer.has_batch_norm || arrays.bias == 0) return;
     // Batch statistics cancel the bias, so its gradient in training mode is exactly 0.
     if (layer.training) {
-      results[arrays.bias] = at::zeros({p.channels()}, rows.options());
+      results_[arrays.bias] = at::zeros({p.channels()}, rows_.options());
     } else {
-      const Tensor sum_dz = arrays.bn_bias ? results[arrays.bn_bias]
-                                           : rows.narrow(0, 2 * plan.most_channels, p.channels());
-      results[arrays.bias] =
-          at::mul(statistics.narrow(0, plan.statistics_size + p.statistics_offset, p.channels()), sum_dz);
+      const Tensor sum_dz = arrays.bn_bias ? results_[arrays.bn_bias]
+                                           : rows_.narrow(0, 2 * plan_.most_channels, p.channels());
+      results_[arrays.bias] =
+          at::mul(statistics_.narrow(0, plan_.statistics_size + p.statistics_offset, p.channels()), sum_dz);
     }
-  };
+  }
+
   // Layer i's raw output, and what batch norm's backward applies to dz; in evaluation mode that is weight * invstd alone.
-  const auto batch_norm_backward = [&](int64_t i) {
-    const Statistics s(statistics, plan, plan.layers[i]);
+  cuda::BnActBackwardArgs batch_norm_backward(int64_t i) const {
     cuda::BnActBackwardArgs args;
-    args.shape = plan.layers[i].shape();
-    args.type = launches.type;
-    args.input = saved.raw(plan.layers[i]);
-    args.weight = floats(split[i].bn_weight), args.invstd = s.invstd;
-    if (stack[i].training) args.b = row(0), args.c = row(1);
+    args.shape = plan_.layers[i].shape();
+    args.type = launches_.type;
+    args.input = saved_.raw(plan_.layers[i]);
+    args.weight = floats(split_[i].bn_weight), args.invstd = statistics(i).invstd;
+    if (stack_[i].training) args.b = row(0), args.c = row(1);
     return args;
-  };
+  }
 
   // From the gradient of the output to that of the last layer's convolution.
-  const auto last_layer_backward = [&](const Tensor& grad) {
-    const LayerPlan& p = plan.layers[last];
-    const int sums = sums_needed(last);
-    const bool wants_more = wants_weight(last) || wants_input(last);
-    const cuda::GradientTiles tiles = launches.tiles.take_sums(cuda::bn_act_tiles(p.shape()), p.channels(), sums);
-    if (stack[last].has_batch_norm) {
-      const Statistics s(statistics, plan, p);
-      cuda::BnActBackwardArgs args = batch_norm_backward(last);
+  Tensor last_layer(const Tensor& grad) {
+    const LayerPlan& p = plan_.layers[last_];
+    const int sums = sums_needed(last_);
+    const cuda::GradientTiles tiles = launches_.tiles.take_sums(cuda::bn_act_tiles(p.shape()), p.channels(), sums);
+    if (stack_[last_].has_batch_norm) {
+      cuda::BnActBackwardArgs args = batch_norm_backward(last_);
       args.grad_output = grad.const_data_ptr();
-      args.bias = floats(split[last].bn_bias), args.mean = s.mean;
+      args.bias = floats(split_[last_].bn_bias), args.mean = statistics(last_).mean;
       args.activation = p.activation;
       args.tiles = tiles;
-      if (sums > 0) C10_CUDA_CHECK(bn_act_backward_reduce_launch(args, launches.stream));
-      merge(last, tiles);
-      if (!wants_more) return Tensor();
+      if (sums > 0) C10_CUDA_CHECK(bn_act_backward_reduce_launch(args, launches_.stream));
+      merge(last_, tiles);
+      if (!wants_weight(last_) && !wants_input(last_)) return Tensor();
       const Tensor dy = empty_images(grad, p);
       args.grad_input = dy.mutable_data_ptr();
-      C10_CUDA_CHECK(bn_act_backward_apply_launch(args, launches.stream));
+      C10_CUDA_CHECK(bn_act_backward_apply_launch(args, launches_.stream));
       return dy;
     }
     if (sums == 0 && p.activation.kind == Activation::identity) return grad;
-    const Tensor dy = empty_images(grad, p), kept = output.contiguous(kChannelsLast);
-    C10_CUDA_CHECK(cuda::act_backward_launch({p.shape(), launches.type, grad.const_data_ptr(), kept.const_data_ptr(),
-                                        p.activation, dy.mutable_data_ptr(), tiles},
-                                       launches.stream));
-    merge(last, tiles);
+    const Tensor dy = empty_images(grad, p), kept = output_.contiguous(kChannelsLast);
+    C10_CUDA_CHECK(cuda::act_backward_launch({p.shape(), launches_.type, grad.const_data_ptr(), kept.const_data_ptr(),
+                                              p.activation, dy.mutable_data_ptr(), tiles},
+                                             launches_.stream));
+    merge(last_, tiles);
     return dy;
-  };
+  }
 
-  // Whether the lowest two layers' gradients are computed together; see first_two_layers.
-  const bool together = last > 0 && plan.layers[0].recomputed && !stack[0].has_batch_norm && wanted.lowest <= 1 &&
-                        (wants_weight(1) || wants_input(1));
-  std::vector<std::pair<int64_t, Conv4x4Direction>> packs;
-  for (int64_t i = 0; i <= last; ++i)
-    if (wants_input(i)) packs.emplace_back(i, plan.layers[i].backward);
-  if (together) packs.emplace_back(0, plan.layers[0].forward);
-  const auto packs_in_order = launches.pack(plan, split, packs);
-  std::vector<const void*> packed(stack.size());
-  for (size_t k = 0; k < packs.size() - together; ++k) packed[packs[k].first] = packs_in_order[k];
+  // Of layer i. Returns the activated output of the layer below where that was computed again, else nothing.
+  Tensor weight_gradient(int64_t i, const Tensor& dy) {
+    Tensor& result = results_[wanted_.first_parameter[i]];
+    if (i == 0) {
+      const Tensor images = input_.contiguous(kChannelsLast);
+      result = launches_.weight_gradient(plan_.layers[0], split_[0].weight, images.const_data_ptr(), dy.const_data_ptr());
+      return Tensor();
+    }
+    const LayerPlan& below = plan_.layers[i - 1];
+    Tensor recomputed;
+    if (below.recomputed) {
+      recomputed = empty_images(input_, below);
+      const Statistics s = statistics(i - 1);
+      C10_CUDA_CHECK(cuda::scale_shift_act_launch({below.shape(), launches_.type, saved_.raw(below), s.scale, s.shift,
+                                                   below.activation, recomputed.mutable_data_ptr()},
+                                                  launches_.stream));
+    }
+    const void* x = below.recomputed ? recomputed.const_data_ptr() : saved_.activated(below);
+    result = launches_.weight_gradient(plan_.layers[i], split_[i].weight, x, dy.const_data_ptr());
+    return recomputed;
+  }
+
+  // From the gradient of layer i's convolution to that of the one below, in the memory of `recomputed` where that is there.
+  Tensor through_layer_below(int64_t i, const Tensor& dy, const Tensor& recomputed) {
+    const LayerPlan &p = plan_.layers[i], &below = plan_.layers[i - 1];
+    const bool has_batch_norm = stack_[i - 1].has_batch_norm;
+    const Tensor dz = recomputed.defined() ? recomputed : empty_images(input_, below);
+    Conv4x4Epilogue epilogue;
+    epilogue.kind = Conv4x4Epilogue::Kind::activation_backward;
+    epilogue.activation = below.activation;
+    epilogue.y = has_batch_norm ? saved_.raw(below) : saved_.activated(below);
+    if (has_batch_norm) {
+      const Statistics s = statistics(i - 1);
+      epilogue.scale = s.scale, epilogue.shift = s.shift, epilogue.mean = s.mean, epilogue.invstd = s.invstd;
+    }
+    launches_.convolve(p, p.backward, packed_[i], dy.const_data_ptr(), dz.mutable_data_ptr(), epilogue, sums_needed(i - 1));
+    merge(i - 1, epilogue.gradients);
+    if (has_batch_norm && (wants_weight(i - 1) || wants_input(i - 1))) {
+      cuda::BnActBackwardArgs args = batch_norm_backward(i - 1);
+      args.grad_output = dz.const_data_ptr();
+      args.grad_input = dz.mutable_data_ptr();
+      C10_CUDA_CHECK(bn_act_backward_apply_launch(args, launches_.stream));
+    }
+    return dz;
+  }
 
   // Where the first layer's output is not saved: it is computed again, for half of the images after the other, and read at
   // once by the second layer's weight gradient. The second layer's input gradient then takes its memory.
-  const auto first_two_layers = [&](const Tensor& dy) {
-    const LayerPlan &first_layer = plan.layers[0], &second_layer = plan.layers[1];
-    const Tensor images = input.contiguous(kChannelsLast);
+  void first_two_layers(const Tensor& dy) {
+    const LayerPlan &first_layer = plan_.layers[0], &second_layer = plan_.layers[1];
+    const Tensor images = input_.contiguous(kChannelsLast);
     const int sums = wants_input(1) ? sums_needed(0) : 0;  // over all images, which are taken at once then
-    const int64_t batch = input.size(0), element = input.element_size();
+    const int64_t batch = input_.size(0), element = input_.element_size();
     const int64_t output_bytes = first_layer.values() / batch * first_layer.channels() * element;
     const int64_t most = sums > 0 || batch * output_bytes <= kWholeBytes ? batch : (batch + 1) / 2;
-    const Tensor memory = empty_images(input, first_layer.of(most));
-    if (wants_input(0)) results[0] = at::empty(input.sizes(), input.options().memory_format(kChannelsLast));
+    const Tensor memory = empty_images(input_, first_layer.of(most));
+    if (wants_input(0)) results_[0] = at::empty(input_.sizes(), input_.options().memory_format(kChannelsLast));
     for (int64_t begin = 0; begin < batch; begin += most) {
       const int64_t count = std::min(most, batch - begin);
       const LayerPlan lower = first_layer.of(count), upper = second_layer.of(count);
       const Tensor x = images.narrow(0, begin, count), grad = dy.narrow(0, begin, count);
       const auto add = [&](int64_t i, const void* small_or_input, const void* grad_output) {
-        Tensor& sum = results[first[i]];
-        const Tensor part = launches.weight_gradient(i == 0 ? lower : upper, split[i].weight, small_or_input, grad_output);
+        Tensor& sum = results_[wanted_.first_parameter[i]];
+        const Tensor part = launches_.weight_gradient(i == 0 ? lower : upper, split_[i].weight, small_or_input, grad_output);
         sum = sum.defined() ? sum.add_(part) : part;
       };
       Conv4x4Epilogue activate;
       activate.kind = Conv4x4Epilogue::Kind::bias_activation;
-      activate.bias = floats(split[0].bias);
+      activate.bias = floats(split_[0].bias);
       activate.activation = lower.activation;
-      launches.convolve(lower, lower.forward, packs_in_order.back(), x.const_data_ptr(), memory.mutable_data_ptr(), activate);
+      launches_.convolve(lower, lower.forward, packed_forward_, x.const_data_ptr(), memory.mutable_data_ptr(), activate);
       if (wants_weight(1)) add(1, memory.const_data_ptr(), grad.const_data_ptr());
       if (!wants_input(1)) continue;
       Conv4x4Epilogue derive;
       derive.kind = Conv4x4Epilogue::Kind::activation_backward;
       derive.activation = lower.activation;
       derive.y = memory.const_data_ptr();
-      launches.convolve(upper, upper.backward, packed[1], grad.const_data_ptr(), memory.mutable_data_ptr(), derive, sums);
+      launches_.convolve(upper, upper.backward, packed_[1], grad.const_data_ptr(), memory.mutable_data_ptr(), derive, sums);
       merge(0, derive.gradients);
       if (wants_weight(0)) add(0, x.const_data_ptr(), memory.const_data_ptr());
       if (!wants_input(0)) continue;
       Conv4x4Epilogue store;
-      launches.convolve(lower, lower.backward, packed[0], memory.const_data_ptr(),
-                        results[0].narrow(0, begin, count).mutable_data_ptr(), store);
+      launches_.convolve(lower, lower.backward, packed_[0], memory.const_data_ptr(),
+                         results_[0].narrow(0, begin, count).mutable_data_ptr(), store);
     }
-  };
-
-  Tensor dy = last_layer_backward(grad_output.contiguous(kChannelsLast));
-  for (int64_t i = last; i >= wanted.lowest; --i) {
-    if (i == 1 && together) {
-      first_two_layers(dy);
-      break;
-    }
-    const LayerPlan& p = plan.layers[i];
-    Tensor recomputed;  // the activated output of the layer below
-    if (wants_weight(i)) {
-      const Tensor images = i == 0 ? input.contiguous(kChannelsLast) : Tensor();
-      const void* x;
-      if (i == 0) {
-        x = images.const_data_ptr();
-      } else if (const LayerPlan& below = plan.layers[i - 1]; !below.recomputed) {
-        x = saved.activated(below);
-      } else {
-        recomputed = empty_images(input, below);
-        const Statistics s(statistics, plan, below);
-        C10_CUDA_CHECK(cuda::scale_shift_act_launch({below.shape(), launches.type, saved.raw(below), s.scale, s.shift,
-                                                     below.activation, recomputed.mutable_data_ptr()},
-                                                    launches.stream));
-        x = recomputed.const_data_ptr();
-      }
-      results[first[i]] = launches.weight_gradient(p, split[i].weight, x, dy.const_data_ptr());
-    }
-    if (!wants_input(i)) break;
-    Conv4x4Epilogue epilogue;
-    if (i == 0) {
-      results[0] = at::empty(input.sizes(), input.options().memory_format(kChannelsLast));
-      launches.convolve(p, p.backward, packed[i], dy.const_data_ptr(), results[0].mutable_data_ptr(), epilogue);
-      break;
-    }
-    const LayerPlan& below = plan.layers[i - 1];
-    const bool has_batch_norm = stack[i - 1].has_batch_norm;
-    const Tensor dz = recomputed.defined() ? recomputed : empty_images(input, below);
-    epilogue.kind = Conv4x4Epilogue::Kind::activation_backward;
-    epilogue.activation = below.activation;
-    epilogue.y = has_batch_norm ? saved.raw(below) : saved.activated(below);
-    if (has_batch_norm) {
-      const Statistics s(statistics, plan, below);
-      epilogue.scale = s.scale, epilogue.shift = s.shift, epilogue.mean = s.mean, epilogue.invstd = s.invstd;
-    }
-    launches.convolve(p, p.backward, packed[i], dy.const_data_ptr(), dz.mutable_data_ptr(), epilogue,
-                      sums_needed(i - 1));
-    merge(i - 1, epilogue.gradients);
-    if (has_batch_norm && (wants_weight(i - 1) || wants_input(i - 1))) {
-      cuda::BnActBackwardArgs args = batch_norm_backward(i - 1);
-      args.grad_output = dz.const_data_ptr();
-      args.grad_input = dz.mutable_data_ptr();
-      C10_CUDA_CHECK(bn_act_backward_apply_launch(args, launches.stream));
-    }
-    dy = dz;
   }
-  for (size_t k = 0; k < results.size(); ++k)
-    if (!output_mask[k]) results[k] = at::empty({0}, (k == 0 ? input : parameters[k - 1]).options());
-  return results;
+
+  const Tensor &input_, &output_, &statistics_;
+  const at::TensorList parameters_;
+  const at::IntArrayRef output_mask_;
+  const std::vector<StackLayer> stack_;
+  const std::vector<LayerParameters> split_;
+  const Plan plan_;
+  const WantedGradients wanted_;
+  const int64_t last_;
+  const Saved saved_;
+  Launches launches_;
+  const Tensor rows_;
+  std::vector<Tensor> results_;
+  bool together_;  // whether the lowest two layers' gradients are computed together: first_two_layers
+  std::vector<const void*> packed_;  // weights for the loops of input gradients
+  const void* packed_forward_ = nullptr;  // the first layer's for its forward loop, if together_
+};
+
+std::vector<Tensor> conv_stack_backward_cuda(const Tensor& grad_output, const Tensor& input, at::TensorList parameters,
+                                             const Tensor& output, const Tensor& raw, const Tensor& statistics,
+                                             at::IntArrayRef layers, at::ArrayRef<double> numbers,
+                                             at::IntArrayRef output_mask, c10::string_view, int64_t) {
+  const DeviceGuard device_guard(input.device());
+  return StackBackward(input, parameters, output, raw, statistics, layers, numbers, output_mask).run(grad_output);
 }
 
 }  // namespace
