@@ -20,7 +20,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 TESTED_TORCH = "2.13.0+cpu"  # of the messages in the pages
 
 
-@pytest.mark.parametrize("page", ["fuse.md", "migration.md", "trainer.md", "troubleshooting.md"])
+@pytest.mark.parametrize("page", ["../README.md", "index.md", "fuse.md", "migration.md", "trainer.md", "troubleshooting.md"])
 def test_programs_of_the_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     document = Sybil([PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS)]).parse(DOCS / page)
