@@ -6,8 +6,7 @@ import os
 import torch
 
 from fastgan import _extension, ops
-from fastgan.ops._conv import NO_GROUP_ON_CUDA, explicit_padding, pair
-from fastgan.ops.batch_norm_act_noise import NO_CUDA_KERNEL
+from fastgan.ops._conv import explicit_padding, group_obstacle, pair
 
 # kMaxSide in csrc/cpu/conv4x4s2.cpp.
 MAX_FILTERED_SIDE = 256
@@ -58,18 +57,11 @@ def _plain(name, reason):
 def _path(name, input, arguments):
     """(the path, reasons...)."""
     device = input.device.type
-    if not _extension.has_kernels("cpu" if device == "meta" else device):
-        return _plain(name, _extension.why_no_kernels(device))
-    if device == "cuda" and (reason := _extension.why_not_on_gpu(input.device)):
+    group = arguments.get("process_group") if arguments.get("training") else None
+    if (reason := _extension.why_plain(name, input.device, group_obstacle(group, input.device))) is not None:
         return _plain(name, reason)
-    if _extension.transformed():
-        return _plain(name, _extension.TRANSFORMED)
     if device == "meta":
         return _SHAPES, "a meta tensor has no values to compute with"
-    if name == "batch_norm_act_noise" and device == "cuda":
-        return _plain(name, NO_CUDA_KERNEL)
-    if device == "cuda" and arguments.get("process_group") is not None and arguments["training"]:
-        return _plain(name, NO_GROUP_ON_CUDA)
     if device == "cuda" and input.dtype == torch.float64:
         return "PyTorch's operators", "float64 has no fused CUDA kernels"
     below = arguments.get("activation") == "leaky_relu" and arguments["negative_slope"] < 0

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import warnings
 
 import torch
@@ -39,9 +40,14 @@ else:
 CPU_ISA = None if _C is None else _C.cpu_info()["cpu_isa"]
 _DEVICES = frozenset() if _C is None else frozenset({"cpu", "cuda"} if _build_config.CUDA_KERNELS else {"cpu"})
 _warned = set()
+# Whose lines a warning does not name; with the separator, since torchvision lies beside torch.
+_SKIPPED = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, torch.__file__))
 
 # The GPUs on which the CUDA kernels have been run; benchmarks/results/cuda_h200_2026-11-27.md says what was tested there.
 CUDA_DEVICES_RUN = ("NVIDIA H200",)
+
+# The operators of fastgan.ops that have kernels for the CPU alone.
+WITHOUT_CUDA_KERNEL = frozenset({"batch_norm_act_noise"})
 
 
 def has_kernels(device_type):
@@ -108,19 +114,32 @@ def transformed():
     return _in_torch_func() or forward_ad._current_level >= 0
 
 
-def runs_fused(op, device, obstacle=None):
-    """Whether the kernels of `op` run for tensors on `device`; where not, says why, once. `obstacle` is what else speaks
-    against it, None for nothing."""
-    if transformed():
-        obstacle = TRANSFORMED
-    elif device.type == "meta":
-        return has_kernels("cpu")
-    reason = obstacle or why_no_kernels(device.type)
-    if reason is None and device.type == "cuda":
-        reason = why_not_on_gpu(device)
-    if reason is not None:
+def runs_fused(op, input, obstacle=None):
+    """Whether the kernels of `op` run on `input`; where not, says why, once. `obstacle` is what else speaks against it, None for
+    nothing."""
+    # The usual case is ahead of the general question, which costs a tenth of softmax_entropy at 100 x 10.
+    if input.is_cpu and "cpu" in _DEVICES and obstacle is None and not transformed():
+        return True
+    reason = why_plain(op, input.device, obstacle)
+    if reason is not None and (input.device.type != "meta" or reason is TRANSFORMED):
         leave_fast_path(op, reason)
     return reason is None
+
+
+def why_plain(op, device, obstacle=None):
+    """Why plain PyTorch runs in place of the kernels of `op` for tensors on `device`; None where they run."""
+    if transformed():
+        return TRANSFORMED
+    if device.type == "meta":  # its shapes come from the fake kernels
+        return why_no_kernels("cpu")
+    if (reason := why_no_kernels(device.type)) is not None:
+        return reason
+    if device.type == "cuda":
+        if (reason := why_not_on_gpu(device)) is not None:
+            return reason
+        if op in WITHOUT_CUDA_KERNEL:
+            return f"{op} has no CUDA kernel"
+    return obstacle
 
 
 def strict():
@@ -135,7 +154,16 @@ def leave_fast_path(op, reason):
         raise RuntimeError(f"{op}: FASTGAN_STRICT=1 and this call would run plain PyTorch: {reason}")
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"fastgan runs {op} in plain PyTorch: {reason}", RuntimeWarning, stacklevel=6)  # who called the operator
+        warn = torch.compiler.disable(_warn) if torch.compiler.is_compiling() else _warn  # frames cannot be traced
+        warn(f"fastgan runs {op} in plain PyTorch: {reason}")
+
+
+def _warn(message):
+    """Warns of the nearest line that is neither fastgan's nor PyTorch's, as by `skip_file_prefixes` since Python 3.12."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_SKIPPED):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 def build_info():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_a_gpu_without_kernels_is_left_to_pytorch_with_the_reason(monkeypatch):
     monkeypatch.setattr(_extension, "_gpus", {1: _extension._why_not_on("Tesla T4", (7, 5), ("8.0", "9.0a"))})
     device, said = torch.device("cuda", 1), "compiled for compute capability 8.0, 9.0a, and the Tesla T4 has 7.5; they need 8.0 or more"
     with pytest.warns(RuntimeWarning, match="fastgan runs conv2d_act in plain PyTorch: the CUDA kernels are " + said):
-        assert not _extension.runs_fused("conv2d_act", device)
+        assert not _extension.runs_fused("conv2d_act", SimpleNamespace(device=device, is_cpu=False))
     assert not _extension.runs_on(device) and _extension.runs_on(torch.device("cpu"))  # said once
     monkeypatch.setenv("FASTGAN_STRICT", "1")
     with pytest.raises(RuntimeError, match="FASTGAN_STRICT=1.*Tesla T4"):

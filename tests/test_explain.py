@@ -131,6 +131,15 @@ def test_a_gpu_without_kernels_is_said(monkeypatch):
     assert "plain PyTorch" in text and "because the GPU is too old" in text
 
 
+def test_operators_without_a_cuda_kernel_are_said(monkeypatch):
+    monkeypatch.setattr(_extension, "_DEVICES", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(_extension, "why_not_on_gpu", lambda device: None)
+    rows = torch.ones(4, 3).as_subclass(OnCuda)
+    assert _extension.WITHOUT_CUDA_KERNEL < set(ops.__all__)
+    assert "because batch_norm_act_noise has no CUDA kernel" in fastgan.explain("batch_norm_act_noise", rows)
+    assert "fused CUDA kernels" in fastgan.explain("softmax_entropy", rows)
+
+
 @pytest.mark.parametrize(
     "batch, side, share",
     # Products along the two parities of each side, over 2 * outputs of each: the cuts of csrc/cpu/conv4x4s2_tiles.h.

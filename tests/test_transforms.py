@@ -124,6 +124,24 @@ def test_said_once_and_an_error_if_strict(monkeypatch):
         function(numbers(2, 3))
 
 
+def take_kernels_away(monkeypatch):
+    monkeypatch.setattr(_extension, "_DEVICES", frozenset())
+    monkeypatch.setattr(_extension, "_C", None)
+    monkeypatch.setattr(_extension, "_missing_reason", "the kernels were taken away")
+    monkeypatch.setattr(_extension, "_warned", set())
+
+
+def test_the_warning_is_of_the_callers_line(operator, monkeypatch):
+    function, x = operator
+    monkeypatch.setattr(_extension, "_warned", set())
+    with pytest.warns(RuntimeWarning, match="torch.func's transforms") as transformed:
+        vmap(function)(torch.stack([x, x]))
+    take_kernels_away(monkeypatch)
+    with pytest.warns(RuntimeWarning, match="the kernels were taken away") as missing:
+        function(x)
+    assert [warning.filename for warning in (*transformed, *missing)] == [__file__] * 2
+
+
 def test_explain_says_so(monkeypatch):
     said = []
     explained = vmap(lambda x: said.append(fastgan.explain("softmax_entropy", x)) or x)
@@ -177,6 +195,32 @@ def test_fused_networks(name):
     torch.testing.assert_close(jacrev(fused)(images[:1]), jacrev(plain)(images[:1]))
     expected = plain(images)  # and afterwards the fused ones again
     torch.testing.assert_close(fused(images), expected, rtol=1e-4, atol=1e-5)
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("name", ["sequential", "traced"])
+def test_the_warning_of_a_fused_network_is_of_the_callers_line(name, monkeypatch):
+    monkeypatch.setattr(_extension, "_DEVICES", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(_extension, "why_not_on_gpu", lambda device: "the GPU is too old")
+    monkeypatch.setattr(_extension, "_warned", set())
+    fused, images = fastgan.fuse(NETWORKS[name]()), torch.randn(2, 3, 8, 8).as_subclass(OnCuda)
+    with pytest.warns(RuntimeWarning, match="runs the layers of a fused module in plain PyTorch: the GPU is too old") as warned:
+        fused(images)
+    assert [warning.filename for warning in warned] == [__file__]
+
+
+def test_a_warning_while_compiling_is_of_the_callers_line(monkeypatch):
+    torch._dynamo.reset()
+    take_kernels_away(monkeypatch)
+    compiled = torch.compile(lambda x: ops.softmax_entropy(x)[0], backend="eager")
+    with pytest.warns(RuntimeWarning, match="the kernels were taken away") as warned:
+        compiled(numbers(2, 3))
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 def test_compiled():

@@ -83,10 +83,9 @@ def group_arguments(process_group):
 NO_GROUP_ON_CUDA = "the CUDA kernels take no process_group"
 
 
-def fast_path(op, input, process_group=None):
-    """Whether the fused kernels run on `input`; where not, says so once."""
-    obstacle = NO_GROUP_ON_CUDA if process_group is not None and input.is_cuda else None
-    return _extension.runs_fused(op, input.device, obstacle)
+def group_obstacle(process_group, device):
+    """What speaks against the kernels for a layer with a group on `device`; None for nothing."""
+    return NO_GROUP_ON_CUDA if process_group is not None and device.type == "cuda" else None
 
 
 if _extension.has_kernels("cpu"):

@@ -7,9 +7,6 @@ from fastgan import _extension
 from fastgan._arguments import takes_tensor
 from fastgan.ops._conv import activate, check_activation
 
-NO_CUDA_KERNEL = "batch_norm_act_noise has no CUDA kernel"
-
-
 @takes_tensor
 def batch_norm_act_noise(
     input, bn_weight=None, bn_bias=None, running_mean=None, running_var=None, *, training=True, momentum=0.1, eps=1e-5,
@@ -46,7 +43,7 @@ def batch_norm_act_noise(
         training=training, momentum=momentum, eps=eps, activation=activation, negative_slope=negative_slope,
         noise_std=noise_std,
     )  # fmt: skip
-    if not _runs_fused(input):
+    if not _extension.runs_fused("batch_norm_act_noise", input):
         return batch_norm_act_noise_reference(*arguments, seed=seed, **options)
     return torch.ops.fastgan.batch_norm_act_noise.default(*arguments, seed, **options)
 
@@ -65,11 +62,6 @@ def batch_norm_act_noise_reference(
     if noise_std == 0:
         return output
     return output + noise_std * torch.randn(output.shape, generator=generator, device=output.device, dtype=output.dtype)
-
-
-def _runs_fused(input):
-    obstacle = NO_CUDA_KERNEL if input.is_cuda and _extension.has_kernels("cuda") else None
-    return _extension.runs_fused("batch_norm_act_noise", input.device, obstacle)
 
 
 if _extension.has_kernels("cpu"):

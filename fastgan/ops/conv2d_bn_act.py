@@ -3,8 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from fastgan import _extension
 from fastgan._arguments import takes_tensor
-from fastgan.ops._conv import activate, as_batch, batch_norm, check_activation, explicit_padding, fast_path, group_arguments, pair
+from fastgan.ops._conv import activate, as_batch, batch_norm, check_activation, explicit_padding, group_arguments, group_obstacle, pair
 
 
 @takes_tensor
@@ -59,7 +60,8 @@ def conv2d_bn_act(
         input, padding = explicit_padding(op, input, weight, stride, padding, dilation)
     group = process_group if training else None
     run, group = (
-        (torch.ops.fastgan.conv2d_bn_act, group_arguments(group)) if fast_path(op, input, group)
+        (torch.ops.fastgan.conv2d_bn_act, group_arguments(group))
+        if _extension.runs_fused(op, input, group_obstacle(group, input.device))
         else (conv2d_bn_act_reference, {"process_group": group})
     )
     return run(
@@ -114,7 +116,7 @@ def conv2d_act(
     op = "conv2d_act"
     if isinstance(padding, str):
         input, padding = explicit_padding(op, input, weight, stride, padding, dilation)
-    run = torch.ops.fastgan.conv2d_act if fast_path(op, input) else conv2d_act_reference
+    run = torch.ops.fastgan.conv2d_act if _extension.runs_fused(op, input) else conv2d_act_reference
     return run(
         input, weight, bias, stride=pair(stride), padding=pair(padding), dilation=pair(dilation), groups=groups,
         activation=activation, negative_slope=negative_slope,

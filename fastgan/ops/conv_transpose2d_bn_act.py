@@ -3,8 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from fastgan import _extension
 from fastgan._arguments import takes_tensor
-from fastgan.ops._conv import activate, as_batch, batch_norm, check_activation, fast_path, group_arguments, pair
+from fastgan.ops._conv import activate, as_batch, batch_norm, check_activation, group_arguments, group_obstacle, pair
 
 
 @takes_tensor
@@ -44,7 +45,8 @@ def conv_transpose2d_bn_act(
     op = "conv_transpose2d_bn_act"
     group = process_group if training else None
     run, group = (
-        (torch.ops.fastgan.conv_transpose2d_bn_act, group_arguments(group)) if fast_path(op, input, group)
+        (torch.ops.fastgan.conv_transpose2d_bn_act, group_arguments(group))
+        if _extension.runs_fused(op, input, group_obstacle(group, input.device))
         else (conv_transpose2d_bn_act_reference, {"process_group": group})
     )
     return run(
@@ -96,7 +98,7 @@ def conv_transpose2d_act(
             devices that do not fit.
     """
     op = "conv_transpose2d_act"
-    run = torch.ops.fastgan.conv_transpose2d_act if fast_path(op, input) else conv_transpose2d_act_reference
+    run = torch.ops.fastgan.conv_transpose2d_act if _extension.runs_fused(op, input) else conv_transpose2d_act_reference
     return run(
         input, weight, bias, stride=pair(stride), padding=pair(padding), output_padding=pair(output_padding), groups=groups,
         dilation=pair(dilation), activation=activation, negative_slope=negative_slope,

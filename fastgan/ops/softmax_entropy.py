@@ -6,9 +6,6 @@ import torch.nn.functional as F
 from fastgan import _extension
 from fastgan._arguments import takes_tensor
 
-_CPU_KERNELS = _extension.has_kernels("cpu")
-
-
 @takes_tensor
 def softmax_entropy(logits):
     """Mean entropy of the predictions, and entropy of the mean prediction.
@@ -30,7 +27,7 @@ def softmax_entropy(logits):
 
     Derivatives of every order; the first by a fused kernel.
     """
-    if _runs_fused("softmax_entropy", logits):
+    if _extension.runs_fused("softmax_entropy", logits):
         return _softmax_entropy(logits)
     return softmax_entropy_reference(logits)
 
@@ -55,7 +52,7 @@ def softmax_entropy_cross_entropy(logits, labels, *, ignore_index=-100):
 
     Derivatives of every order; the first by a fused kernel.
     """
-    if _runs_fused("softmax_entropy_cross_entropy", logits):
+    if _extension.runs_fused("softmax_entropy_cross_entropy", logits):
         return torch.ops.fastgan.softmax_entropy_cross_entropy.default(logits, labels, ignore_index=ignore_index)
     return softmax_entropy_cross_entropy_reference(logits, labels, ignore_index=ignore_index)
 
@@ -114,14 +111,7 @@ def _check(logits, op):
         raise RuntimeError(f"{op}: logits must have at least one class (K >= 1), got shape {shape}")
 
 
-def _runs_fused(op, logits):
-    # The usual case is ahead of the general question, which costs a tenth of the fused op at 100 x 10.
-    if _CPU_KERNELS and logits.is_cpu and not _extension.transformed():
-        return True
-    return _extension.runs_fused(op, logits.device)
-
-
-if _CPU_KERNELS:
+if _extension.has_kernels("cpu"):
     _softmax_entropy = torch.ops.fastgan.softmax_entropy.default
 
     @torch.library.register_fake("fastgan::softmax_entropy_forward")
