@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import fastgan
 from fastgan import _extension, ops
-from fastgan.nn.fuse import _match, images_in_channels_last
+from fastgan.nn._runs import _match, images_in_channels_last
 from fastgan.nn.modules import BatchNormCall
 from fastgan.ops._gradients import gradients_added_in_place
 from fastgan.ops.conv_stack import StackCall

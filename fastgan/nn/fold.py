@@ -6,7 +6,8 @@ from collections import Counter, OrderedDict
 import torch
 from torch import nn
 
-from fastgan.nn.fuse import FusedSequential, _plain, _users_class
+from fastgan.nn._runs import _plain
+from fastgan.nn.fuse import FusedSequential, _users_class
 from fastgan.nn.modules import ConvBNAct2d, ConvTransposeBNAct2d
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -21,7 +21,7 @@ from fastgan import _extension
 from fastgan.data import Batch, ImageDataset
 from fastgan.losses import fake_loss, generator_loss, gradient_penalty, r1_penalty, real_loss
 from fastgan.nn import convert_sync_batch_norm, fuse
-from fastgan.nn.fuse import images_in_channels_last
+from fastgan.nn._runs import images_in_channels_last
 from fastgan.nn.sync_batch_norm import own_statistics
 from fastgan.ops._gradients import gradients_added_in_place
 from fastgan.train.alarms import Alarms

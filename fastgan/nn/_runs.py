@@ -1,0 +1,330 @@
+"""Finding and running the layers of a network that fuse() changed, in the order of its calls."""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch._prims_common import suggest_memory_format
+from torch.nn.modules import module as nn_module
+
+from fastgan import _extension, ops
+from fastgan.nn.modules import BatchNormCall, GaussianNoise, conv_arguments, run_batch_norm_layer
+from fastgan.nn.sync_batch_norm import SyncBatchNorm
+from fastgan.ops._conv import activate
+from fastgan.ops.conv_stack import StackCall, in_format
+from fastgan.ops.linear_stack import LinearStackCall, linear_stack_gains
+
+_ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PERCEPTRON = {nn.Flatten, nn.Linear, nn.BatchNorm1d, GaussianNoise, *_ACTIVATIONS}  # children of a run with linear layers
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# The autocast dtypes in which a run of layers is one operator.
+_STACK_AUTOCAST = {"cpu": (torch.bfloat16,), "cuda": (torch.bfloat16, torch.float16)}
+_leaves_channels_last = False  # see images_in_channels_last()
+
+
+def _run_children(children, input):
+    """Calls `children` one after the other, those that can be fused as one."""
+    if _layer_by_layer():
+        for child in children:
+            input = child(input)
+        return input
+    position = 0
+    while position < len(children):
+        layers = []
+        if _fusable_input(input):
+            while (layer := _match(children, position)) is not None:
+                layers.append(layer)
+                position += layer.length
+        if layers:
+            input = _run(layers, input)
+        elif (perceptron := _run_perceptron(children, position, input)) is not None:
+            input, position = perceptron
+        elif (norm := _match_norm(children, position, input)) is not None:
+            input = norm.run(input)
+            position += norm.length
+        else:
+            input = children[position](input)
+            position += 1
+    return input
+
+
+def _layer_by_layer():
+    """Whether PyTorch's own operators are wanted: what torch.jit and ONNX write is to run without fastgan, and
+    torch.func's transforms have no rules for the fused ones."""
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or _extension.transformed()
+
+
+class _Activation(NamedTuple):
+    """An activation that forward calls as a function."""
+
+    name: str
+    negative_slope: float = 0.2
+
+    def __call__(self, input):
+        return activate("fuse", input, self.name, self.negative_slope)
+
+
+class _Layer:
+    """One convolution with what is fused to it: children[position : position + length]."""
+
+    def __init__(self, conv, bn, activation):
+        self.conv, self.bn = conv, bn
+        self.length = 1 + (bn is not None) + (activation is not None)
+        if activation is None:
+            self.activation = "identity"
+        else:
+            self.activation = activation.name if type(activation) is _Activation else _ACTIVATIONS[type(activation)]
+        self.negative_slope = activation.negative_slope if self.activation == "leaky_relu" else 0.2
+
+    def describe_activation(self):
+        if self.activation == "identity":
+            return None
+        return f"leaky_relu({self.negative_slope:g})" if self.activation == "leaky_relu" else self.activation
+
+    def run(self, input):
+        transposed = isinstance(self.conv, nn.ConvTranspose2d)  # whose class another thread may have changed: see _trace.py
+        arguments = dict(conv_arguments(self.conv), activation=self.activation, negative_slope=self.negative_slope)
+        if self.bn is None:
+            operator = ops.conv_transpose2d_act if transposed else ops.conv2d_act
+            return operator(input, self.conv.weight, self.conv.bias, **arguments)
+        operator = ops.conv_transpose2d_bn_act if transposed else ops.conv2d_bn_act
+        return run_batch_norm_layer(operator, input, self.conv, self.bn, arguments)
+
+
+class _Norm:
+    """A BatchNorm1d, or None, with the activation and the noise after it: children[position : position + length]."""
+
+    def __init__(self, children, position):
+        found, end = [], position
+        for types in ((nn.BatchNorm1d,), _ACTIVATIONS, (GaussianNoise,)):
+            child = children[end] if end < len(children) else None
+            taken = type(child) in types and _plain(child)
+            found.append(child if taken else None)
+            end += taken
+        self.bn, activation, self.noise = found
+        self.length = end - position
+        self.activation = "identity" if activation is None else _ACTIVATIONS[type(activation)]
+        self.negative_slope = activation.negative_slope if self.activation == "leaky_relu" else 0.2
+
+    @property
+    def noise_std(self):
+        return _noise_std(self.noise)
+
+    def run(self, input):
+        call = BatchNormCall(self.bn)
+        running_mean, running_var = call.running or (None, None)
+        output = ops.batch_norm_act_noise(
+            input, self.bn.weight, self.bn.bias, running_mean, running_var, training=call.uses_batch,
+            momentum=call.momentum, eps=self.bn.eps, activation=self.activation, negative_slope=self.negative_slope,
+            noise_std=self.noise_std,
+        )  # fmt: skip
+        BatchNormCall.done(call)
+        return output
+
+
+def _noise_std(noise):
+    return noise.std if noise is not None and noise.training else 0.0
+
+
+def _run_perceptron(children, position, input):
+    """Calls the run of a perceptron's layers that starts at children[position] as one operator. Returns its output and the position after
+    it, or None where there is no such run, or the operator does not take it."""
+    stack, end = _match_perceptron(children, position, input)
+    return None if stack is None else (stack.run(), end)
+
+
+def _match_perceptron(children, position, input, batches=(), tracked=1):
+    """The run [GaussianNoise] (Linear [BatchNorm1d] [activation] [GaussianNoise])... that starts at children[position] as a
+    LinearStackCall, and the position after it; (None, position) where there is none, or it gains nothing."""
+    nothing, first = (None, position), children[position]
+    noise = first if type(first) is GaussianNoise and _plain(first) else None
+    position += noise is not None
+    if not (position < len(children) and type(children[position]) is nn.Linear and _fusable_rows(input)):
+        return nothing
+    if input.dim() != 2 or input.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return nothing
+    if isinstance(input.shape[0], torch.SymInt) and torch.compiler.is_exporting():
+        return nothing  # what gains goes by the rows, which an exported program is to leave open
+    left = children[position:]
+    kinds = [type(child) for child in left]
+    # With a bias and batch norm's two numbers a feature, what all that is left would have as one run.
+    most = sum([(child.in_features + 3) * child.out_features for child, kind in zip(left, kinds) if kind is nn.Linear])
+    if not linear_stack_gains(max(batches) if batches else input.shape[0], most, nn.BatchNorm1d in kinds):
+        return nothing
+    stack, calls = LinearStackCall(input, _noise_std(noise), batches, tracked), []
+    while position < len(children) and type(linear := children[position]) is nn.Linear and _plain(linear):
+        norm = _Norm(children, position + 1)
+        uses_batch, running, counter, momentum = False, (), None, 0.0
+        if norm.bn is not None:
+            call = BatchNormCall(norm.bn)
+            uses_batch, running, counter, momentum = call.uses_batch, call.running, call.counter, call.momentum
+            if any(call.running and other.running and call.running[0] is other.running[0] for other in calls):
+                break  # a shared batch norm: what it is updated to comes first
+            if tracked > 1 and norm.bn.momentum is None:
+                break  # another momentum for each batch
+        if not stack.add(
+            linear, norm.bn, uses_batch, running, counter, momentum, norm.activation, norm.negative_slope, norm.noise_std
+        ):
+            break
+        if norm.bn is not None:
+            calls.append(call)
+        position += 1 + norm.length
+    return (stack, position) if stack.gains else nothing
+
+
+def _run_on_batches(children, parts, batches, tracked):
+    """FusedSequential.on_batches for a list of modules."""
+    if not all(type(child) in _PERCEPTRON for child in children) or _layer_by_layer():
+        return None
+    input, position = torch.cat(parts), 0
+    if type(children[0]) is nn.Flatten and children[0].start_dim == 1 and _plain(children[0]):
+        input, position = input.flatten(1, children[0].end_dim), 1
+    stack, end = _match_perceptron(children, position, input, batches, tracked)
+    return stack.run() if stack is not None and end == len(children) else None
+
+
+@contextlib.contextmanager
+def images_in_channels_last():
+    """Inside, what leaves a fused run of layers is in channels_last, as it is between them, for a network that takes it so."""
+    global _leaves_channels_last
+    before, _leaves_channels_last = _leaves_channels_last, True
+    try:
+        yield
+    finally:
+        _leaves_channels_last = before
+
+
+def _run(layers, input):
+    """A run of fused layers. What leaves has the memory format that the plain layers would have given it, and so has the gradient of
+    what comes in."""
+    keeps_channels_last = (
+        _leaves_channels_last
+        or _is_channels_last(input)
+        or any(_is_channels_last(layer.conv.weight) for layer in layers)
+    )
+    output = _run_stack(layers, input)
+    if output is None:
+        # Between themselves the layers work in channels_last on the CPU, where ATen's convolutions are faster.
+        output = in_format(input, torch.channels_last) if input.is_cpu else input
+        for layer in layers:
+            output = layer.run(output)
+        if not input.is_cpu:
+            return output
+    if keeps_channels_last:
+        return output
+    if not output.is_contiguous():
+        output = in_format(output, torch.contiguous_format)
+    if output.shape[1] == 1 and output.stride(1) == 1:
+        # The bytes are the same in both formats, and only the strides tell the next layer which one it is.
+        output = output.flatten().view(output.shape)
+    return output
+
+
+def _run_stack(layers, input):
+    """The whole run as one operator, or None where it does not take these layers or gains nothing."""
+    device, dtype = input.device.type, input.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        # Images in the autocast dtype, parameters as they are: the loops round weights where they read them.
+        dtype = torch.get_autocast_dtype(device)
+        if dtype not in _STACK_AUTOCAST[device]:
+            return None
+    elif dtype != torch.float32 or device == "cuda":  # there cuDNN's loops are faster in float32
+        return None
+    stack = StackCall(input, dtype)
+    calls = []
+    for layer in layers:
+        uses_batch, running, momentum, group = False, (), 0.0, None
+        if layer.bn is not None:
+            call = BatchNormCall(layer.bn)
+            uses_batch, running, momentum, group = call.uses_batch, call.running, call.momentum, call.process_group
+            if any(call.running and other.running and call.running[0] is other.running[0] for other in calls):
+                return None  # a shared batch norm, updated more than once
+            calls.append(call)
+        if not stack.add(
+            layer.conv, layer.bn, uses_batch, running, momentum, layer.activation, layer.negative_slope, group
+        ):
+            return None
+    if not stack.gains:
+        return None
+    output = stack.run()
+    BatchNormCall.done(*calls)
+    return output
+
+
+def _is_channels_last(tensor):
+    """By PyTorch's rule for tensors that are in both formats, because of sizes of 1: it goes by their strides."""
+    if not tensor.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return not tensor.is_contiguous() or suggest_memory_format(tensor) == torch.channels_last
+
+
+def _fusable_input(input):
+    return (
+        isinstance(input, torch.Tensor)
+        and input.dim() == 4
+        and input.dtype in _DTYPES
+        and input.layout == torch.strided
+        and _extension.runs_on(input.device)
+    )
+
+
+def _match(children, position):
+    """The fusable layer that starts at children[position], or None."""
+    if position >= len(children):
+        return None
+    conv = children[position]
+    if type(conv) not in _CONVOLUTIONS or conv.padding_mode != "zeros" or not _plain(conv):
+        return None
+    bn = activation = None
+    position += 1
+    if position < len(children) and type(children[position]) in _BATCH_NORMS and _plain(children[position]):
+        bn = children[position]
+        position += 1
+    if position < len(children):
+        child = children[position]
+        if type(child) is _Activation or type(child) in _ACTIVATIONS and _plain(child):
+            activation = child
+    if bn is None and type(activation) is nn.LeakyReLU and _changed_in_place(children, position):
+        activation = None
+    return _Layer(conv, bn, activation)
+
+
+def _changed_in_place(children, position):
+    """Whether the output of children[position] is overwritten by the child behind it. PyTorch takes the derivative of LeakyReLU from
+    its input; the operators, behind a convolution alone, from the output, which then has to stay. Other activations need theirs anyway."""
+    return position + 1 < len(children) and getattr(children[position + 1], "inplace", False) is True
+
+
+def _match_norm(children, position, input):
+    """The run of batch norm, activation and noise that starts at children[position], or None."""
+    if type(children[position]) is not nn.BatchNorm1d or not _plain(children[position]) or not _fusable_rows(input):
+        return None
+    return _Norm(children, position)
+
+
+def _fusable_rows(input):
+    return (
+        isinstance(input, torch.Tensor)
+        and input.is_cpu
+        and input.dim() in (2, 3)
+        and input.dtype in _DTYPES
+        and input.layout == torch.strided
+        and _extension.has_kernels("cpu")
+    )
+
+
+def _plain(child):
+    """Whether calling `child` does nothing but its own class's forward."""
+    state = child.__dict__
+    if any(map(state.get, _HOOKS)) or "forward" in state:
+        return False
+    return not (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
