@@ -8,6 +8,7 @@ from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from fastgan._arguments import check_tensor
+from fastgan.ops._dtypes import sums_dtype
 from fastgan.ops.softmax_entropy import softmax_entropy, softmax_entropy_cross_entropy
 
 # With D = sigmoid(logit): -log D = softplus(-logit), -log(1 - D) = softplus(logit).
@@ -392,8 +393,7 @@ class _GlobalEntropies(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, process_group: Any) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        log_p = F.log_softmax(logits.to(dtype), 1).clamp_min(-1e30)
+        log_p = F.log_softmax(logits.to(sums_dtype(logits)), 1).clamp_min(-1e30)
         p = log_p.exp()
         sums = torch.cat([p.sum(0), p.new_tensor([len(p)])])
         distributed.all_reduce(sums, group=process_group)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgan import _extension
+from fastgan.ops._dtypes import sums_dtype
 from fastgan.ops._sync_batch_norm import sync_batch_norm
 
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "identity")
@@ -97,7 +98,8 @@ if _extension.has_kernels("cpu"):
         )
         return y.contiguous(memory_format=torch._prims_common.suggest_memory_format(y))
 
-    def _dense_like(tensor):
+    def _like_by_strides(tensor):
+        """In the format that ATen takes `tensor` to be in, also of one channel or pixel: it goes by the strides."""
         return torch.empty_like(tensor, memory_format=torch._prims_common.suggest_memory_format(tensor))
 
     def _cuda_main_loop(input, weight, y, stride, padding, dilation, transposed, groups):
@@ -111,9 +113,6 @@ if _extension.has_kernels("cpu"):
         small = input if transposed else y
         return shape == ((2, 2), (1, 1)) or shape == ((1, 1), (0, 0)) and tuple(small.shape[2:]) == (1, 1)
 
-    def _statistics_dtype(y):
-        return torch.float64 if y.dtype == torch.float64 else torch.float32
-
     @torch.library.register_fake("fastgan::conv_bn_act_forward")
     def _(
         input, weight, bias, bn_weight, bn_bias, running_mean, running_var,
@@ -121,7 +120,7 @@ if _extension.has_kernels("cpu"):
         training, momentum, eps, activation, negative_slope, save_for_backward, process_group="", processes=1,
     ):  # fmt: skip
         y = _fake_conv(input, weight, stride, padding, dilation, transposed, output_padding, groups)
-        mean = y.new_empty([y.shape[1]], dtype=_statistics_dtype(y))
+        mean = y.new_empty([y.shape[1]], dtype=sums_dtype(y))
         if not save_for_backward:
             saved = y.new_empty([0])
         elif _cuda_main_loop(input, weight, y, stride, padding, dilation, transposed, groups):
@@ -164,6 +163,6 @@ if _extension.has_kernels("cpu"):
     def _fake_conv_gradients(y, input, weight, output_mask):
         none = y.new_empty([0])
         return (
-            _dense_like(input) if output_mask[0] else none,
-            _dense_like(weight) if output_mask[1] else none.clone(),
+            _like_by_strides(input) if output_mask[0] else none,
+            _like_by_strides(weight) if output_mask[1] else none.clone(),
         )

@@ -7,6 +7,8 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 from torch.nn.modules._functions import SyncBatchNorm as CudaSyncBatchNorm
 
+from fastgan.ops._dtypes import sums_dtype
+
 
 def sync_batch_norm(
     y: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
@@ -34,7 +36,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, weight, bias, running_mean, running_var, momentum, eps, process_group):
         dims = [dim for dim in range(y.dim()) if dim != 1]
-        x = y.to(torch.float64 if y.dtype == torch.float64 else torch.float32)
+        x = y.to(sums_dtype(y))
         count = x.numel() // x.shape[1]
         mean, var = (x.mean(dims), x.var(dims, correction=0)) if count else (x.new_zeros(x.shape[1]),) * 2
         row = torch.cat([mean, var, x.new_tensor([count])])

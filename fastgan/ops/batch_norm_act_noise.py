@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from fastgan import _extension
 from fastgan._arguments import takes_tensor
 from fastgan.ops._conv import activate, check_activation
+from fastgan.ops._dtypes import sums_dtype
 
 @takes_tensor
 def batch_norm_act_noise(
@@ -71,8 +72,8 @@ if _extension.has_kernels("cpu"):
         input, bn_weight, bn_bias, running_mean, running_var, seed, training, momentum, eps, activation, negative_slope,
         noise_std,
     ):  # fmt: skip
-        mean = input.new_empty([input.shape[1]], dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
-        return _dense_like(input), mean, torch.empty_like(mean)
+        mean = input.new_empty([input.shape[1]], dtype=sums_dtype(input))
+        return _contiguous_like(input), mean, torch.empty_like(mean)
 
     @torch.library.register_fake("fastgan::batch_norm_act_noise_backward")
     def _(
@@ -82,12 +83,12 @@ if _extension.has_kernels("cpu"):
             return torch.empty_like(like) if wanted and like is not None else input.new_empty([0])
 
         return (
-            _dense_like(input) if output_mask[0] else input.new_empty([0]),
+            _contiguous_like(input) if output_mask[0] else input.new_empty([0]),
             parameter(output_mask[1], bn_weight),
             parameter(output_mask[2], bn_bias),
         )
 
-    def _dense_like(input):
+    def _contiguous_like(input):
         """Channels_last where input is so and not contiguous as well, else contiguous."""
         channels_last = (
             input.dim() == 4

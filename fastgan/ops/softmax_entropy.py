@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from fastgan import _extension
 from fastgan._arguments import takes_tensor
+from fastgan.ops._dtypes import sums_dtype
 
 @takes_tensor
 def softmax_entropy(logits):
@@ -60,7 +61,7 @@ def softmax_entropy_cross_entropy(logits, labels, *, ignore_index=-100):
 def softmax_entropy_reference(logits):
     """softmax_entropy in plain PyTorch."""
     _check(logits, "softmax_entropy")
-    log_p = F.log_softmax(logits.to(_accumulate_dtype(logits)), dim=1).clamp_min(-1e30)
+    log_p = F.log_softmax(logits.to(sums_dtype(logits)), dim=1).clamp_min(-1e30)
     p = log_p.exp()
     q = p.mean(0)
     # Not xlogy(q, q), whose derivative is 0 * inf = NaN where q is 0.
@@ -88,13 +89,9 @@ def softmax_entropy_cross_entropy_reference(logits, labels, *, ignore_index=-100
             f"({ignore_index}), got {int(labels[row])} at row {row}"
         )
     total = F.cross_entropy(
-        logits.to(_accumulate_dtype(logits)), labels, ignore_index=ignore_index, reduction="sum"
+        logits.to(sums_dtype(logits)), labels, ignore_index=ignore_index, reduction="sum"
     )
     return *softmax_entropy_reference(logits), total / labeled.sum().clamp_min(1)
-
-
-def _accumulate_dtype(logits):
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _check(logits, op):
@@ -117,7 +114,7 @@ if _extension.has_kernels("cpu"):
     @torch.library.register_fake("fastgan::softmax_entropy_forward")
     def _(logits, labels, ignore_index):
         _check(logits, "softmax_entropy")
-        values = [logits.new_empty([], dtype=_accumulate_dtype(logits)) for _ in range(3)]
+        values = [logits.new_empty([], dtype=sums_dtype(logits)) for _ in range(3)]
         return (*values, values[0].new_empty([logits.shape[1]]), values[0].new_empty([logits.shape[0]]))
 
     @torch.library.register_fake("fastgan::softmax_entropy_backward")

@@ -20,7 +20,7 @@ from fastgan.metrics.clustering import (
 )
 from fastgan.models.catgan import ARCHITECTURES, catgan
 from fastgan.train.catgan_pictures import save_categories, save_confusion
-from fastgan.train.config import TrainConfig, option
+from fastgan.train.config import LinearDecay, TrainConfig, option
 from fastgan.train.distributed import Ranks
 from fastgan.train.trainer import Objective, Trainer
 
@@ -31,7 +31,7 @@ MAP_IMAGES, BATCH_NORM_IMAGES = 10_000, 5_000
 
 
 @dataclasses.dataclass(kw_only=True)
-class CatGANConfig(TrainConfig):
+class CatGANConfig(LinearDecay, TrainConfig):
     """Train a CatGAN (Springenberg 2015): a classifier from few labels, or none."""
 
     family: ClassVar[str] = "catgan"
@@ -67,15 +67,10 @@ class CatGANConfig(TrainConfig):
         super().__post_init__()
         if self.labels != "all" and not self.labels.isdecimal():
             raise ValueError(f"--labels must be 'all' or a number of images, got {self.labels!r}")
-        if self.decay > 1:
-            raise ValueError(f"--decay must be at most 1, got {self.decay}")
 
     def load_data(self) -> ImageDataset:
         dataset = super().load_data()
         return _split(dataset, self.validation)[0] if self.validation else dataset
-
-    def learning_rate_at(self, progress: float) -> float:
-        return self.learning_rate * (min(1.0, (1 - progress) / self.decay) if self.decay else 1.0)
 
     def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Objective]:
         labels = dataset.labels

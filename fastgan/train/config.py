@@ -226,6 +226,21 @@ class AdversarialConfig(TrainConfig):
         }
 
 
+class LinearDecay:
+    """For settings with ``decay``, the final fraction (0 to 1) of the run over which the learning rate falls linearly to 0."""
+
+    decay: float
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.decay > 1:
+            raise ValueError(f"--decay must be at most 1, got {self.decay}")
+
+    def learning_rate_at(self, progress: float) -> float:
+        """As :meth:`TrainConfig.learning_rate_at`."""
+        return self.learning_rate * (min(1.0, (1 - progress) / self.decay) if self.decay else 1.0)
+
+
 def parse_arguments(config_class: type[TrainConfig], arguments: list[str] | None = None) -> dict[str, Any]:
     """The settings given on the command line, and only those."""
     parser = argparse.ArgumentParser(description=config_class.__doc__.splitlines()[0])

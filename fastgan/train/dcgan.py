@@ -9,12 +9,12 @@ from torch.nn.utils.parametrizations import spectral_norm
 from fastgan.data import ImageDataset
 from fastgan.models.dcgan import DISCRIMINATOR_NORMALIZATIONS, dcgan
 from fastgan.train.augment import augment
-from fastgan.train.config import AdversarialConfig, option
+from fastgan.train.config import AdversarialConfig, LinearDecay, option
 from fastgan.train.trainer import Objective
 
 
 @dataclasses.dataclass(kw_only=True)
-class DCGANConfig(AdversarialConfig):
+class DCGANConfig(LinearDecay, AdversarialConfig):
     """Train a DCGAN (Radford et al. 2015) on a data set of images."""
 
     family: ClassVar[str] = "dcgan"
@@ -33,16 +33,11 @@ class DCGANConfig(AdversarialConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.decay > 1:
-            raise ValueError(f"--decay must be at most 1, got {self.decay}")
         if self.gradient_penalty and self.discriminator_normalization == "batch":
             raise ValueError(
                 "--discriminator-normalization must be layer or none with --gradient-penalty, which is about each "
                 "image by itself, got batch"
             )
-
-    def learning_rate_at(self, progress: float) -> float:
-        return self.learning_rate * (min(1.0, (1 - progress) / self.decay) if self.decay else 1.0)
 
     def build(self, dataset: ImageDataset) -> tuple[nn.Module, nn.Module, Objective]:
         channels, height, _ = self.image_shape_of(dataset)
