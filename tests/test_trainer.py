@@ -1,4 +1,7 @@
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import re
@@ -21,7 +24,7 @@ from fastgan.train import CatGANConfig, DCGANConfig, GANConfig, Objective, Train
 from fastgan.train.checkpoint import load_checkpoint, write_atomically
 from fastgan.train.config import parse_arguments
 from fastgan.train.nonfinite import locate_nonfinite
-from fastgan.train.outputs import save_animation, save_grid
+from fastgan.train.outputs import Metrics, save_animation, save_grid
 from fastgan.train.trainer import Frozen
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "train_dcgan.py"
@@ -149,6 +152,15 @@ def test_animation_of_many_epochs_has_a_hundred_frames_at_most_and_ends_with_the
         assert abs(animation.convert("RGB").getpixel((0, 0))[0] - 249) < 8
 
 
+def test_a_damaged_grid_costs_the_animation_a_frame(tmp_path):
+    frames = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, frame in enumerate(frames):
+        Image.new("L", (4, 4), i).save(frame)
+    frames[1].write_bytes(frames[1].read_bytes()[:30])
+    save_animation(tmp_path / "samples.gif", frames)
+    assert Image.open(tmp_path / "samples.gif").n_frames == 2
+
+
 def test_a_second_run_keeps_the_files_of_the_first(tmp_path, tiny, capsys):
     arguments = [*tiny, "--output", str(tmp_path), "--max-steps", "2"]
     assert run(DCGANConfig, arguments) == 0
@@ -157,6 +169,50 @@ def test_a_second_run_keeps_the_files_of_the_first(tmp_path, tiny, capsys):
     assert "held an earlier run: moved to" in capsys.readouterr().out
     assert_bit_identical(checkpoint(tmp_path / "previous_1"), first)
     assert checkpoint(tmp_path)["config"]["seed"] == 1
+
+
+@contextlib.contextmanager
+def another_run_in(folder):
+    """What the run of another process does to its folder: locks are of a descriptor, not of a process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("resumes", [False, True], ids=["new", "resumed"])
+def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path, tiny, resumes, capsys):
+    arguments = [*tiny, "--output", str(tmp_path), "--max-steps", "1"]
+    assert run(DCGANConfig, arguments) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    with another_run_in(tmp_path):
+        assert run(DCGANConfig, ["--resume", str(tmp_path), "--max-steps", "2"] if resumes else arguments) == 1
+    assert capsys.readouterr().err == f"error: --output {tmp_path}: another run is writing to it\n"
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_folder_is_claimed_until_the_run_ends(tmp_path, images):
+    trainer = trainer_in(tmp_path, images, max_steps=1)
+    second = trainer_in(tmp_path, images, max_steps=1)  # of the same process
+
+    second.train()
+    with pytest.raises(BlockingIOError), another_run_in(tmp_path):
+        pass
+    trainer.train()
+    with another_run_in(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_written_to(tmp_path, images, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    trainer_in(tmp_path, images)
+    assert checkpoint(tmp_path)["step"] == 0
 
 
 # --- resume
@@ -243,6 +299,13 @@ def test_metrics_after_the_checkpoint_and_half_a_line_are_dropped_on_resume(tmp_
         file.write(json.dumps(metrics(tmp_path)[-1] | {"step": 7}) + '\n{"step": 8, "epo')
     assert run(DCGANConfig, ["--resume", str(tmp_path), "--max-steps", "8"]) == 0
     assert [record["step"] for record in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("end", [b"\0\0\0", b"\xff\xfe", b"7\n", b'{"epoch": 1}\n', b'{"step": null}\n'])
+def test_what_is_no_line_of_figures_ends_the_file(tmp_path, end):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + end + b'\n{"step": 2}\n')
+    assert Metrics(path, 5).read() == [{"step": 1}] and path.read_text() == '{"step": 1}\n'
 
 
 def wait_for(condition, process, seconds=60):
@@ -463,6 +526,15 @@ def test_output_that_is_a_file_is_refused_before_training(tmp_path, tiny, capsys
     (tmp_path / "file").write_text("")
     assert run(DCGANConfig, [*tiny, "--output", str(tmp_path / "file")]) == 1
     assert f"--output {tmp_path / 'file'}: cannot be written to" in capsys.readouterr().err
+
+
+def test_a_file_in_place_of_the_samples_is_one_line_on_resume(tmp_path, tiny, capsys):
+    assert run(DCGANConfig, [*tiny, "--output", str(tmp_path), "--max-steps", "1"]) == 0
+    (tmp_path / "samples" / "epoch_0001.png").unlink()
+    (tmp_path / "samples").rmdir()
+    (tmp_path / "samples").write_text("")
+    assert run(DCGANConfig, ["--resume", str(tmp_path)]) == 1
+    assert f"error: {tmp_path / 'samples'} cannot be written: File exists\n" == capsys.readouterr().err
 
 
 def test_read_only_output_is_refused_before_training(tmp_path, tiny, capsys):

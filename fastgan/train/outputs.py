@@ -1,10 +1,13 @@
 """What a run leaves in its folder beside the checkpoint, and what it shows while it runs."""
 
+import contextlib
 import io
 import json
 import math
+import os
 import shutil
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +18,66 @@ from tqdm import tqdm
 
 from fastgan.train.checkpoint import TrainingError, write_atomically
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
 # Everything a run writes; an earlier run's files are moved aside by these names.
 FILES = ("config.json", "metrics.jsonl", "losses.png", "samples", "samples.gif", "checkpoint.pt", "checkpoints", "alarms.jsonl",
          "tensorboard", "categories.png", "confusion.png", "density.png", "gradients.png", "optimal.png", "summary.json")
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make the output folder; the files of an earlier run go into its subfolder ``previous_N``.
+class Claim:
+    """Keeps the runs of other processes out of a folder while it is referenced; made by :func:`claim_folder`."""
+
+    def __init__(self, descriptor: int):
+        weakref.finalize(self, os.close, descriptor)
+
+
+# Of this process, by device and inode of the folder: a claim holds for all of its runs.
+_claims: weakref.WeakValueDictionary[tuple[int, int], Claim] = weakref.WeakValueDictionary()
+
+
+def claim_folder(folder: Path) -> Claim | None:
+    """Make the output folder and claim it; None where the file system has no locks.
 
     Raises:
-        TrainingError: the folder cannot be made or written to.
+        TrainingError: the folder cannot be made, or the run of another process writes to it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"--output {folder}: cannot be written to ({error.strerror or error})") from error
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # a folder that may be written to and not read, or Windows
+        return None
+    status = os.fstat(descriptor)
+    key = status.st_dev, status.st_ino
+    if (held := _claims.get(key)) is not None:
+        os.close(descriptor)
+        return held
+    try:
+        if fcntl is None:
+            raise OSError("no locks")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise TrainingError(f"--output {folder}: another run is writing to it") from error
+        return None
+    _claims[key] = claim = Claim(descriptor)
+    return claim
+
+
+def prepare_folder(folder: Path) -> None:
+    """Move the files of an earlier run in the output folder into its subfolder ``previous_N``.
+
+    Raises:
+        TrainingError: the folder cannot be written to.
+    """
+    try:
         earlier = [folder / name for name in FILES if (folder / name).exists()]
         if earlier:
             number = 1
@@ -63,8 +113,8 @@ class Metrics:
     """metrics.jsonl, one line a logged step, or another such file.
 
     Args:
-        path: the file; lines beyond ``step`` (written after the checkpoint that a run resumes from, the
-            last one perhaps cut short) are dropped.
+        path: the file; lines beyond ``step`` (written after the checkpoint that a run resumes from) are dropped, and
+            so is what follows the first that is none, as of a write cut short by a kill or a power cut.
         step: the step the run starts from.
     """
 
@@ -76,11 +126,14 @@ class Metrics:
     def read(self) -> list[dict[str, Any]]:
         records = []
         if self.path.exists():
-            for line in self.path.read_text().splitlines():
+            for line in self.path.read_text(errors="replace").splitlines():
                 try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError:
+                    record = json.loads(line)
+                except ValueError:
                     break
+                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                    break
+                records.append(record)
         return records
 
     def append(self, record: dict[str, Any]) -> None:
@@ -146,12 +199,16 @@ def save_grid(path: Path, images: torch.Tensor, columns: int | None = None) -> N
 
 
 def save_animation(path: Path, frames: list[Path]) -> None:
-    """Write an animated GIF of the sample grids, of a hundred at most; the last one stays longer."""
+    """Write an animated GIF of the sample grids, of a hundred at most; the last one stays longer. Damaged ones are left out."""
     stride = math.ceil(len(frames) / 100)
-    frames = frames[::-stride][::-1]
-    # The octree takes a quarter of the time that the default takes in colour.
-    pictures = [Image.open(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
-    durations = [max(50, min(500, 6000 // len(frames)))] * (len(frames) - 1) + [2000]
+    pictures = []
+    for frame in frames[::-stride][::-1]:
+        with contextlib.suppress(Exception):  # PIL raises many kinds
+            # The octree takes a quarter of the time that the default takes in colour.
+            pictures.append(Image.open(frame).quantize(method=Image.Quantize.FASTOCTREE))
+    if not pictures:
+        return
+    durations = [max(50, min(500, 6000 // len(pictures)))] * (len(pictures) - 1) + [2000]
     buffer = io.BytesIO()
     pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
     write_atomically(path, buffer.getvalue())

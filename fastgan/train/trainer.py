@@ -34,7 +34,7 @@ from fastgan.train.distributed import Ranks, resume_words, set_random_state
 from fastgan.train.graph import CUDARecorder, GraphedStep, adam, set_rate, without
 from fastgan.train.nonfinite import locate_nonfinite, nonfinite_weight
 from fastgan.train.outputs import (
-    Metrics, Progress, copy_history, prepare_folder, save_animation, save_curves, save_grid, write_json,
+    Claim, Metrics, Progress, claim_folder, copy_history, prepare_folder, save_animation, save_curves, save_grid, write_json,
 )
 from fastgan.train.recording import CPURecorder
 
@@ -201,6 +201,7 @@ class Trainer:
             self._restore(checkpoint)
         self.ranks.start_alike(self.networks.values())
         self.output = Path(config.output)
+        self._claim: Claim | None = None  # on the output folder, up to the end of train()
         self.ranks.on_main(lambda: self._prepare_output(anew=checkpoint is None))
 
     @property
@@ -222,8 +223,12 @@ class Trainer:
                 checkpoint is intact.
             KeyboardInterrupt, SystemExit: the run was interrupted before its last step, and saved.
         """
-        with _deferred_signals() as self._signals:
-            self._train()
+        self.ranks.on_main(self._claim_output)  # anew, where this goes on after an interrupt
+        try:
+            with deferred_signals() as self._signals:
+                self._train()
+        finally:
+            self._claim = None
         # One that came later than that has cut nothing short.
         if self.step < self.total_steps and (self._signals or self._stopping):
             if self.ranks.main:
@@ -473,21 +478,28 @@ class Trainer:
     def _prepare_output(self, anew: bool) -> None:
         if self.config.tensorboard:
             require_tensorboard()
+        self._claim_output()
         if anew:
             prepare_folder(self.output)
         elif Path(self.config.resume).resolve() != self.output.resolve():
             prepare_folder(self.output)
             copy_history(Path(self.config.resume), self.output)
         write_json(self.output / "config.json", {"family": self.config.family} | dataclasses.asdict(self.config))
-        (self.output / "samples").mkdir(exist_ok=True)
-        if self.config.keep_checkpoints:
-            (self.output / "checkpoints").mkdir(exist_ok=True)
-        self.metrics = Metrics(self.output / "metrics.jsonl", self.step)
-        self.alarm_log = Metrics(self.output / "alarms.jsonl", self.step)
+        try:
+            (self.output / "samples").mkdir(exist_ok=True)
+            if self.config.keep_checkpoints:
+                (self.output / "checkpoints").mkdir(exist_ok=True)
+            self.metrics = Metrics(self.output / "metrics.jsonl", self.step)
+            self.alarm_log = Metrics(self.output / "alarms.jsonl", self.step)
+        except OSError as error:
+            raise TrainingError(f"{error.filename or self.output} cannot be written: {error.strerror or error}") from error
         self.board = Board(self.output, self.step) if self.config.tensorboard else None
         # So that a run killed before its first checkpoint can be resumed too, and a folder that is too
         # small for a checkpoint is found out before an hour of training.
         self.save()
+
+    def _claim_output(self) -> None:
+        self._claim = claim_folder(self.output)
 
     def _raise(self, alarms: Iterable[dict]) -> None:
         for alarm in alarms:
@@ -533,7 +545,7 @@ class Frozen:
 
 
 @contextlib.contextmanager
-def _deferred_signals() -> Iterator[list[int]]:
+def deferred_signals() -> Iterator[list[int]]:
     """Collect the first SIGINT or SIGTERM instead of acting on it, so that a step is never left half done;
     a second one acts at once.
     """
