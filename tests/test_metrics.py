@@ -9,7 +9,7 @@ from torch import nn
 
 from fastgan.cli import main
 from fastgan.data import ImageDataset, load_dataset
-from fastgan.metrics.command import _intended
+from fastgan.metrics.command import _intended, _learnt
 from fastgan.metrics.distances import (
     appearance, frechet_distance, kernel_distance, nearest_images, nearest_neighbour_test, precision_recall,
 )
@@ -72,6 +72,11 @@ def test_nearest_neighbour_test_knows_equal_apart_and_copied_sets():
 def test_nearest_images():
     images = torch.eye(5).view(5, 1, 1, 5)
     assert nearest_images(images[[3, 1]] + 0.1, images).tolist() == [3, 1]
+    # Of 2100 nearly equal bright images each is the nearest to itself; squares of their norms hide that in float32.
+    alike = torch.full((2100, 3, 20, 20), 255, dtype=torch.uint8)
+    alike.flatten(1)[:, :12] -= (torch.arange(2100)[:, None] >> torch.arange(12) & 1).byte()
+    chosen = [5, 700, 1234, 2000] * 8
+    assert nearest_images(alike[chosen], alike).tolist() == chosen
 
 
 @pytest.mark.parametrize("function", [frechet_distance, kernel_distance, precision_recall, nearest_neighbour_test])
@@ -99,7 +104,7 @@ def test_appearance_tells_contrast_from_sharpness():
     assert appearance(smooth).sharpness < appearance(noise).sharpness
 
 
-@pytest.mark.parametrize("flag, value, least", [("--samples", 1, 2), ("--image-size", 0, 1), ("--threads", -1, 1)])
+@pytest.mark.parametrize("flag, value, least", [("--samples", 5, 6), ("--image-size", 0, 1), ("--threads", -1, 1)])
 def test_command_refuses_what_cannot_be_before_it_trains_an_extractor(flag, value, least, capsys):
     assert main(["evaluate", flag, str(value)]) == 1
     assert capsys.readouterr() == ("", f"error: {flag} must be at least {least}, got {value}\n")
@@ -117,6 +122,9 @@ def test_command_scores_a_checkpoint_beside_held_out_images(tmp_path, monkeypatc
     extractor, held_out, scored = map(json.loads, capsys.readouterr().out.splitlines())
     assert extractor == {"extractor": "untrained", "test_accuracy": 0.5}
     assert held_out["of"] == "held-out images" and scored["of"] == checkpoint
+    assert main(["evaluate", checkpoint, "--samples", "1005"]) == 1
+    message = f"--samples must be a multiple of 10, the networks side by side in {checkpoint}, got 1005"
+    assert capsys.readouterr() == ("", f"error: {message}\n")
     assert held_out["frechet_distance"] < scored["frechet_distance"] and len(scored["intended_digit"]) == 10
 
 
@@ -216,6 +224,16 @@ def test_nearest_images_stand_beside_their_samples_and_copies_are_at_distance_ze
     assert torch.equal(first, pixels[4]) and torch.equal(nearest, pixels[4])
     with pytest.raises(ValueError, match=r"samples must have shape \[N, 3, 8, 8\], got \[2, 3, 4, 4\]"):
         save_nearest(tmp_path / "nearest.png", copies[:, :, :4, :4], dataset)
+
+
+def test_nearest_images_are_drawn_of_every_class_and_looked_for_in_the_one_learnt(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("fastgan.metrics.generator.save_grid", lambda path, images, columns: drawn.append(images[::2]))
+    dataset = _learnt(GANConfig(digit=3, device="cpu"))
+    assert dataset.labels.unique().tolist() == [3] and len(dataset) == len(dataset.images) == 1000
+    samples = torch.arange(10.0).repeat_interleave(100).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)  # a hundred of each class
+    save_nearest(tmp_path / "nearest.png", samples, dataset)
+    assert len(drawn[0]) == 32 and drawn[0][:, 0, 0, 0].unique().tolist() == list(range(10))
 
 
 def test_command_scores_checkpoints_and_folders_against_a_folder(tmp_path, monkeypatch, capsys):

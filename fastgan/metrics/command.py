@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgan.data import DATASETS, load_dataset
+from fastgan.data import DATASETS, ImageDataset, load_dataset
 from fastgan.metrics.distances import appearance
 from fastgan.metrics.features import Extractor, load_extractor
-from fastgan.metrics.generator import CHUNK, generate, real_features, save_nearest, score
+from fastgan.metrics.generator import CHUNK, SCORED, generate, real_features, save_nearest, score
 from fastgan.sample import load_generator
+from fastgan.train.config import TrainConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,15 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print a line of JSON for the extractor, the held-out images and each path."""
-    for name, least in (("samples", 2), ("image_size", 1), ("threads", 1)):
+    for name, least in (("samples", SCORED), ("image_size", 1), ("threads", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if (options.threads or 0) >= 2**31:
+        raise ValueError(f"--threads must be below {2**31}, got {options.threads}")
     if options.threads:
         torch.set_num_threads(options.threads)
     paths = [path / "checkpoint.pt" if (path / "checkpoint.pt").is_file() else path for path in map(Path, options.scored)]
     # Before minutes are spent on the extractor.
     loaded = {path: load_generator(path) for path in paths if not path.is_dir()}
+    for path, (config, _) in loaded.items():
+        if options.samples % config.side_by_side:
+            networks = f"{config.side_by_side}, the networks side by side in {path}"
+            raise ValueError(f"--samples must be a multiple of {networks}, got {options.samples}")
     extractor = load_extractor(options.features, options.dataset, options.data_root)
     print(json.dumps({"extractor": extractor.name, "test_accuracy": extractor.accuracy}), flush=True)
     size = options.image_size if options.dataset == "folder" else 28
@@ -58,13 +65,22 @@ def run(options: argparse.Namespace) -> int:
                 figures["intended_digit"] = _intended(extractor, images, config.digit)
             figures |= appearance(images)._asdict()
         if options.nearest:
-            figures |= save_nearest(path.with_suffix(".nearest.png"), images[:CHUNK], config.load_data())
+            figures |= save_nearest(path.with_suffix(".nearest.png"), images[:CHUNK], _learnt(config))
         _print(str(path), figures)
     return 0
 
 
 def _print(name: str, figures: dict) -> None:
     print(json.dumps({"of": name} | figures), flush=True)
+
+
+def _learnt(config: TrainConfig) -> ImageDataset:
+    """The training images that the generator was to learn: of one digit, where it was one."""
+    dataset = config.load_data()
+    if (digit := getattr(config, "digit", None)) is None:
+        return dataset
+    chosen = dataset.labels == digit
+    return ImageDataset(dataset.name, dataset.images[chosen], dataset.labels[chosen])
 
 
 def _intended(extractor: Extractor, images: Tensor, digit: int | None) -> list[float]:

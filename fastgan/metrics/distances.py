@@ -149,7 +149,11 @@ def nearest_images(queries: Tensor, images: Tensor) -> Tensor:
     Returns:
         Index int64 [M] into images.
     """
-    return torch.cdist(queries.flatten(1).float(), images.flatten(1).float()).argmin(1)
+    # In float32 the squares that cdist subtracts cancel: it takes another image for the nearest of similar ones.
+    queries = queries.flatten(1).double()
+    nearest = [torch.cdist(queries, part.flatten(1).double()).min(1) for part in images.split(1000)]
+    part = torch.stack([each.values for each in nearest]).argmin(0)
+    return 1000 * part + torch.stack([each.indices for each in nearest]).gather(0, part[None])[0]
 
 
 class Appearance(NamedTuple):

@@ -20,6 +20,8 @@ REAL_SAMPLES = 10_000
 NEIGHBOUR_SAMPLES = 2000
 # Images generated at a time.
 CHUNK = 1000
+# Images that a score needs at least.
+SCORED = 6
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def save_nearest(path: Path, samples: Tensor, dataset: ImageDataset) -> dict[str
 
     Args:
         path: of the picture, a grid of four pairs a row.
-        samples: [N, C, H, W] in [-1, 1], of the size of the training images; the first 32 are drawn.
+        samples: [N, C, H, W] in [-1, 1], of the size of the training images; 32 evenly spread over them are drawn.
         dataset: the training images.
 
     Returns:
@@ -119,8 +121,9 @@ def save_nearest(path: Path, samples: Tensor, dataset: ImageDataset) -> dict[str
         raise ValueError(f"save_nearest: samples must have shape [{shape}], got {list(samples.shape)}")
     real = normalize(dataset.images)
     nearest = real[nearest_images(samples, real)]
-    pairs = torch.stack([samples, nearest], 1)[:32].flatten(0, 1)
-    save_grid(path, pairs, 8)
+    count = min(32, len(samples))
+    drawn = torch.arange(count) * len(samples) // count  # of every class, where they lie one after the other
+    save_grid(path, torch.stack([samples[drawn], nearest[drawn]], 1).flatten(0, 1), 8)
     flat = real[:NEIGHBOUR_SAMPLES].flatten(1)
     others = torch.cdist(flat, real.flatten(1))
     others[torch.arange(len(flat)), torch.arange(len(flat))] = torch.inf
