@@ -25,7 +25,7 @@ def main() -> int:
         parser.error(f"--output {arguments.output}: exists already")
     chance = random.Random(arguments.seed)
     try:
-        photographs = [(path.stem, Image.open(path).convert("RGB")) for path in arguments.photographs]
+        photographs = [(path.stem, ImageOps.exif_transpose(Image.open(path)).convert("RGB")) for path in arguments.photographs]
         arguments.output.mkdir(parents=True)
     except OSError as error:
         parser.error(str(error))

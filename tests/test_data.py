@@ -1,4 +1,5 @@
 import gzip
+import runpy
 import struct
 import subprocess
 import sys
@@ -286,6 +287,15 @@ def test_images_are_cropped_at_the_centre_and_not_squeezed(tmp_path):
     assert load_dataset("folder", tmp_path, image_size=20).images.min() == 255
 
 
+def test_links_to_folders_are_followed_and_no_folder_is_read_twice(tmp_path):
+    save(tmp_path / "outside" / "deep" / "o.png", colour=(0, 0, 255))
+    save(tmp_path / "set" / "real" / "r.png", colour=(255, 0, 0))
+    for name, target in (("a", "real"), ("real/loop", ".."), ("x", "../outside"), ("y", "../outside/deep")):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "set" / target)
+    images = load_dataset("folder", tmp_path / "set", image_size=8).images
+    assert images.float().mean((2, 3)).argmax(1).tolist() == [0, 2]
+
+
 def test_empty_folder_tells_what_it_found(tmp_path):
     with pytest.raises(DataError, match="no image in it or below it .found no file at all"):
         load_dataset("folder", tmp_path)
@@ -367,6 +377,24 @@ def test_fingerprint_tells_other_pixels():
     changed = numbered(10).images.clone()
     changed[3, 0, 1, 1] += 1
     assert ImageDataset("numbered", changed, None).fingerprint() != numbered(10).fingerprint()
+
+
+def test_photo_crops_are_turned_as_the_photograph_is_shown(tmp_path, monkeypatch):
+    script = Path(__file__).parent.parent / "examples" / "photo_crops.py"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    photograph = Image.effect_noise((50, 40), 90)
+    (tmp_path / "shown").mkdir()
+    photograph.save(tmp_path / "a.png", exif=exif)
+    photograph.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "shown" / "a.png")
+    crops = []
+    for folder in (tmp_path, tmp_path / "shown"):
+        arguments = [str(script), str(folder / "a.png"), "--output", str(folder / "crops"), "--count", "3", "--size", "8"]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(script, run_name="__main__")
+        crops.append(load_dataset("folder", folder / "crops", image_size=8).images)
+    assert torch.equal(*crops)
 
 
 def test_photo_crops_makes_a_folder_that_trains(tmp_path):

@@ -1,6 +1,7 @@
 """A folder of images as one uint8 tensor."""
 
 import collections
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,8 @@ def load_folder(folder: Path, image_size: int, channels: int) -> torch.Tensor:
     """Read every image below a folder, resized so that the shorter side fits and cropped at the centre.
 
     Args:
-        folder: an existing folder, searched with its subfolders; files and folders whose name starts with a dot are left out.
+        folder: an existing folder, searched with its subfolders and those that links lead to, each of them once; files and
+            folders whose name starts with a dot are left out.
         image_size: height and width in pixels.
         channels: 1 for grey, 3 for RGB; images of another kind are converted.
 
@@ -57,8 +59,15 @@ def _image_paths(folder: Path) -> list[Path]:
     # Of formats that PIL can read, not of those it can only write; MPO is read as JPEG.
     endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN or name == "MPO"}
     paths, others = [], collections.Counter()
-    for parent, subfolders, names in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    # A link is followed when the folders before it are read: what both lead to is then found without it.
+    pending, seen = [folder], set()
+    for parent, subfolders, names in itertools.chain.from_iterable(map(os.walk, pending)):  # which grows meanwhile
+        if (real := os.path.realpath(parent)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        pending += [path for name in subfolders if os.path.islink(path := os.path.join(parent, name))]
         for name in names:
             if name.startswith("."):
                 continue
