@@ -6,6 +6,7 @@ surely (white: not at all), gray points are data, black ones generated.
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from fastgan._errors import until_pipe_closes
 from fastgan.losses import catgan_generator_loss
 from fastgan.nn import GaussianNoise
 from fastgan.ops import softmax_entropy
@@ -87,22 +89,26 @@ def draw(axis, points: Tensor, moon: Tensor, generator: nn.Module, classifier: n
     print(f"{title.splitlines()[0]}: error {100 * min(agreement, 1 - agreement):.1f}%", flush=True)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="decides points, networks and noise")
     parser.add_argument("--steps", type=int, default=1000, help="of discriminator and generator each")
     parser.add_argument("--output", type=Path, default=Path("runs/catgan_toy"), help="folder of the picture")
     options = parser.parse_args()
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {options.output}: {error.strerror}")
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)  # of networks this small
     points, moon = two_moons(POINTS)
     figure = Figure(figsize=(15, 3.7), layout="constrained")
     for axis, (title, weights) in zip(figure.subplots(1, len(VARIANTS)), VARIANTS.items()):
         draw(axis, points, moon, *train(points, weights, options.steps, options.seed), title)
-    options.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output / "ablation.png", dpi=100)
     print(f"picture in {options.output / 'ablation.png'}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(until_pipe_closes(main))

@@ -7,10 +7,10 @@ imported when it is asked for: the trainer, its pictures and its metrics take se
 import argparse
 import importlib
 import json
-import os
 import sys
 
 from fastgan import build_info
+from fastgan._errors import memory_message, until_pipe_closes
 
 _DESCRIPTION = """\
 Train GANs on fused kernels, and use what was trained.
@@ -19,7 +19,7 @@ Train GANs on fused kernels, and use what was trained.
   fastgan sample --checkpoint runs/dcgan --out digits.png      a grid of new ones"""
 _EPILOG = """\
 `fastgan COMMAND --help` lists the options of a command.
-Exit status: 0 done, 1 an error (one line on standard error), 2 wrong arguments, 130 interrupted."""
+Exit status: 0 done, 1 an error (one line on standard error), 2 wrong arguments, 130 interrupted, 143 terminated."""
 _COMMANDS = {
     "train": ("train a model, or resume a run (--resume)", None),
     "sample": ("draw a grid of images from a checkpoint", "fastgan.sample"),
@@ -43,25 +43,21 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the command line without the program's name; None takes the process's.
 
     Returns:
-        Exit status: 0 done, 1 an error (one line on standard error), 130 interrupted. Wrong arguments exit with 2.
+        Exit status: 0 done, 1 an error (one line on standard error), 130 interrupted. Wrong arguments exit with 2, a training
+        run that SIGTERM ends with 143.
     """
     words = sys.argv[1:] if arguments is None else arguments
     options = _parser(words).parse_args(words)
     try:
-        status = options.run(options)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        # The reader (`| head`) has seen enough; nothing more may be written, at exit neither.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return until_pipe_closes(lambda: options.run(options))
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        message = memory_message(error)
         # PyTorch raises RuntimeError for bugs; fastgan's own kinds are messages to the user.
-        if isinstance(error, RuntimeError) and not type(error).__module__.startswith("fastgan."):
+        if message is None and isinstance(error, RuntimeError) and not type(error).__module__.startswith("fastgan."):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message or error}", file=sys.stderr)
         return 1
 
 

@@ -158,6 +158,8 @@ def export(path: str | os.PathLike, format: str, out: str | os.PathLike, *, digi
         "layers": "\n".join(repr(layer) for layer in network),
     }
     out = Path(out)
+    if out.is_dir():
+        raise ExportError(f"--out {out}: is a folder; name a file")
     if not out.parent.is_dir():
         raise ExportError(f"--out {out}: no such folder: {out.parent}")
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,10 @@ def test_labels_are_chosen_equally_by_class_and_by_seed():
     assert choose_labeled(labels, 15, seed=0).shape == (15,)
 
 
+def test_zeros_before_the_number_of_labels_mean_nothing():
+    assert [CatGANConfig(labels=labels, device="cpu").labels for labels in ("00", "0100", "all")] == ["0", "100", "all"]
+
+
 @pytest.mark.parametrize("count", [5, 1001])
 def test_an_impossible_number_of_labels_is_refused(count):
     with pytest.raises(ValueError, match=f"--labels must be 0 or between 10, one a class, and 1000, .* got {count}"):
@@ -291,7 +296,18 @@ def test_a_run_refuses_what_cannot_be(tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
+TOY = Path(__file__).parents[1] / "examples" / "catgan_toy.py"
+
+
+def test_the_toy_refuses_a_file_as_its_folder_before_it_trains(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", [str(TOY), "--output", str(tmp_path / "file")])
+    monkeypatch.setattr(torch, "manual_seed", None)
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(TOY, run_name="__main__")
+    assert f"--output {tmp_path / 'file'}: File exists" in capsys.readouterr().err
+
+
 def test_the_toy_draws_its_picture(tmp_path):
-    script = Path(__file__).parents[1] / "examples" / "catgan_toy.py"
-    subprocess.run([sys.executable, script, "--steps", "3", "--output", tmp_path], check=True)
+    subprocess.run([sys.executable, TOY, "--steps", "3", "--output", tmp_path], check=True)
     assert (tmp_path / "ablation.png").stat().st_size > 10_000

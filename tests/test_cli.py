@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 import fastgan
+import fastgan.laboratory
 from fastgan.cli import main
 from fastgan.data import load_dataset
 from fastgan.sample import load_generator, walk
-from fastgan.train import CatGANConfig, DCGANConfig, GANConfig, Trainer
+from fastgan.train import CatGANConfig, DCGANConfig, GANConfig, Trainer, run
 from fastgan.train.checkpoint import load_checkpoint
 
 TINY = ["--image-size", "8", "--batch-size", "8", "--base-channels", "2", "--latent-dim", "5", "--device", "cpu"]
@@ -119,12 +120,16 @@ def test_wrong_arguments_exit_with_2(arguments, message, capsys):
     (["sample", "--checkpoint", "{runs}/gan", "--grid", "8x8"], "10 networks side by side"),
     (["sample", "--checkpoint", "{runs}/dcgan", "--out", "{tmp}/no/folder.png"], "folder.png cannot be written"),
     (["evaluate", "{runs}/gaussian"], "family 'gaussian' has no generator of images; dcgan, gan, catgan have"),
+    (["train", "dcgan", "--device", "cpu", "--latent-dim", str(10**14), "--output", "{tmp}/x"], "memory ran out"),
+    (["train", "gan", "--epochs", str(10**40), "--output", "{tmp}/x"], "--epochs must be below 281474976710656, got 1000"),
+    (["sample", "--checkpoint", "{runs}/dcgan", "--grid", "100000000x100000000"], "memory ran out (you tried to allocate"),
+    (["export", "--checkpoint", "{runs}/dcgan", "--format", "torch", "--out", "{tmp}"], "--out {tmp}: is a folder; name a file"),
     (["bench", "--repeats", "0"], "--repeats must be at least 1, got 0"),
 ])  # fmt: skip
 def test_errors_are_one_line_and_exit_with_1(arguments, message, tmp_path, runs, capsys):
     assert main([argument.format(tmp=tmp_path, runs=runs) for argument in arguments]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert error.startswith("error: ") and message.format(tmp=tmp_path) in error and error.count("\n") == 1
 
 
 def test_a_programming_error_keeps_its_traceback(monkeypatch):
@@ -172,7 +177,8 @@ def test_train_is_the_example_under_another_name(tmp_path, capsys):
 
 
 def test_a_run_goes_on_under_the_command(runs, capsys):
-    assert main(["train", "dcgan", "--resume", str(runs / "dcgan"), "--max-steps", "3"]) == 0
+    checkpoint = str(runs / "dcgan" / "checkpoint.pt")
+    assert main(["train", "dcgan", "--resume", checkpoint, "--max-steps", "3", "--channels", "1"]) == 0
     assert "step 3 of 3" in capsys.readouterr().out
     assert main(["train", "dcgan", "--resume", str(runs / "dcgan"), "--max-steps", "2"]) == 0
     assert "step 3, past the 2 asked for: nothing to train" in capsys.readouterr().out
@@ -243,6 +249,18 @@ def test_a_closed_pipe_is_no_traceback():
     assert "Traceback" not in process.stderr.read()
     process.stderr.close()
     assert process.wait(60) == 1
+
+
+@pytest.mark.parametrize("module", ["fastgan.train.command.Trainer", "fastgan.laboratory.command.train"])
+def test_a_closed_pipe_is_no_traceback_of_an_example(module, tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(module, closed)
+    monkeypatch.setattr(sys, "stdout", open(tmp_path / "printed", "w"))
+    runs = {"fastgan.train.command.Trainer": lambda flags: run(GANConfig, flags)}.get(module, fastgan.laboratory.run)
+    assert runs(["--output", str(tmp_path / "run")]) == 1
+    sys.stdout.close()
 
 
 def test_bench_checks_and_prints_a_ratio(monkeypatch, capsys):

@@ -1,5 +1,9 @@
+import fcntl
 import json
 import math
+import os
+import signal
+import sys
 
 import pytest
 import torch
@@ -7,6 +11,7 @@ from PIL import Image
 from scipy import stats
 from torch import nn
 
+from fastgan.laboratory import command
 from fastgan.laboratory import LaboratoryConfig, Mixture, distances, gradient_norms, run, train
 from fastgan.laboratory.networks import Adam, StackedMLP
 
@@ -94,7 +99,8 @@ def test_minimax_gradient_vanishes_where_the_discriminator_is_sure():
 
 
 def test_command_writes_figures_and_numbers(tmp_path, capsys):
-    assert run(["--seeds", "2", "--max-steps", "30", "--output", str(tmp_path), "--means=-1,1", "--stds", "0.2,0.3"]) == 0
+    flags = ["--seeds", "2", "--epochs", "1", "--max-steps", "60", "--means=-1,1", "--stds", "0.2,0.3"]
+    assert run([*flags, "--output", str(tmp_path)]) == 0
     for name in ("density.png", "losses.png", "optimal.png", "gradients.png"):
         assert Image.open(tmp_path / name).width > 300
     assert Image.open(tmp_path / "samples.gif").n_frames > 5
@@ -103,7 +109,7 @@ def test_command_writes_figures_and_numbers(tmp_path, capsys):
     assert "of 2 pass" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     last = lines[-1]
-    assert last["step"] == 30 and last["epoch"] == 1 and 0 < last["d_real"] < 1 and 0 < last["d_fake"] < 1
+    assert last["step"] == 60 and last["epoch"] == 1 and 0 < last["d_real"] < 1 and 0 < last["d_fake"] < 1
     assert lines[0]["images_per_second"] == 0 and all(line["images_per_second"] > 0 for line in lines[1:])
 
 
@@ -133,15 +139,42 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("stop", [200, 250])
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path, whole, stop):
     assert run([*TWO_EPOCHS, "--output", str(tmp_path), "--max-steps", str(stop)]) == 0
-    assert run(["--resume", str(tmp_path)]) == 0
+    assert run(["--resume", str(tmp_path / "checkpoint.pt")]) == 0
     parts = checkpoint_in(tmp_path)
     assert whole["step"] == parts["step"] == 400
     for name, value in whole["weights"].items():
         assert torch.equal(value, parts["weights"][name]), name
-    assert whole["history"]["steps"][-1] == parts["history"]["steps"][-1] == 400
-    assert torch.equal(whole["history"]["samples"][-1], parts["history"]["samples"][-1])
+    assert whole["history"]["steps"] == parts["history"]["steps"] and whole["history"]["steps"][-1] == 400
+    assert torch.equal(torch.stack(whole["history"]["samples"]), torch.stack(parts["history"]["samples"]))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(line["images_per_second"] > 0 for line in lines[1:])
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_before_the_first_epoch_saves_and_says_how_to_resume(tmp_path, monkeypatch, number, status, capsys):
+    def interrupted(path, content, write_json=command.write_json):
+        write_json(path, content)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(command, "write_json", interrupted)
+    monkeypatch.setattr(sys, "argv", ["gaussian_gan.py"])
+    assert run(["--seeds", "1", "--output", str(tmp_path)]) == status
+    resumes = f"stopped at step 0 of 4000 and saved; to go on:\n  python gaussian_gan.py --resume {tmp_path}\n"
+    assert capsys.readouterr().out == resumes
+    monkeypatch.undo()
+    state = checkpoint_in(tmp_path)
+    resumed, straight = (train(LaboratoryConfig(seeds=1, max_steps=20), resumed=start) for start in (state, None))
+    assert resumed.steps == straight.steps and torch.equal(resumed.samples, straight.samples)
+
+
+def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("another run's")
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert run(["--seeds", "1", "--max-steps", "2", "--output", str(tmp_path)]) == 1
+    os.close(descriptor)
+    assert capsys.readouterr().err == f"error: --output {tmp_path}: another run is writing to it\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_run_that_diverges_stops_with_its_step(tmp_path, capsys):
@@ -159,6 +192,10 @@ def test_flags_of_the_image_examples_are_refused_with_the_reason(flag, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["--means", "1,2"], "means and stds must be equally many, got 2 and 1"),
     (["--stds", "0"], "stds must be above 0"),
+    (["--stds", "nan"], "means and stds must be below 1e18 in size, got (3.0,) and (nan,)"),
+    (["--noise-range", "inf"], "--noise-range must be below 1000000.0, got inf"),
+    (["--threads", "4294967296"], "--threads must be below 2147483648, got 4294967296"),
+    (["--hidden-features", str(10**14)], "memory ran out"),
     (["--means", "x"], "must be numbers with commas between"),
     (["--seeds", "0"], "--seeds must be at least 1, got 0"),
 ])

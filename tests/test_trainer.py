@@ -410,6 +410,7 @@ def test_resume_refuses_other_images(tmp_path, tiny, capsys):
         (b"PK\x03\x04 truncated", "damaged, or not a checkpoint"),
         ({"weights": torch.zeros(3)}, "not a checkpoint of a fastgan run"),
         ({"family": "catgan"}, "of family 'catgan', expected 'dcgan'"),
+        ({"family": "dcgan", "step": 1}, "not a checkpoint of a fastgan run, which holds more than family, step"),
     ],
 )
 def test_resume_from_an_unfit_file_is_one_line(tmp_path, content, message, capsys):

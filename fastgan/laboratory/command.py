@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastgan._errors import memory_message, until_pipe_closes
 from fastgan.laboratory import pictures
 from fastgan.laboratory.experiment import (
     STEPS_PER_EPOCH, LaboratoryConfig, Run, fit_discriminator, gradient_norms, train,
@@ -18,7 +19,8 @@ from fastgan.laboratory.experiment import (
 from fastgan.laboratory.mixture import Mixture, distances
 from fastgan.train.checkpoint import TrainingError, load_checkpoint, save_checkpoint, write_atomically
 from fastgan.train.config import parse_arguments, resumed_checkpoint, resumed_config
-from fastgan.train.outputs import prepare_folder, write_json
+from fastgan.train.outputs import claim_folder, prepare_folder, write_json
+from fastgan.train.trainer import deferred_signals
 
 CRITERION = "|mean error| < 0.1, std ratio 0.7 to 1.3, KS < 0.15"
 
@@ -45,7 +47,8 @@ def run(arguments: list[str] | None = None) -> int:
         if (flag := argument.partition("=")[0]) in FOREIGN:
             print(f"error: {flag} means nothing for one-dimensional data: {FOREIGN[flag]}", file=sys.stderr)
             return 2
-    return experiment(parse_arguments(LaboratoryConfig, arguments), [sys.argv[0]])
+    given = parse_arguments(LaboratoryConfig, arguments)
+    return until_pipe_closes(lambda: experiment(given, [sys.argv[0]]))
 
 
 def experiment(given: dict[str, Any], program: list[str]) -> int:
@@ -56,7 +59,8 @@ def experiment(given: dict[str, Any], program: list[str]) -> int:
         program: what Python is to run with --resume to go on with the run: a script, or ``-m`` and a module.
 
     Returns:
-        Exit status: 0, 1 for an error (one line on standard error), or 130 after an interrupt.
+        Exit status: 0, 1 for an error (one line on standard error), or 130 after an interrupt and 143 after SIGTERM, which end
+        the training after the current step, with a checkpoint.
     """
     try:
         if path := resumed_checkpoint(given):
@@ -64,19 +68,31 @@ def experiment(given: dict[str, Any], program: list[str]) -> int:
             config = resumed_config(LaboratoryConfig, given, resumed["config"], resumed["step"])
         else:
             resumed, config = None, LaboratoryConfig(**given)
-        _experiment(config, resumed)
+        with deferred_signals() as signals:
+            step = _experiment(config, resumed, signals)
+    except BrokenPipeError:
+        raise
     except (ValueError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (RuntimeError, MemoryError) as error:
+        if (message := memory_message(error)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        command = shlex.join(["python", *program, "--resume", config.output])
-        print(f"interrupted; to go on from the last whole epoch:\n  {command}")
         return 130
+    if step < config.total_steps:
+        command = shlex.join(["python", *program, "--resume", config.output])
+        print(f"stopped at step {step} of {config.total_steps} and saved; to go on:\n  {command}")
+        return 128 + signals[0]
     return 0
 
 
-def _experiment(config: LaboratoryConfig, resumed: dict | None) -> None:
+def _experiment(config: LaboratoryConfig, resumed: dict | None, signals: list[int]) -> int:
+    """Returns the step at which the training ended, before the last one where there were ``signals``."""
     output = Path(config.output)
+    claim = claim_folder(output)  # up to the end
     if not resumed or Path(config.resume).resolve() != output.resolve():
         prepare_folder(output)
     (output / "samples").mkdir(parents=True, exist_ok=True)
@@ -87,7 +103,9 @@ def _experiment(config: LaboratoryConfig, resumed: dict | None) -> None:
 
     torch.set_num_threads(config.threads)
     started = time.perf_counter()
-    trained = train(config, resumed=resumed, save=save)
+    trained = train(config, resumed=resumed, save=save, stop=lambda: signals)
+    if trained.steps[-1] < config.total_steps:
+        return trained.steps[-1]
     summary = summarise(trained) | {"seconds": round(time.perf_counter() - started, 2)}
     write_atomically(output / "metrics.jsonl", _lines(trained).encode())
     pictures.save_density(output / "density.png", trained)
@@ -103,6 +121,8 @@ def _experiment(config: LaboratoryConfig, resumed: dict | None) -> None:
     pictures.save_gradient_norms(output / "gradients.png", norms)
     write_json(output / "summary.json", summary)
     _report(summary, config, output)
+    del claim
+    return trained.steps[-1]
 
 
 def summarise(trained: Run) -> dict:

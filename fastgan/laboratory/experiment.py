@@ -30,7 +30,7 @@ class LaboratoryConfig:
 
     means: str = option("3", "mean of the data; several with commas between make a mixture")
     stds: str = option("0.5", "standard deviation of the data; as many as means")
-    noise_range: float = option(8.0, "the generator's input is uniform from minus this to this", minimum=1e-6)
+    noise_range: float = option(8.0, "the generator's input is uniform from minus this to this", minimum=1e-6, below=1e6)
     seeds: int = option(10, "networks trained side by side, each with weights and samples of its own", minimum=1)
     epochs: int | None = option(None, "epochs of 200 steps each (the data are drawn anew, there is no set to pass "
                                 "over); by default 20, or what --max-steps needs", minimum=1)
@@ -50,9 +50,9 @@ class LaboratoryConfig:
     seed: int = option(0, "seed of everything", minimum=0, below=2**32)
     device: str = option("cpu", "always the CPU (auto means the same): the networks are too small for a GPU", choices=("auto", "cpu"))
     precision: str = option("fp32", "arithmetic; only fp32 is available", choices=("fp32",))
-    threads: int = option(1, "CPU threads; more than one only costs here", minimum=1, may_change=True)
+    threads: int = option(1, "CPU threads; more than one only costs here", minimum=1, below=2**31, may_change=True)
     output: str = option("runs/gaussian", "folder the results are written to", may_change=True)
-    resume: str | None = option(None, "folder of a run to continue, with that run's settings", may_change=True)
+    resume: str | None = option(None, "folder of a run to continue, or its checkpoint.pt, with that run's settings", may_change=True)
 
     def __post_init__(self):
         check_limits(self)
@@ -106,15 +106,16 @@ class Run:
 
 def train(
     config: LaboratoryConfig, *, frames: int = 20, resumed: dict[str, Any] | None = None,
-    save: Callable[[dict[str, Any]], None] = lambda state: None,
+    save: Callable[[dict[str, Any]], None] = lambda state: None, stop: Callable[[], Any] = lambda: False,
 ) -> Run:
     """Train all seeds (Goodfellow et al. 2014, algorithm 1).
 
     Args:
         config: the settings.
-        frames: looks at the networks, evenly over the run, beside those at the end of every epoch.
+        frames: looks at the networks, evenly over the planned steps, beside those at the end of every epoch and of the run.
         resumed: what ``save`` was given; the run goes on from there, bit for bit as if it had not stopped.
         save: called with the state of the run, tensors and numbers in dictionaries, after every epoch and at the end.
+        stop: asked before every step whether the run is to end there.
 
     Returns:
         The trained networks and what was seen of them.
@@ -150,11 +151,12 @@ def train(
         # The last look was at the end of the run that stopped; it is taken anew.
         history = {name: values[:-1] for name, values in resumed["history"].items()}
 
-    frame_steps = {round(number * total / frames) for number in range(frames + 1)}
-    frame_steps |= set(range(0, total, STEPS_PER_EPOCH))
+    frame_steps = {round(number * config.planned_steps / frames) for number in range(frames + 1)}
+    frame_steps |= {*range(0, total, STEPS_PER_EPOCH), total}
     looked, started = first, time.perf_counter()  # the step of the last look, and the time of its end
     for step in range(first, total + 1):
-        looks = step in frame_steps
+        ends = step == total or bool(stop())
+        looks = ends or step in frame_steps
         if looks:
             if step > looked:
                 speed = round(count * seeds * (step - looked) / (time.perf_counter() - started), 1)
@@ -173,9 +175,9 @@ def train(
             _note_losses(history, config, logits)
             if not (generator.parameters.isfinite().all() and discriminator.parameters.isfinite().all()):
                 raise TrainingError(f"step {step}: weights that are not finite; a lower learning rate often helps")
-            if step > first and (step % STEPS_PER_EPOCH == 0 or step == total):
+            if ends or step > first and step % STEPS_PER_EPOCH == 0:
                 save({"step": step, "weights": weights, "random": before, "history": history})
-            if step == total:
+            if ends:
                 break
             looked, started = step, time.perf_counter()
 

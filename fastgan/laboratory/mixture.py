@@ -16,7 +16,8 @@ class Mixture:
         stds: of the parts, above 0.
 
     Raises:
-        ValueError: counts that differ, or a standard deviation that is not above 0.
+        ValueError: counts that differ, a standard deviation that is not above 0, or numbers of 1e18 and more, whose squares
+            float32 does not hold.
     """
 
     means: tuple[float, ...]
@@ -25,6 +26,8 @@ class Mixture:
     def __post_init__(self):
         if not self.means or len(self.means) != len(self.stds):
             raise ValueError(f"Mixture: means and stds must be equally many, got {len(self.means)} and {len(self.stds)}")
+        if not all(abs(value) < 1e18 for value in (*self.means, *self.stds)):
+            raise ValueError(f"Mixture: means and stds must be below 1e18 in size, got {self.means} and {self.stds}")
         if min(self.stds) <= 0:
             raise ValueError(f"Mixture: stds must be above 0, got {self.stds}")
 

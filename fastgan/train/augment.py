@@ -18,7 +18,8 @@ def augment(images: Tensor) -> Tensor:
 
     Returns:
         Images of that shape: brightness by up to half, saturation and contrast by up to a factor, shifts by up to an eighth
-        of the size (filled with zeros), a square hole of half the size. Differentiable in the images.
+        of the size (filled with zeros), a square hole of the largest odd number of pixels within half the size. Differentiable
+        in the images.
     """
     count, _, height, width = images.shape
 
@@ -51,6 +52,6 @@ def _ranges(count: int, size: int, highest: int, like: Tensor) -> Tensor:
 
 
 def _hole(count: int, size: int, like: Tensor) -> Tensor:
-    """Whether a position [count, size] lies within a quarter of the size of a random centre."""
+    """Whether a position [count, size] lies in the hole around a random centre, of the largest odd number within half the size."""
     centre = torch.randint(0, size, (count, 1), device=like.device)
     return (torch.arange(size, device=like.device) - centre).abs() <= (size // 2 - 1) / 2

@@ -67,6 +67,7 @@ class CatGANConfig(LinearDecay, TrainConfig):
         super().__post_init__()
         if self.labels != "all" and not self.labels.isdecimal():
             raise ValueError(f"--labels must be 'all' or a number of images, got {self.labels!r}")
+        self.labels = self.labels if self.labels == "all" else str(int(self.labels))  # 00 is 0
 
     def load_data(self) -> ImageDataset:
         dataset = super().load_data()

@@ -11,6 +11,13 @@ from typing import Any
 import torch
 
 
+# What the trainer's and the laboratory's checkpoints hold.
+_PARTS = (
+    {"config", "step", "data", "random", "networks", "optimizers", "scalers", "averaged"},
+    {"config", "step", "random", "weights", "history"},
+)
+
+
 class TrainingError(RuntimeError):
     """A run that cannot start or go on; the message says why and what to do."""
 
@@ -76,4 +83,6 @@ def load_checkpoint(path: str | Path, family: str | None = None) -> dict[str, An
         raise TrainingError(f"{path}: not a checkpoint of a fastgan run")
     if family is not None and state["family"] != family:
         raise TrainingError(f"{path}: a checkpoint of family {state['family']!r}, expected {family!r}")
+    if not any(parts <= state.keys() for parts in _PARTS):
+        raise TrainingError(f"{path}: not a checkpoint of a fastgan run, which holds more than {', '.join(map(str, state))}")
     return state

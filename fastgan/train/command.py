@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastgan._errors import memory_message, until_pipe_closes
 from fastgan.train.checkpoint import TrainingError, load_checkpoint
 from fastgan.train.config import TrainConfig, parse_arguments, resumed_checkpoint, resumed_config
 from fastgan.train.distributed import process_group
@@ -20,7 +21,8 @@ def run(config_class: type[TrainConfig], arguments: list[str] | None = None) -> 
     Returns:
         As :func:`train`. Wrong flags exit with 2, as argparse does.
     """
-    return train(config_class, parse_arguments(config_class, arguments), [sys.argv[0]])
+    given = parse_arguments(config_class, arguments)
+    return until_pipe_closes(lambda: train(config_class, given, [sys.argv[0]]))
 
 
 def train(config_class: type[TrainConfig], given: dict[str, Any], program: list[str]) -> int:
@@ -33,7 +35,7 @@ def train(config_class: type[TrainConfig], given: dict[str, Any], program: list[
 
     Returns:
         Exit status: 0 when trained to the end, 1 for an error (one line on standard error), 130 after
-        an interrupt.
+        an interrupt. SIGTERM exits with 143.
     """
     try:
         with process_group() as ranks:
@@ -50,6 +52,10 @@ def train(config_class: type[TrainConfig], given: dict[str, Any], program: list[
             trainer.train()
     except TrainingError as error:
         return _failed(error)
+    except (RuntimeError, MemoryError) as error:
+        if (message := memory_message(error)) is None:
+            raise
+        return _failed(message)
     except KeyboardInterrupt:
         return 130
     if ranks.main:
@@ -65,6 +71,6 @@ def _load(path: Path, family: str) -> dict[str, Any]:
     return load_checkpoint(path, family)
 
 
-def _failed(error: Exception) -> int:
+def _failed(error: Exception | str) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 1

@@ -47,8 +47,10 @@ def check_limits(config: Any) -> None:
             raise ValueError(f"{flag} must be one of {', '.join(map(str, limits['choices']))}, got {value}")
         if limits["minimum"] is not None and not value >= limits["minimum"]:
             raise ValueError(f"{flag} must be at least {limits['minimum']}, got {value}")
-        if limits["below"] is not None and not value < limits["below"]:
-            raise ValueError(f"{flag} must be below {limits['below']}, got {value}")
+        # What is computed from larger ones overflows PyTorch's integers.
+        below = 2**48 if limits["below"] is None and isinstance(value, int) else limits["below"]
+        if below is not None and not value < below:
+            raise ValueError(f"{flag} must be below {below}, got {value}")
     if not config.output:  # as of a shell's variable that is not set
         raise ValueError("--output must be a folder, got an empty path")
 
@@ -102,7 +104,7 @@ class TrainConfig:
                               may_change=True)
     cpu_graph: bool = option(True, "on the CPU, record the training step of networks of up to 4 million weights and replay it "
                              "without Python", may_change=True)
-    threads: int | None = option(None, "CPU threads; default: PyTorch's choice", minimum=1, may_change=True)
+    threads: int | None = option(None, "CPU threads; default: PyTorch's choice", minimum=1, below=2**31, may_change=True)
     seed: int = option(0, "random seed for weights, noise and image order", minimum=0, below=2**32)
     log_every: int = option(10, "steps between two lines of metrics.jsonl", minimum=1, may_change=True)
     checkpoint_every: int | None = option(None, "steps between two checkpoints; default: an epoch",
@@ -112,7 +114,7 @@ class TrainConfig:
     tensorboard: bool = option(False, "also write TensorBoard files, into the folder tensorboard of --output",
                                may_change=True)
     output: str = option("runs/train", "folder the results are written to", may_change=True)
-    resume: str | None = option(None, "folder of a run to continue, with that run's settings", may_change=True)
+    resume: str | None = option(None, "folder of a run to continue, or its checkpoint.pt, with that run's settings", may_change=True)
 
     def __post_init__(self):
         check_limits(self)
@@ -284,7 +286,12 @@ def resumed_checkpoint(given: dict[str, Any]) -> Path | None:
         return None
     if not given["resume"]:
         raise ValueError("--resume must be the folder of a run, got an empty path")
-    return Path(given["resume"]) / "checkpoint.pt"
+    return _run_folder(given["resume"]) / "checkpoint.pt"
+
+
+def _run_folder(resume: str) -> Path:
+    path = Path(resume)
+    return path.parent if path.name == "checkpoint.pt" and not path.is_dir() else path
 
 
 def resumed_config(
@@ -298,14 +305,23 @@ def resumed_config(
         ValueError: a setting given that differs from the checkpoint's and may not change.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    differing = [
-        f"--{name.replace('_', '-')} is {saved[name]} in the checkpoint, {value} was asked for"
-        for name, value in given.items()
-        if name in saved and value != saved[name] and not fields[name].metadata["may_change"]
-    ]
-    if differing:
-        raise ValueError(f"the checkpoint is of another configuration: {'; '.join(differing)}")
     kept = {name: value for name, value in saved.items() if name in fields}
     if (kept.get("max_steps") or 0) <= step:
         kept["max_steps"] = None
-    return config_class(**{**kept, "output": given["resume"], **given})
+    folder = str(_run_folder(given["resume"]))
+    config = config_class(**{**kept, "output": folder, **given, "resume": folder})
+    differing = [
+        f"--{name.replace('_', '-')} is {saved[name]} in the checkpoint, {value} was asked for"
+        for name, value in given.items()
+        if name in saved and not fields[name].metadata["may_change"] and not _same(config, name, saved[name])
+    ]
+    if differing:
+        raise ValueError(f"the checkpoint is of another configuration: {'; '.join(differing)}")
+    return config
+
+
+def _same(config: Any, name: str, saved: Any) -> bool:
+    """Whether a setting means what it did when it was ``saved``: no number of channels stands for the data set's."""
+    if name == "channels" and saved is None:
+        return config.image_shape == dataclasses.replace(config, channels=None).image_shape
+    return getattr(config, name) == saved
