@@ -152,10 +152,9 @@ def leave_fast_path(op, reason):
     FASTGAN_STRICT=1."""
     if strict():
         raise RuntimeError(f"{op}: FASTGAN_STRICT=1 and this call would run plain PyTorch: {reason}")
-    if reason not in _warned:
+    if reason not in _warned and not torch.compiler.is_compiling():  # which cannot trace a warning
         _warned.add(reason)
-        warn = torch.compiler.disable(_warn) if torch.compiler.is_compiling() else _warn  # frames cannot be traced
-        warn(f"fastgan runs {op} in plain PyTorch: {reason}")
+        _warn(f"fastgan runs {op} in plain PyTorch: {reason}")
 
 
 def _warn(message):

@@ -1,6 +1,7 @@
 """What a run leaves in its folder beside the checkpoint, and what it shows while it runs."""
 
 import contextlib
+import fcntl
 import io
 import json
 import math
@@ -17,11 +18,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastgan.train.checkpoint import TrainingError, write_atomically
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None
 
 # Everything a run writes; an earlier run's files are moved aside by these names.
 FILES = ("config.json", "metrics.jsonl", "losses.png", "samples", "samples.gif", "checkpoint.pt", "checkpoints", "alarms.jsonl",
@@ -51,7 +47,7 @@ def claim_folder(folder: Path) -> Claim | None:
         raise TrainingError(f"--output {folder}: cannot be written to ({error.strerror or error})") from error
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # a folder that may be written to and not read, or Windows
+    except OSError:  # a folder that may be written to and not read
         return None
     status = os.fstat(descriptor)
     key = status.st_dev, status.st_ino
@@ -59,8 +55,6 @@ def claim_folder(folder: Path) -> Claim | None:
         os.close(descriptor)
         return held
     try:
-        if fcntl is None:
-            raise OSError("no locks")
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
