@@ -252,14 +252,14 @@ def test_a_closed_pipe_is_no_traceback():
 
 
 @pytest.mark.parametrize("module", ["fastgan.train.command.Trainer", "fastgan.laboratory.command.train"])
-def test_a_closed_pipe_is_no_traceback_of_an_example(module, tmp_path, monkeypatch):
+def test_a_closed_pipe_is_no_traceback_of_an_example(module, tmp_path, monkeypatch, capsys):
     def closed(*_, **__):
         raise BrokenPipeError
 
     monkeypatch.setattr(module, closed)
     monkeypatch.setattr(sys, "stdout", open(tmp_path / "printed", "w"))
     runs = {"fastgan.train.command.Trainer": lambda flags: run(GANConfig, flags)}.get(module, fastgan.laboratory.run)
-    assert runs(["--output", str(tmp_path / "run")]) == 1
+    assert runs(["--output", str(tmp_path / "run")]) == 1 and capsys.readouterr().err == ""
     sys.stdout.close()
 
 
