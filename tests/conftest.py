@@ -33,6 +33,13 @@ def device(request, monkeypatch):
     return torch.device(request.param)
 
 
+@pytest.fixture
+def same_thread_count_after_the_test():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def setup_script():
     """setup.py as a module."""

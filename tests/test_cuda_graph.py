@@ -1,13 +1,13 @@
 """The training step in a CUDA graph: its logic on the CPU with a stand-in for the graph, and itself where there is a GPU."""
 
 import contextlib
-import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from run_files import metrics, tensors
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -17,6 +17,8 @@ from fastgan.train.averaging import RampedAverage
 from fastgan.train.checkpoint import load_checkpoint
 from fastgan.train.graph import WARM_UP, CUDARecorder, GraphedStep, with_rate_on_device
 
+pytestmark = pytest.mark.usefixtures("same_thread_count_after_the_test")
+
 # 40 images in batches of 8: an epoch has 5 steps.
 DATASET = ImageDataset(
     "noise", torch.randint(0, 256, (40, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
@@ -24,13 +26,6 @@ DATASET = ImageDataset(
 )  # fmt: skip
 DCGAN = dict(image_size=16, channels=1, batch_size=8, base_channels=4, latent_dim=5, epochs=4, log_every=1, threads=1)
 STEPS = 20
-
-
-@pytest.fixture(autouse=True)
-def same_thread_count_after_the_test():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def trainer_in(folder, config_class=DCGANConfig, checkpoint=None, **settings):
@@ -42,17 +37,8 @@ def saved(folder):
     return load_checkpoint(Path(folder) / "checkpoint.pt")
 
 
-def tensors(state, prefix=""):
-    """All tensors of a nested state by their path."""
-    if isinstance(state, torch.Tensor):
-        return {prefix: state}
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
-    return {path: tensor for key, value in items for path, tensor in tensors(value, f"{prefix}/{key}").items()}
-
-
-def metrics(folder):
-    records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{**record, "images_per_second": 0} for record in records]
+def figures(folder):
+    return [{**record, "images_per_second": 0} for record in metrics(folder)]
 
 
 def assert_same_run(one, other):
@@ -60,7 +46,7 @@ def assert_same_run(one, other):
     a, b = tensors(saved(one)), tensors(saved(other))
     assert a.keys() == b.keys() and len(a) > 10
     assert [path for path in a if not torch.equal(a[path], b[path])] == []
-    assert metrics(one) == metrics(other)
+    assert figures(one) == figures(other)
 
 
 def poison(trainer, step, network="generator", layer=3):
@@ -401,7 +387,7 @@ def test_cuda_graph_run_equals_the_eager_run(tmp_path, cuda, settings):
     assert captured.graph.fallback is None and captured.graph.captured and not eager.graph.captured
     a, b = (tensors(saved(tmp_path / name)) for name in ("graph", "eager"))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    for one, other in zip(metrics(tmp_path / "graph"), metrics(tmp_path / "eager"), strict=True):
+    for one, other in zip(figures(tmp_path / "graph"), figures(tmp_path / "eager"), strict=True):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
 
 

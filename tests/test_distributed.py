@@ -1,7 +1,6 @@
 """Real processes: two of gloo, and runs started by torchrun."""
 
 import copy
-import json
 import multiprocessing
 import os
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from run_files import metrics
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,10 +54,6 @@ def trained(config, dataset, checkpoint=None):
 def weights(trainer):
     return {f"{name}.{key}": value.clone() for name, network in trainer.networks.items()
             for key, value in network.state_dict().items()}
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 # --- what two processes do, each case in both; the results of each case and process are compared below

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from run_files import tensors
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,9 +17,12 @@ from fastgan.data import Batch, ImageDataset
 from fastgan.train import CatGANConfig, DCGANConfig, GANConfig, Objective, Trainer, TrainingError
 from fastgan.train.graph import WARM_UP
 from fastgan.train.recording import CPURecorder
-from test_cuda_graph import assert_same_run, interrupt, poison, same_thread_count_after_the_test, saved, tensors  # noqa: F401
+from test_cuda_graph import assert_same_run, interrupt, poison, saved
 
-pytestmark = pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="the compiled extension is missing")
+pytestmark = [
+    pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="the compiled extension is missing"),
+    pytest.mark.usefixtures("same_thread_count_after_the_test"),
+]
 
 # 80 images of the digits 0 to 9 in turn.
 DATASET = ImageDataset(

@@ -10,12 +10,7 @@ from fastgan.train import GANConfig, Trainer, run
 from fastgan.train.gan import GANObjective
 from fastgan.train.trainer import Objective
 
-
-@pytest.fixture(autouse=True)
-def same_thread_count_after_the_test():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("same_thread_count_after_the_test")
 
 
 @pytest.fixture(scope="module")

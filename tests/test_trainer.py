@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from run_files import metrics, tensors
 from torch import nn
 
 from fastgan.data import ImageDataset, load_dataset
@@ -27,17 +28,12 @@ from fastgan.train.nonfinite import locate_nonfinite
 from fastgan.train.outputs import Metrics, save_animation, save_grid
 from fastgan.train.trainer import Frozen
 
+pytestmark = pytest.mark.usefixtures("same_thread_count_after_the_test")
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "train_dcgan.py"
 # 40 images of 8 x 8 pixels in batches of 8: an epoch has 5 steps and takes a few hundredths of a second.
 TINY = ["--dataset", "folder", "--image-size", "8", "--channels", "1", "--batch-size", "8", "--base-channels", "2",
         "--latent-dim", "5", "--device", "cpu", "--epochs", "4", "--threads", "1", "--ema", "0"]
-
-
-@pytest.fixture(autouse=True)
-def same_thread_count_after_the_test():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -65,23 +61,11 @@ def checkpoint(folder):
     return load_checkpoint(Path(folder) / "checkpoint.pt", "dcgan")
 
 
-def tensors(state, prefix=""):
-    """All tensors of a nested state by their path."""
-    if isinstance(state, torch.Tensor):
-        return {prefix: state}
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
-    return {path: tensor for key, value in items for path, tensor in tensors(value, f"{prefix}/{key}").items()}
-
-
 def assert_bit_identical(one, other):
     assert one["step"] == other["step"] and one["data"] == other["data"]
     one, other = tensors(one), tensors(other)
     assert one.keys() == other.keys() and len(one) >= 10
     assert [path for path in one if not torch.equal(one[path], other[path])] == []
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 # --- outputs
