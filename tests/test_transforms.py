@@ -1,6 +1,7 @@
 """torch.func's transforms, forward-mode derivatives and batches of gradients: operators and fused networks run PyTorch's own operators there."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -214,13 +215,15 @@ def test_the_warning_of_a_fused_network_is_of_the_callers_line(name, monkeypatch
     assert [warning.filename for warning in warned] == [__file__]
 
 
-def test_a_warning_while_compiling_is_of_the_callers_line(monkeypatch):
+def test_a_warning_waits_for_a_call_that_is_not_compiled(monkeypatch):
     torch._dynamo.reset()
     take_kernels_away(monkeypatch)
-    compiled = torch.compile(lambda x: ops.softmax_entropy(x)[0], backend="eager")
-    with pytest.warns(RuntimeWarning, match="the kernels were taken away") as warned:
-        compiled(numbers(2, 3))
-    assert [warning.filename for warning in warned] == [__file__]
+    logits = numbers(2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        compiled = torch.compile(lambda x: ops.softmax_entropy(x)[0], fullgraph=True, backend="eager")(logits)
+    with pytest.warns(RuntimeWarning, match="the kernels were taken away"):
+        torch.testing.assert_close(compiled, ops.softmax_entropy(logits)[0])
 
 
 def test_compiled():
