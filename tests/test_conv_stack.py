@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import fastgan
 from fastgan import _extension, ops
-from fastgan.nn._runs import _match, images_in_channels_last
+from fastgan.nn._runs import images_in_channels_last, match_layer
 from fastgan.nn.modules import BatchNormCall
 from fastgan.ops._gradients import gradients_added_in_place
 from fastgan.ops.conv_stack import StackCall
@@ -74,7 +74,7 @@ def stack_call(network, x):
     """The arguments with which fuse() calls the operator for a whole network."""
     stack, children, position = StackCall(x, x.dtype), list(network), 0
     while position < len(children):
-        layer = _match(children, position)
+        layer = match_layer(children, position)
         bn = BatchNormCall(layer.bn) if layer.bn is not None else None
         state = (bn.uses_batch, bn.running, bn.momentum) if bn else (False, (), 0.0)
         assert stack.add(layer.conv, layer.bn, *state, layer.activation, layer.negative_slope)

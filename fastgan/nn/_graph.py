@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastgan.nn._runs import _ACTIVATIONS, _BATCH_NORMS, _CONVOLUTIONS
+from fastgan.nn._runs import ACTIVATIONS, BATCH_NORMS, CONVOLUTIONS
 from fastgan.nn._trace import IN_PLACE
 
 # The activations as functions and as methods of a tensor.
@@ -17,7 +17,7 @@ _FUNCTIONS = {
 _METHODS = {name + end: name for name in ("relu", "tanh", "sigmoid") for end in ("", "_")}
 
 
-def _fuse_graph(module, graph):
+def fuse_graph(module, graph):
     """Puts a call of _fastgan_run in the place of every run of layers in `graph`.
 
     Returns:
@@ -54,23 +54,23 @@ def _fuse_graph(module, graph):
         return written or node.kwargs.get("inplace") is True or node.target in IN_PLACE.values()
 
     for node in calls:
-        if node in done or not isinstance(modules[node.target], _CONVOLUTIONS):
+        if node in done or not isinstance(modules[node.target], CONVOLUTIONS):
             continue
-        if not takes(node, _CONVOLUTIONS):
+        if not takes(node, CONVOLUTIONS):
             reasons[node.target] = "it is called with more than its input"
             continue
         nodes, children = [], []
         current, stage = node, 0  # what came last: 1 a convolution, 2 its batch norm, 3 its activation
         while current is not None:
             child = current.target
-            if takes(current, _CONVOLUTIONS):
+            if takes(current, CONVOLUTIONS):
                 last, stage = child, 1
-            elif stage == 1 and takes(current, _BATCH_NORMS) and uses[id(modules[child])] == 1:
+            elif stage == 1 and takes(current, BATCH_NORMS) and uses[id(modules[child])] == 1:
                 stage = 2
             elif stage == 1 and is_leaky_relu(current) and any(map(changes_in_place, current.users)):
                 reasons[last] = f"not with {_describe(current, modules, uses)}: its output is changed in place"
                 break
-            elif stage < 3 and takes(current, tuple(_ACTIVATIONS)):
+            elif stage < 3 and takes(current, tuple(ACTIVATIONS)):
                 stage = 3
             elif stage < 3 and (activation := _functional_activation(current)):
                 child, stage = activation, 3

@@ -15,18 +15,18 @@ from fastgan.ops._conv import activate
 from fastgan.ops.conv_stack import StackCall, in_format
 from fastgan.ops.linear_stack import LinearStackCall, linear_stack_gains
 
-_ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
-_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
-_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PERCEPTRON = {nn.Flatten, nn.Linear, nn.BatchNorm1d, GaussianNoise, *_ACTIVATIONS}  # children of a run with linear layers
+ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PERCEPTRON = {nn.Flatten, nn.Linear, nn.BatchNorm1d, GaussianNoise, *ACTIVATIONS}  # children of a run with linear layers
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The autocast dtypes in which a run of layers is one operator.
 _STACK_AUTOCAST = {"cpu": (torch.bfloat16,), "cuda": (torch.bfloat16, torch.float16)}
 _leaves_channels_last = False  # see images_in_channels_last()
 
 
-def _run_children(children, input):
+def run_children(children, input):
     """Calls `children` one after the other, those that can be fused as one."""
     if _layer_by_layer():
         for child in children:
@@ -36,7 +36,7 @@ def _run_children(children, input):
     while position < len(children):
         layers = []
         if _fusable_input(input):
-            while (layer := _match(children, position)) is not None:
+            while (layer := match_layer(children, position)) is not None:
                 layers.append(layer)
                 position += layer.length
         if layers:
@@ -58,7 +58,7 @@ def _layer_by_layer():
     return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or _extension.transformed()
 
 
-class _Activation(NamedTuple):
+class Activation(NamedTuple):
     """An activation that forward calls as a function."""
 
     name: str
@@ -77,7 +77,7 @@ class _Layer:
         if activation is None:
             self.activation = "identity"
         else:
-            self.activation = activation.name if type(activation) is _Activation else _ACTIVATIONS[type(activation)]
+            self.activation = activation.name if type(activation) is Activation else ACTIVATIONS[type(activation)]
         self.negative_slope = activation.negative_slope if self.activation == "leaky_relu" else 0.2
 
     def describe_activation(self):
@@ -100,14 +100,14 @@ class _Norm:
 
     def __init__(self, children, position):
         found, end = [], position
-        for types in ((nn.BatchNorm1d,), _ACTIVATIONS, (GaussianNoise,)):
+        for types in ((nn.BatchNorm1d,), ACTIVATIONS, (GaussianNoise,)):
             child = children[end] if end < len(children) else None
-            taken = type(child) in types and _plain(child)
+            taken = type(child) in types and is_plain(child)
             found.append(child if taken else None)
             end += taken
         self.bn, activation, self.noise = found
         self.length = end - position
-        self.activation = "identity" if activation is None else _ACTIVATIONS[type(activation)]
+        self.activation = "identity" if activation is None else ACTIVATIONS[type(activation)]
         self.negative_slope = activation.negative_slope if self.activation == "leaky_relu" else 0.2
 
     @property
@@ -141,7 +141,7 @@ def _match_perceptron(children, position, input, batches=(), tracked=1):
     """The run [GaussianNoise] (Linear [BatchNorm1d] [activation] [GaussianNoise])... that starts at children[position] as a
     LinearStackCall, and the position after it; (None, position) where there is none, or it gains nothing."""
     nothing, first = (None, position), children[position]
-    noise = first if type(first) is GaussianNoise and _plain(first) else None
+    noise = first if type(first) is GaussianNoise and is_plain(first) else None
     position += noise is not None
     if not (position < len(children) and type(children[position]) is nn.Linear and _fusable_rows(input)):
         return nothing
@@ -156,7 +156,7 @@ def _match_perceptron(children, position, input, batches=(), tracked=1):
     if not linear_stack_gains(max(batches) if batches else input.shape[0], most, nn.BatchNorm1d in kinds):
         return nothing
     stack, calls = LinearStackCall(input, _noise_std(noise), batches, tracked), []
-    while position < len(children) and type(linear := children[position]) is nn.Linear and _plain(linear):
+    while position < len(children) and type(linear := children[position]) is nn.Linear and is_plain(linear):
         norm = _Norm(children, position + 1)
         uses_batch, running, counter, momentum = False, (), None, 0.0
         if norm.bn is not None:
@@ -176,12 +176,12 @@ def _match_perceptron(children, position, input, batches=(), tracked=1):
     return (stack, position) if stack.gains else nothing
 
 
-def _run_on_batches(children, parts, batches, tracked):
+def run_on_batches(children, parts, batches, tracked):
     """FusedSequential.on_batches for a list of modules."""
     if not all(type(child) in _PERCEPTRON for child in children) or _layer_by_layer():
         return None
     input, position = torch.cat(parts), 0
-    if type(children[0]) is nn.Flatten and children[0].start_dim == 1 and _plain(children[0]):
+    if type(children[0]) is nn.Flatten and children[0].start_dim == 1 and is_plain(children[0]):
         input, position = input.flatten(1, children[0].end_dim), 1
     stack, end = _match_perceptron(children, position, input, batches, tracked)
     return stack.run() if stack is not None and end == len(children) else None
@@ -272,21 +272,21 @@ def _fusable_input(input):
     )
 
 
-def _match(children, position):
+def match_layer(children, position):
     """The fusable layer that starts at children[position], or None."""
     if position >= len(children):
         return None
     conv = children[position]
-    if type(conv) not in _CONVOLUTIONS or conv.padding_mode != "zeros" or not _plain(conv):
+    if type(conv) not in CONVOLUTIONS or conv.padding_mode != "zeros" or not is_plain(conv):
         return None
     bn = activation = None
     position += 1
-    if position < len(children) and type(children[position]) in _BATCH_NORMS and _plain(children[position]):
+    if position < len(children) and type(children[position]) in BATCH_NORMS and is_plain(children[position]):
         bn = children[position]
         position += 1
     if position < len(children):
         child = children[position]
-        if type(child) is _Activation or type(child) in _ACTIVATIONS and _plain(child):
+        if type(child) is Activation or type(child) in ACTIVATIONS and is_plain(child):
             activation = child
     if bn is None and type(activation) is nn.LeakyReLU and _changed_in_place(children, position):
         activation = None
@@ -301,7 +301,7 @@ def _changed_in_place(children, position):
 
 def _match_norm(children, position, input):
     """The run of batch norm, activation and noise that starts at children[position], or None."""
-    if type(children[position]) is not nn.BatchNorm1d or not _plain(children[position]) or not _fusable_rows(input):
+    if type(children[position]) is not nn.BatchNorm1d or not is_plain(children[position]) or not _fusable_rows(input):
         return None
     return _Norm(children, position)
 
@@ -317,10 +317,10 @@ def _fusable_rows(input):
     )
 
 
-def _plain(child):
+def is_plain(child):
     """Whether calling `child` does nothing but its own class's forward."""
     state = child.__dict__
-    if any(map(state.get, _HOOKS)) or "forward" in state:
+    if any(map(state.get, HOOKS)) or "forward" in state:
         return False
     return not (
         nn_module._global_forward_hooks

@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 import torch
 from torch import nn
 
-from fastgan.nn._runs import _plain
+from fastgan.nn._runs import is_plain
 from fastgan.nn.fuse import FusedSequential, _users_class
 from fastgan.nn.modules import ConvBNAct2d, ConvTransposeBNAct2d
 
@@ -39,7 +39,7 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
     holder = nn.Sequential(copy.deepcopy(module))  # so that the network itself can be replaced too
     for parent in list(holder.modules()):
         for name, child in parent.named_children():
-            if type(child) in (ConvBNAct2d, ConvTransposeBNAct2d) and _plain(child):
+            if type(child) in (ConvBNAct2d, ConvTransposeBNAct2d) and is_plain(child):
                 setattr(parent, name, child.plain())
     # Not children(), which gives a layer with two places once.
     places = Counter(id(child) for parent in holder.modules() for child in parent._modules.values())
@@ -71,8 +71,8 @@ def _folds(layer: nn.Module, norm: nn.Module) -> bool:
         and type(norm) in _NORMS
         and norm.running_mean is not None
         and norm.running_var is not None
-        and _plain(layer)
-        and _plain(norm)
+        and is_plain(layer)
+        and is_plain(norm)
     )
 
 

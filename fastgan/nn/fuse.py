@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastgan.nn._graph import _fuse_graph
+from fastgan.nn._graph import fuse_graph
 from fastgan.nn._runs import (
-    _ACTIVATIONS, _BATCH_NORMS, _CONVOLUTIONS, _HOOKS, _Activation, _match, _plain, _run_children, _run_on_batches,
+    ACTIVATIONS, BATCH_NORMS, CONVOLUTIONS, HOOKS, Activation, is_plain, match_layer, run_children, run_on_batches,
 )
 from fastgan.nn._trace import TENSOR, TRACING, Reads, Untraceable, kind, trace
 from fastgan.nn.report import Fusion, FusionReport
@@ -84,24 +84,24 @@ def fuse(module, inplace=False, report=False):
     if not report:
         return module
     return module, FusionReport([_fusion(module, name, found) for name, child in module.named_modules()
-                                 if isinstance(child, _CONVOLUTIONS)])
+                                 if isinstance(child, CONVOLUTIONS)])
 
 
 class FusedSequential:
     """What fuse() mixes into the class of an nn.Sequential."""
 
     def forward(self, input):
-        return _run_children(list(self), input)
+        return run_children(list(self), input)
 
     def followed_by(self, module, input):
         """``module(self(input))``, with `module` as the last layer of this one's."""
-        return _run_children([*self, module], input) if _plain(self) else module(self(input))
+        return run_children([*self, module], input) if is_plain(self) else module(self(input))
 
     def on_batches(self, module, parts, batches, tracked):
         """``module(self(torch.cat(parts)))`` as if it were called once for each of several batches, whose numbers of rows are `batches`:
         batch norm takes the statistics of each, and its running ones move by those of the first `tracked`. None, and nothing has
         happened, where this and `module` are not all one run of a perceptron's layers that gains by being one operator."""
-        return _run_on_batches([*self, module], parts, batches, tracked) if _plain(self) else None
+        return run_on_batches([*self, module], parts, batches, tracked) if is_plain(self) else None
 
     def __reduce__(self):
         return _rebuild, (FusedSequential, _users_class(self)), _state(self)
@@ -135,8 +135,8 @@ class FusedModule:
 
     def _fastgan_run(self, input, *children):
         """What the trace calls in place of a run of layers: names of children, and activations."""
-        return _run_children(
-            [self.get_submodule(child) if isinstance(child, str) else _Activation(*child) for child in children], input
+        return run_children(
+            [self.get_submodule(child) if isinstance(child, str) else Activation(*child) for child in children], input
         )
 
     def __reduce__(self):
@@ -220,7 +220,7 @@ class _Plan(NamedTuple):
         except Untraceable as error:
             reason = f"forward of {base.__name__} cannot be traced: {error}"
             return _Plan(arguments, keywords, error.reads, None, [], {"": reason})
-        chains, reasons = _fuse_graph(module, graph)
+        chains, reasons = fuse_graph(module, graph)
         run = None
         if chains:
             code = graph.python_code("self")
@@ -238,7 +238,7 @@ def _may_be_traced(module):
     containers = [module]
     while containers:
         for child in containers.pop().children():
-            if isinstance(child, _CONVOLUTIONS):
+            if isinstance(child, CONVOLUTIONS):
                 return True
             if type(child).__module__.startswith("torch.nn.") or isinstance(child, FusedSequential):
                 containers.append(child)
@@ -277,7 +277,7 @@ def _fuse_by_trace(module, prefix, found):
     reasons = {prefix + name: reason for name, reason in plan.reasons.items()}
     found.update({name: Fusion(name, False, reason=reason) for name, reason in reasons.items() if name != prefix})
     for chain in plan.chains:
-        children = [module.get_submodule(c) if isinstance(c, str) else _Activation(*c) for c in chain]
+        children = [module.get_submodule(c) if isinstance(c, str) else Activation(*c) for c in chain]
         names = [prefix + c if isinstance(c, str) else c[0] for c in chain]
         _report_run(children, names, found, reasons)
 
@@ -288,10 +288,10 @@ def _report_sequential(sequential, prefix, found):
 
 
 def _report_run(children, names, found, reasons):
-    """Adds what _run_children would do with `children` now; `reasons` are why the run could not be longer."""
+    """Adds what run_children would do with `children` now; `reasons` are why the run could not be longer."""
     position = 0
     while position < len(children):
-        layer = _match(children, position)
+        layer = match_layer(children, position)
         if layer is not None:
             end = position + layer.length
             parts = iter(names[position + 1 : end])
@@ -302,17 +302,17 @@ def _report_run(children, names, found, reasons):
             )
             position = end
         else:
-            if isinstance(children[position], _CONVOLUTIONS):
+            if isinstance(children[position], CONVOLUTIONS):
                 found[names[position]] = Fusion(names[position], False, reason=_why_not(children[position]))
             position += 1
 
 
 def _why_ended(children, names, end, layer):
     """Why the layer found so far does not go on with what follows, where that might have been expected."""
-    if end < len(children) and layer.activation == "identity" and not isinstance(children[end], _CONVOLUTIONS):
+    if end < len(children) and layer.activation == "identity" and not isinstance(children[end], CONVOLUTIONS):
         child = children[end]
-        kinds = (*_BATCH_NORMS, *_ACTIVATIONS)
-        if isinstance(child, kinds) and not (layer.bn is not None and isinstance(child, _BATCH_NORMS)):
+        kinds = (*BATCH_NORMS, *ACTIVATIONS)
+        if isinstance(child, kinds) and not (layer.bn is not None and isinstance(child, BATCH_NORMS)):
             return f"not with {names[end]}: {_why_not(child) or 'its output is changed in place'}"
     return None
 
@@ -321,15 +321,15 @@ def _why_not(child):
     """Why a convolution, batch norm or activation cannot be part of a fused layer; None if it can."""
     if is_parametrized(child):
         return "it has a parametrization"
-    kinds = (*_CONVOLUTIONS, *_BATCH_NORMS, *_ACTIVATIONS)
+    kinds = (*CONVOLUTIONS, *BATCH_NORMS, *ACTIVATIONS)
     for cls in kinds:
         if isinstance(child, cls) and type(child) not in kinds:
             return f"{type(child).__name__} is a subclass of {cls.__name__}"
-    if isinstance(child, _CONVOLUTIONS) and child.padding_mode != "zeros":
+    if isinstance(child, CONVOLUTIONS) and child.padding_mode != "zeros":
         return f"its padding mode is {child.padding_mode!r}"
-    if any(getattr(child, hooks, None) for hooks in _HOOKS):
+    if any(getattr(child, hooks, None) for hooks in HOOKS):
         return "it has a hook"
-    if not _plain(child):
+    if not is_plain(child):
         return "it has a forward of its own, or a hook is on all modules"
     return None
 
