@@ -11,8 +11,7 @@ from PIL import Image
 from scipy import stats
 from torch import nn
 
-from fastgan.laboratory import command
-from fastgan.laboratory import LaboratoryConfig, Mixture, distances, gradient_norms, run, train
+from fastgan.laboratory import LaboratoryConfig, Mixture, command, distances, gradient_norms, run, train
 from fastgan.laboratory.networks import Adam, StackedMLP
 
 GAUSSIAN = Mixture((3.0,), (0.5,))
@@ -128,16 +127,25 @@ def checkpoint_in(folder):
 TWO_EPOCHS = ["--seeds", "2", "--epochs", "2"]
 
 
+def leave_pictures_out(monkeypatch):
+    """Drawing takes most of a short run's time."""
+    for name in ("save_density", "save_curves", "save_evolution", "save_optimal", "save_gradient_norms"):
+        monkeypatch.setattr(command.pictures, name, lambda *arguments: None)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Checkpoint of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    assert run([*TWO_EPOCHS, "--output", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        leave_pictures_out(monkeypatch)
+        assert run([*TWO_EPOCHS, "--output", str(folder)]) == 0
     return checkpoint_in(folder)
 
 
 @pytest.mark.parametrize("stop", [200, 250])
-def test_stopped_and_resumed_equals_uninterrupted(tmp_path, whole, stop):
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, whole, stop):
+    leave_pictures_out(monkeypatch)
     assert run([*TWO_EPOCHS, "--output", str(tmp_path), "--max-steps", str(stop)]) == 0
     assert run(["--resume", str(tmp_path / "checkpoint.pt")]) == 0
     parts = checkpoint_in(tmp_path)
