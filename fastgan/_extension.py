@@ -94,12 +94,17 @@ def _why_not_on(name, capability, architectures):
     return f"the CUDA kernels are compiled for compute capability {', '.join(architectures)}, and the {name} has {version}; {mend}"
 
 
+def why_no_kernels_on(device):
+    """Why no compiled kernel runs for tensors on `device`; None where they run."""
+    reason = why_no_kernels(device.type)
+    return why_not_on_gpu(device) if reason is None and device.type == "cuda" else reason
+
+
 def runs_on(device):
     """Whether the compiled kernels run for tensors on `device`, which fuse() asks of every input; says why not on a GPU, once."""
     if device.type not in _DEVICES:
         return False
-    reason = why_not_on_gpu(device) if device.type == "cuda" else None
-    if reason is not None:
+    if (reason := why_no_kernels_on(device)) is not None:
         leave_fast_path("the layers of a fused module", reason)
     return reason is None
 
@@ -132,13 +137,10 @@ def why_plain(op, device, obstacle=None):
         return TRANSFORMED
     if device.type == "meta":  # its shapes come from the fake kernels
         return why_no_kernels("cpu")
-    if (reason := why_no_kernels(device.type)) is not None:
+    if (reason := why_no_kernels_on(device)) is not None:
         return reason
-    if device.type == "cuda":
-        if (reason := why_not_on_gpu(device)) is not None:
-            return reason
-        if op in WITHOUT_CUDA_KERNEL:
-            return f"{op} has no CUDA kernel"
+    if device.type == "cuda" and op in WITHOUT_CUDA_KERNEL:
+        return f"{op} has no CUDA kernel"
     return obstacle
 
 

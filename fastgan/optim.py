@@ -136,8 +136,7 @@ def _torch_step(optimizer: torch.optim.Adam, closure: Callable[[], Any] | None =
 def _is_for_kernel(group: dict[str, Any], device: torch.device) -> bool:
     chosen = group["fused"] or (group["fused"] is None and group["foreach"] is None)
     others = group["amsgrad"] or group["maximize"] or group["differentiable"] or any(isinstance(b, Tensor) for b in group["betas"])
-    kernels = _extension.has_kernels(device.type) and (device.type == "cpu" or _extension.why_not_on_gpu(device) is None)
-    return chosen and not others and kernels
+    return chosen and not others and _extension.why_no_kernels_on(device) is None
 
 
 def _is_float_on(device: torch.device, tensor: Tensor) -> bool:

@@ -225,7 +225,7 @@ class _Plan(NamedTuple):
         if chains:
             code = graph.python_code("self")
             scope = dict(code.globals)
-            exec(compile(code.src, f"{__file__}: trace of {base.__name__}", "exec"), scope)  # no file of the user's: see leave_fast_path
+            exec(compile(code.src, f"{__file__}: trace of {base.__name__}", "exec"), scope)  # no file of the user's: see _extension._warn
             run = scope["forward"]
         return _Plan(arguments, keywords, reads, run, chains, reasons)
 
