@@ -8,6 +8,7 @@ from fastgan._arguments import takes_tensor
 from fastgan.ops._conv import activate, check_activation
 from fastgan.ops._dtypes import sums_dtype
 
+
 @takes_tensor
 def batch_norm_act_noise(
     input, bn_weight=None, bn_bias=None, running_mean=None, running_var=None, *, training=True, momentum=0.1, eps=1e-5,

@@ -7,6 +7,7 @@ from fastgan import _extension
 from fastgan._arguments import takes_tensor
 from fastgan.ops._dtypes import sums_dtype
 
+
 @takes_tensor
 def softmax_entropy(logits):
     """Mean entropy of the predictions, and entropy of the mean prediction.
