@@ -2,6 +2,12 @@
 
 import importlib.util
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker has as many threads as there are cores, and OpenMP's would wait for each other by spinning: a test of
+    # many small operators takes 10 times as long. OpenMP reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from pathlib import Path
 
 import pytest
