@@ -1,12 +1,16 @@
 """Errors of clusterings: maps from categories to classes, confusion, evaluation in eval mode."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+import fastgan
 from fastgan.metrics.clustering import (
     UNMAPPED, count_categories, evaluate, hungarian_map, majority_map, mean_and_std, predict, recalibrate_batch_norm,
 )
+from fastgan.nn import GaussianNoise
 
 
 def test_categories_are_counted_by_class():
@@ -61,6 +65,38 @@ def test_batch_norm_is_measured_anew():
     recalibrate_batch_norm(network, images, batch_size=5)
     assert network[1].running_mean.item() == pytest.approx(4.5)
     assert not network.training
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_batch_norm_is_measured_on_what_it_has_in_eval_mode(fused):
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Flatten(), GaussianNoise(3.0), nn.Linear(4, 16), nn.BatchNorm1d(16), nn.LeakyReLU(0.2), GaussianNoise(3.0), nn.Dropout(0.5),
+        nn.Linear(16, 3), nn.BatchNorm1d(3, momentum=0.3),
+    )  # fmt: skip
+    network = fastgan.fuse(network, inplace=True) if fused else network
+    network[4].eval()
+    images = torch.rand(400, 1, 2, 2)
+    recalibrate_batch_norm(network, images, batch_size=100)
+    assert [module.training for module in network] == [True] * 4 + [False] + [True] * 4
+    assert network[8].momentum == 0.3
+    hidden = network[2](images.flatten(1))
+    assert torch.allclose(network[3].running_mean, hidden.mean(0), atol=1e-5)
+    variances = hidden.unflatten(0, (4, 100)).var(1).mean(0)
+    assert torch.allclose(network[3].running_var, variances, rtol=1e-4)
+    outputs = network.eval()(images)
+    assert torch.allclose(outputs.mean(0), torch.zeros(3), atol=1e-2)  # 0.3 and more if measured with noise or dropout
+    assert torch.allclose(outputs.std(0), torch.ones(3), atol=2e-2)
+
+
+def test_running_statistics_stay_where_an_image_does_not_fit():
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 3)).train()
+    network(torch.rand(5, 1, 2, 2))
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(RuntimeError):
+        recalibrate_batch_norm(network, torch.rand(5, 1, 3, 3))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert network.training and network[1].training and network[1].momentum == 0.1
 
 
 def test_mean_and_sample_standard_deviation_over_seeds():

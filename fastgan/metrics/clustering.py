@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgan.data import normalize
 
@@ -122,20 +122,44 @@ def evaluate(categories: Tensor, labels: Tensor, num_classes: int, mapping: Tens
     return Evaluation(100.0 * (predicted != labels).double().mean().item(), confusion)
 
 
+@torch.no_grad()
 def recalibrate_batch_norm(network: nn.Module, images: Tensor, *, batch_size: int = 500) -> None:
-    """Measure the running statistics of a network's batch norms anew, over training images in training mode.
+    """Measure the running statistics of a network's batch norms anew, over training images, without noise and dropout.
 
-    For averaged weights, whose activations no running average has seen, and where generated images went through the
-    network too. Does nothing to a network without batch norm.
+    For averaged weights, whose activations no running average has seen, where generated images went through the network
+    too, and where noise in training mode gives the layers other inputs than they have in eval mode. Does nothing to a network
+    without batch norm.
 
     Args:
-        network: changed in place; its training mode is as before afterwards.
+        network: its running statistics are changed in place, or left as they were where it raises; each module's training
+            mode is as before afterwards.
         images: as for :func:`predict`; some thousands are enough.
         batch_size: images at a time; the rest that does not fill a batch is left out.
     """
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return
     device = next(network.parameters()).device
     whole = images[: len(images) // batch_size * batch_size] if len(images) >= batch_size else images
-    update_bn((_prepared(part, device) for part in whole.split(batch_size)), network)
+    modes = [(module, module.training) for module in network.modules()]
+    before = [(norm, norm.momentum, {name: buffer.clone() for name, buffer in norm.named_buffers()}) for norm in norms]
+    network.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over the batches
+            norm.train()
+        for part in whole.split(batch_size):
+            network(_prepared(part, device))
+    except BaseException:
+        for norm, _, buffers in before:
+            norm.load_state_dict(buffers, strict=False)
+        raise
+    finally:
+        for norm, momentum, _ in before:
+            norm.momentum = momentum
+        for module, training in modes:
+            module.training = training
 
 
 def mean_and_std(errors: Sequence[float]) -> tuple[float, float]:
