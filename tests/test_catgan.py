@@ -18,6 +18,7 @@ from fastgan.data import Batch, normalize
 from fastgan.losses import _real_categories_loss, catgan_discriminator_loss, catgan_generator_loss, feature_matching_loss
 from fastgan.models import catgan
 from fastgan.models.catgan import CatGANClassifier
+from fastgan.ops import softmax_entropy
 from fastgan.train import CatGANConfig, run
 from fastgan.train.catgan import choose_labeled, mix_views, random_affine
 from fastgan.train.outputs import FILES
@@ -238,15 +239,58 @@ def run_catgan(*flags):
         torch.set_num_threads(threads)
 
 
+def quiet_perceptron(**settings):
+    """Networks and objective of a perceptron without noise, 60 real images and as many generated ones."""
+    config = CatGANConfig(**{"architecture": "mlp", "input_noise": 0.0, "hidden_noise": 0.0, "augment": False, "device": "cpu", **settings})
+    dataset = config.load_data()
+    torch.manual_seed(0)
+    generator, classifier, objective = config.build(dataset)
+    batch = Batch(normalize(dataset.images[:60]), dataset.labels[:60])
+    return generator, classifier, objective, batch, generator(torch.randn(60, config.latent_dim)).detach()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("settings", [{"views": 1}, {"views": 2}, {"architecture": "conv"}], ids=str)
+def test_joint_batch_norm_is_one_batch_for_the_classifier_and_running_statistics_for_the_generator(settings, fused):
+    _, classifier, objective, batch, fake = quiet_perceptron(labels="all", joint_batch_norm=True, **settings)
+    views = objective.config.views
+    expected = copy.deepcopy(classifier)
+    if fused:
+        classifier = fastgan.fuse(classifier, inplace=True)
+    ((loss, figures),) = objective.discriminator_losses(classifier, batch, fake)
+    logits = expected(torch.cat([*[batch.images] * views, fake]))
+    real, fake_logits = logits[: 60 * views], logits[60 * views :]
+    reference = catgan_discriminator_loss(mix_views(real, views), fake_logits, real, batch.labels.repeat(views))
+    torch.testing.assert_close(loss, reference)
+    torch.testing.assert_close(figures["entropy_fake"], softmax_entropy(fake_logits)[0].detach())
+    loss, _ = objective.generator_loss(classifier, batch, fake.requires_grad_())
+    (found,) = torch.autograd.grad(loss, fake)
+    assert all(module.training for module in classifier.modules())
+    reference = catgan_generator_loss(expected.eval()(fake))  # the classifier has no noise
+    torch.testing.assert_close(loss, reference)
+    torch.testing.assert_close(found, torch.autograd.grad(reference, fake)[0], rtol=1e-3, atol=1e-6)
+    for name, buffer in expected.named_buffers():
+        torch.testing.assert_close(classifier.get_buffer(name), buffer, msg=name)
+
+
+def test_only_joint_batch_norm_sees_an_offset_of_all_generated_images():
+    """Batch norm of their own subtracts it: the border of a perceptron's digits is noise without consequence."""
+    losses = {}
+    for joint in (None, False):
+        _, classifier, objective, batch, fake = quiet_perceptron(joint_batch_norm=joint)
+        losses[joint] = []
+        for images in (fake, fake + 2 * torch.rand(fake.shape[1:])):
+            torch.manual_seed(1)
+            figures = [figures for _, figures in objective.discriminator_losses(copy.deepcopy(classifier), batch, images)]
+            losses[joint].append(next(each["entropy_fake"] for each in figures if "entropy_fake" in each).item())
+    assert abs(losses[None][0] - losses[None][1]) > 1e-3
+    assert losses[False][0] == pytest.approx(losses[False][1], abs=1e-5)
+
+
 @pytest.mark.parametrize("labels", ["0", "100", "all"])
 def test_generated_images_go_through_the_perceptron_with_the_real_ones(monkeypatch, labels):
     """The same losses, gradients and running statistics as by two passes, in one term in place of two."""
-    config = CatGANConfig(architecture="mlp", labels=labels, input_noise=0.0, hidden_noise=0.0, augment=False, device="cpu")
-    dataset = config.load_data()
-    batch = Batch(normalize(dataset.images[:60]), dataset.labels[:60])
-    torch.manual_seed(0)
-    generator, start, objective = config.build(dataset)
-    fake = generator(torch.randn(60, config.latent_dim)).detach()
+    generator, start, objective, batch, fake = quiet_perceptron(labels=labels, joint_batch_norm=False)
     found = []
     for terms in (1, 2):
         discriminator = fastgan.fuse(copy.deepcopy(start), inplace=True)

@@ -44,6 +44,9 @@ class CatGANConfig(LinearDecay, TrainConfig):
                                     "linearly by the middle of --epochs", minimum=0)
     architecture: str = option("conv", "mlp: multilayer perceptron; conv: convolutions", choices=ARCHITECTURES)
     generator_loss: str = option("catgan", "loss of the generator", choices=GENERATOR_LOSSES)
+    joint_batch_norm: bool | None = option(None, "real and generated images are one batch to the classifier's batch norm, which "
+                                           "then sees how they differ, and the generator learns against running statistics; "
+                                           "default: with --architecture mlp")
     base_channels: int = option(16, "channels of the convolutions next to the image", minimum=1)
     input_noise: float | None = option(None, "standard deviation of the noise on the images; by default the model's",
                                        minimum=0)
@@ -111,6 +114,7 @@ class CatGANObjective(Objective):
         self.ranks = Ranks()
         count = len(dataset) if config.labels == "all" else int(config.labels)
         self.all_labeled = count > 0 and count == len(dataset)
+        self.joint = config.architecture == "mlp" if config.joint_batch_norm is None else config.joint_batch_norm
         self.norms: list[_BatchNorm] | None = None  # the discriminator's
         if config.marginal_weight != 1:
             self.no_recording = "the weight of the marginal entropy changes with the progress of the run"
@@ -137,9 +141,11 @@ class CatGANObjective(Objective):
             chosen = torch.randint(len(self.labeled.images), (count,), device=fake.device)
             images.append(self._noisy(normalize(self.labeled.images[chosen])))
             labels = self.labeled.labels[chosen]
-        # The running statistics are those of real images. Generated ones in the same call, where there is one for several batches.
         rows = [sum(map(len, images)), len(fake)]
-        logits = discriminator.on_batches([*images, fake], rows, tracked=1)
+        if self.joint:
+            logits = discriminator(torch.cat([*images, fake])).float()
+        else:  # in the same call nevertheless, where there is one for several batches; the running statistics are the real images'
+            logits = discriminator.on_batches([*images, fake], rows, tracked=1)
         fake_logits = None
         if logits is None:
             logits = discriminator(torch.cat(images)).float()
@@ -158,19 +164,18 @@ class CatGANObjective(Objective):
         if fake_logits is None:
             yield loss, figures
             loss, figures = 0.0, {}
-            if self.norms is None:  # looked for once: it takes as long as a layer
-                self.norms = [m for m in discriminator.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-            with _running_statistics_kept(self.norms):
+            with _running_statistics_kept(self._norms(discriminator)):
                 fake_logits = discriminator(fake)
         fake_loss = _fake_categories_loss(fake_logits)
         yield loss + fake_loss, figures | {"entropy_fake": -fake_loss.detach(), "d_fake": self._certainty(-fake_loss)}
 
     def generator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
-        if self.kind == "catgan":
-            return catgan_generator_loss(discriminator(fake), process_group=self.ranks.group), {}
-        with torch.no_grad():
-            real = discriminator.features(self._noisy(batch.images))
-        return feature_matching_loss(real, discriminator.features(fake), process_group=self.ranks.group), {}
+        with _in_eval_mode(self._norms(discriminator) if self.joint else []):
+            if self.kind == "catgan":
+                return catgan_generator_loss(discriminator(fake), process_group=self.ranks.group), {}
+            with torch.no_grad():
+                real = discriminator.features(self._noisy(batch.images))
+            return feature_matching_loss(real, discriminator.features(fake), process_group=self.ranks.group), {}
 
     def evaluate(self, trainer: Trainer) -> dict[str, float]:
         """Errors in percent on the test set, or on the held-out images; pictures beside the metrics."""
@@ -195,6 +200,11 @@ class CatGANObjective(Objective):
                 save_categories(trainer.output / "categories.png", counts, categories, self.judged.images)
         save_confusion(trainer.output / "confusion.png", result.confusion, result.error)
         return errors
+
+    def _norms(self, discriminator: nn.Module) -> list[_BatchNorm]:
+        if self.norms is None:  # looked for once: it takes as long as a layer
+            self.norms = [m for m in discriminator.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        return self.norms
 
     def _certainty(self, entropy: Tensor) -> Tensor:
         """What stands for D(x) where D has categories: 0 where all are equally likely, 1 where one is certain."""
@@ -287,6 +297,18 @@ def _split(dataset: ImageDataset, held_out: int) -> tuple[ImageDataset, ImageDat
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     parts = order[held_out:], order[:held_out]
     return tuple(ImageDataset(dataset.name, dataset.images[part], dataset.labels[part]) for part in parts)
+
+
+@contextlib.contextmanager
+def _in_eval_mode(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Inside, these normalise by their running statistics, which stay as they are; gradients go through them."""
+    try:
+        for norm in norms:
+            norm.eval()
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 @contextlib.contextmanager
