@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import fastgan
 from fastgan.data import Batch, normalize
 from fastgan.losses import _real_categories_loss, catgan_discriminator_loss, catgan_generator_loss, feature_matching_loss
+from fastgan.metrics.clustering import recalibrate_batch_norm
 from fastgan.models import catgan
 from fastgan.models.catgan import CatGANClassifier
 from fastgan.ops import softmax_entropy
@@ -285,6 +286,17 @@ def test_only_joint_batch_norm_sees_an_offset_of_all_generated_images():
             losses[joint].append(next(each["entropy_fake"] for each in figures if "entropy_fake" in each).item())
     assert abs(losses[None][0] - losses[None][1]) > 1e-3
     assert losses[False][0] == pytest.approx(losses[False][1], abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "conv"])
+def test_feature_matching_tells_noise_from_images(architecture):
+    _, classifier, objective, batch, _ = quiet_perceptron(generator_loss="feature-matching", architecture=architecture)
+    images = objective.dataset.images
+    recalibrate_batch_norm(classifier, images[:1000])
+    others, noise = normalize(images[100:160]), 2 * torch.rand(60, 1, 28, 28) - 1
+    losses = [objective.generator_loss(classifier, batch, fake)[0].item() for fake in (others, noise)]
+    assert losses[1] > 5 * losses[0]
+    assert all(module.training for module in classifier.modules())
 
 
 @pytest.mark.parametrize("labels", ["0", "100", "all"])

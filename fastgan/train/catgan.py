@@ -170,7 +170,9 @@ class CatGANObjective(Objective):
         yield loss + fake_loss, figures | {"entropy_fake": -fake_loss.detach(), "d_fake": self._certainty(-fake_loss)}
 
     def generator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
-        with _in_eval_mode(self._norms(discriminator) if self.joint else []):
+        # In training mode each batch's features have the same means, whatever the images: there is nothing to match.
+        running = self.joint or self.kind == "feature-matching"
+        with _in_eval_mode(self._norms(discriminator) if running else []):
             if self.kind == "catgan":
                 return catgan_generator_loss(discriminator(fake), process_group=self.ranks.group), {}
             with torch.no_grad():
