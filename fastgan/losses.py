@@ -339,7 +339,8 @@ def feature_matching_loss(
     """Loss of a generator that matches mean features (Salimans et al. 2016, arXiv 1606.03498, section 3.1).
 
     The mean absolute difference of the two batches' mean features, which their code minimises; the paper writes the
-    squared norm. An alternative to :func:`catgan_generator_loss`.
+    squared norm. An alternative to :func:`catgan_generator_loss`. After batch norm in training mode the means of two
+    batches are equal whatever the images: let it normalise both by its running statistics, or in one batch.
 
     Args:
         real_features: a hidden layer of the discriminator for real images, [N, F]; taken as constant.

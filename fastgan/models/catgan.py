@@ -100,6 +100,9 @@ def catgan(
 ) -> tuple[nn.Module, CatGANClassifier]:
     """Build the two networks of a CatGAN, initialised for training.
 
+    Give the perceptron real and generated images in one batch: batch norm of their own hides from it what all generated ones
+    share.
+
     Args:
         image_size: height and width of the images in pixels; for ``"conv"`` 4 * 2**n, 28 or 48.
         channels: channels of an image, 1 for grey and 3 for RGB.
