@@ -54,8 +54,11 @@ def train(points: Tensor, weights: tuple[float, float, float], steps: int, seed:
     torch.manual_seed(seed)
     generator, classifier = networks()
     optimizers = [
-        torch.optim.Adam(network.parameters(), 1e-3, betas=(0.5, 0.999), fused=True)
-        for network in (generator, classifier)
+        torch.optim.Adam(network.parameters(), rate, betas=(0.5, 0.999), fused=True)
+        for network, rate in ((generator, 1e-3), (classifier, 2e-3))
+    ]
+    schedules = [  # falls linearly to 0 over the second half
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 - 2 * step / steps)) for optimizer in optimizers
     ]
     for_marginal, for_real, for_fake = weights
     for _ in range(steps):
@@ -68,6 +71,8 @@ def train(points: Tensor, weights: tuple[float, float, float], steps: int, seed:
         optimizers[0].zero_grad()
         catgan_generator_loss(classifier(fake)).backward()
         optimizers[0].step()
+        for schedule in schedules:
+            schedule.step()
     update_bn([points], classifier)
     return generator.eval(), classifier.eval()
 
@@ -92,7 +97,7 @@ def draw(axis, points: Tensor, moon: Tensor, generator: nn.Module, classifier: n
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="decides points, networks and noise")
-    parser.add_argument("--steps", type=int, default=1000, help="of discriminator and generator each")
+    parser.add_argument("--steps", type=int, default=2000, help="of discriminator and generator each")
     parser.add_argument("--output", type=Path, default=Path("runs/catgan_toy"), help="folder of the picture")
     options = parser.parse_args()
     try:
@@ -102,7 +107,7 @@ def main() -> int:
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)  # of networks this small
     points, moon = two_moons(POINTS)
-    figure = Figure(figsize=(15, 3.7), layout="constrained")
+    figure = Figure(figsize=(15, 3.7), layout="compressed")
     for axis, (title, weights) in zip(figure.subplots(1, len(VARIANTS)), VARIANTS.items()):
         draw(axis, points, moon, *train(points, weights, options.steps, options.seed), title)
     figure.savefig(options.output / "ablation.png", dpi=100)
