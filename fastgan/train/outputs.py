@@ -223,7 +223,8 @@ def save_curves(path: Path, records: list[dict[str, Any]]) -> None:
             axis.plot(*zip(*points), linewidth=0.9, label={"d_real": "D(x)", "d_fake": "D(G(z))"}.get(name, name))
         axis.set_ylabel(labels.get(prefix, names[0].replace("_", " ") if len(names) == 1 else prefix))
         axis.grid(alpha=0.3)
-        axis.legend(loc="upper right")
+        if len(names) > 1:  # above the panel, where it covers no curve
+            axis.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, frameon=False, ncols=len(names))
     axes[-1].set_xlabel("step")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
