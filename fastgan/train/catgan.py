@@ -170,7 +170,8 @@ class CatGANObjective(Objective):
         yield loss + fake_loss, figures | {"entropy_fake": -fake_loss.detach(), "d_fake": self._certainty(-fake_loss)}
 
     def generator_loss(self, discriminator: nn.Module, batch: Batch, fake: Tensor) -> tuple[Tensor, dict]:
-        # In training mode each batch's features have the same means, whatever the images: there is nothing to match.
+        # By running statistics in place of the joint batch's; and for features, whose means over a batch that is normalised by its own
+        # are the same whatever the images.
         running = self.joint or self.kind == "feature-matching"
         with _in_eval_mode(self._norms(discriminator) if running else []):
             if self.kind == "catgan":
