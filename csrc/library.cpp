@@ -100,17 +100,16 @@ TORCH_LIBRARY(fastgan, m) {
   m.def("convert_images(Tensor input, bool channels_last) -> Tensor");
 
   // A run of a perceptron's layers; csrc/ops/linear_stack.cpp says how they are written. seeds: int64, one of the noise on the input
-  // and one a layer. batches: rows of each of several batches, of which the first `tracked` move the running statistics; none for one of
-  // all rows. forward: (output, saved); `save` is 0 for nothing, 1 for what input gradients need, 2 for weights' too.
+  // and one a layer. forward: (output, saved); `save` is 0 for nothing, 1 for what input gradients need, 2 for weights' too.
   m.def(
-      "linear_stack(Tensor input, Tensor[] parameters, Tensor(a!)[] running, Tensor seeds, int[] layers, float[] numbers, "
-      "int[] batches=[], int tracked=1) -> Tensor");
+      "linear_stack(Tensor input, Tensor[] parameters, Tensor(a!)[] running, Tensor seeds, int[] layers, float[] numbers) "
+      "-> Tensor");
   m.def(
       "linear_stack_forward(Tensor input, Tensor[] parameters, Tensor(a!)[] running, Tensor seeds, int[] layers, "
-      "float[] numbers, int[] batches, int tracked, int save) -> (Tensor, Tensor)");
+      "float[] numbers, int save) -> (Tensor, Tensor)");
   m.def(
       "linear_stack_backward(Tensor grad_output, Tensor input, Tensor[] parameters, Tensor saved, int[] layers, "
-      "float[] numbers, int[] batches, int save, int[] output_mask) -> Tensor[]");
+      "float[] numbers, int save, int[] output_mask) -> Tensor[]");
 
   // (conditional [], marginal [], cross_entropy [], mean_probabilities [K], log_normalizer [N]); without labels
   // cross_entropy is 0. An absent gradient counts as 0.

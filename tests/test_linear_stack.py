@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import statistics
 
 import numpy as np
@@ -128,86 +127,6 @@ def test_kinks_of_activations_are_pytorchs():
             assert torch.equal(ours, theirs)
 
 
-def joined(net):
-    """The fused `net` in front, without its last layer, and that layer."""
-    fused = fastgan.fuse(net)
-    return fused[:-1], fused[-1]
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    batches=st.lists(st.integers(2, 70), min_size=1, max_size=4), tracked=st.integers(0, 4), training=st.booleans(),
-    affine=st.booleans(), input_gradient=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_several_batches_in_one_call_are_as_many_calls(batches, tracked, training, affine, input_gradient, seed):
-    torch.manual_seed(seed)
-    tracked = min(tracked, len(batches))
-    plain = nn.Sequential(
-        nn.Flatten(), nn.Linear(12, 33), nn.BatchNorm1d(33, eps=0.1, affine=affine), nn.LeakyReLU(0.1),
-        nn.Linear(33, 20), nn.Tanh(), nn.Linear(20, 7), nn.BatchNorm1d(7, eps=0.1), nn.Linear(7, 3),
-    ).train(training)  # fmt: skip
-    head, last = joined(copy.deepcopy(plain))
-    exact = copy.deepcopy(plain).double()
-    parts = [torch.randn(rows, 3, 4).requires_grad_(input_gradient) for rows in batches]
-    together = head.on_batches(last, parts, batches, tracked)
-    weights = torch.randn(sum(batches), 3)
-    wanted = [*parts, *head.parameters(), *last.parameters()] if input_gradient else [*head.parameters(), *last.parameters()]
-    found = torch.autograd.grad(together, wanted, weights)
-
-    def one_by_one(net, dtype):
-        copies = [part.detach().to(dtype).requires_grad_(input_gradient) for part in parts]
-        outputs = []
-        for number, part in enumerate(copies):
-            for norm in (net[2], net[7]):
-                norm.track_running_stats = not training or number < tracked
-            outputs.append(net(part))
-        wanted = [*copies, *net.parameters()] if input_gradient else [*net.parameters()]
-        gradients = torch.autograd.grad(torch.cat(outputs), wanted, weights.to(dtype))
-        return [torch.cat(outputs), *gradients, *(buffer.double() for buffer in net.buffers())]
-
-    ours = [together, *found, *(buffer.double() for buffer in (*head.buffers(), *last.buffers()))]
-    truth = one_by_one(exact, torch.float64)
-    theirs = one_by_one(plain, torch.float32)
-    assert max(errors(ours, truth)) <= 4 * max(*errors(theirs, truth), 6e-8 * sum(batches) ** 0.5)
-    assert head[2].num_batches_tracked == (tracked if training else 0)
-
-
-def test_a_batch_that_is_not_finite_is_nothing_to_its_neighbours():
-    head, last = joined(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.LeakyReLU(0.2), nn.Linear(5, 2)))
-    parts = [torch.randn(rows, 6) for rows in (21, 10, 20)]
-    outputs, gradients = [], []
-    for value in (0.0, float("inf")):
-        parts[1][3] = value
-        output = head.on_batches(last, parts, [21, 10, 20], 0)
-        outputs.append(torch.cat([output[:21], output[31:]]))
-        gradients += torch.autograd.grad(outputs[-1].square().sum(), head[0].weight) if value == 0 else ()
-    assert torch.equal(*outputs) and outputs[0].isfinite().all() and gradients[0].isfinite().all()
-
-
-def test_what_is_no_single_run_is_not_called_on_batches(calls):
-    x, y = torch.randn(20, 12), torch.randn(30, 12)
-    whole, last = perceptron(), nn.Linear(3, 2)
-    fused = fastgan.fuse(whole)
-    fused[6].momentum = 0.1
-    before = copy.deepcopy(fused.state_dict())
-    assert fused.on_batches(last, [x, y], [20, 30], 2).shape == (50, 2) and calls == [7]
-    fused.load_state_dict(before)
-    for change in (
-        lambda: fused[9].register_forward_hook(lambda *_: None), lambda: setattr(fused[6], "momentum", None),
-    ):
-        undo = change()
-        assert fused.on_batches(last, [x, y], [20, 30], 2) is None
-        if undo is not None:
-            undo.remove()
-    fused[6].momentum = None
-    assert fused.on_batches(last, [x, y], [20, 30], 1) is not None  # one momentum is enough
-    fused.load_state_dict(before)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert fused.on_batches(last, [x, y], [20, 30], 2) is None
-    assert fastgan.fuse(nn.Sequential(nn.Linear(12, 3), nn.ELU())).on_batches(last, [x, y], [20, 30], 2) is None
-    assert all(torch.equal(value, before[name]) for name, value in fused.state_dict().items())
-
-
 def test_training_moves_running_statistics_and_counters_like_pytorch(calls):
     plain = perceptron()
     fused = fastgan.fuse(copy.deepcopy(plain))
@@ -227,17 +146,16 @@ def test_training_moves_running_statistics_and_counters_like_pytorch(calls):
 # ---- noise ----
 
 
-def stack_with_noise(x, seeds, tensors, training=True, batches=()):
+def stack_with_noise(x, seeds, tensors, training=True):
     """Two layers with noise everywhere, by the operator."""
     w1, w2, gamma, beta, mean, var = tensors
     flags = [0, 1, 1, 1, 1, int(training), 0, 2]
     return torch.ops.fastgan.linear_stack(
-        x, [w1, gamma, beta, w2], [mean, var], seeds, [*flags, 0, 0, 0, 0, 0, 0, 0, 3], [0.3, 0.1, 1e-5, 0.2, 0.5, 0.0, 0.0, 0.2, 0.7],
-        batches,
+        x, [w1, gamma, beta, w2], [mean, var], seeds, [*flags, 0, 0, 0, 0, 0, 0, 0, 3], [0.3, 0.1, 1e-5, 0.2, 0.5, 0.0, 0.0, 0.2, 0.7]
     )  # fmt: skip
 
 
-def composed_with_noise(x, seeds, tensors, training=True, batches=None):
+def composed_with_noise(x, seeds, tensors, training=True):
     """The same from PyTorch's operators, one seed a layer."""
     w1, w2, gamma, beta, mean, var = tensors
 
@@ -255,8 +173,7 @@ def composed_with_noise(x, seeds, tensors, training=True, batches=None):
         return z + std * torch.from_numpy(np.array([np.concatenate(row) for row in drawn])).to(z.dtype)
 
     z = nn.functional.linear(noise(x, 0.3, seeds[0]), w1)
-    parts = z.split(batches or len(z))
-    z = torch.cat([nn.functional.batch_norm(part, mean, var, gamma, beta, training, 0.1, 1e-5) for part in parts])
+    z = nn.functional.batch_norm(z, mean, var, gamma, beta, training, 0.1, 1e-5)
     z = noise(nn.functional.leaky_relu(z, 0.2), 0.5, seeds[1])
     return noise(nn.functional.linear(z, w2).tanh(), 0.7, seeds[2])
 
@@ -319,15 +236,13 @@ def derivatives(function, x, seeds, tensors, create_graph):
     return [*first, *second]
 
 
-@pytest.mark.parametrize("batches", [(), (20, 13)], ids=str)
-def test_second_derivatives_are_those_of_the_composition(batches):
+def test_second_derivatives_are_those_of_the_composition():
     case = noise_case()
-    stack, composed = (functools.partial(f, batches=batches) for f in (stack_with_noise, composed_with_noise))
-    ours = derivatives(stack, *case, create_graph=True)
-    exact = derivatives(composed, *noise_case(torch.float64), create_graph=True)
+    ours = derivatives(stack_with_noise, *case, create_graph=True)
+    exact = derivatives(composed_with_noise, *noise_case(torch.float64), create_graph=True)
     for a, truth in zip(ours, exact, strict=True):
         assert (a - truth).abs().max() <= 1e-4 * truth.abs().max()
-    for a, b in zip(derivatives(stack, *case, create_graph=False), ours):
+    for a, b in zip(derivatives(stack_with_noise, *case, create_graph=False), ours):
         torch.testing.assert_close(a, b.detach(), rtol=1e-3, atol=1e-4 * b.abs().max().item())
 
 
@@ -362,9 +277,8 @@ def test_gradients_added_in_place(calls):
     assert nets[1][1].weight.grad is held and held._version > version
 
 
-@pytest.mark.parametrize("batches", [(), (20, 13)], ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_opcheck(training, batches):
+def test_opcheck(training):
     x, seeds, tensors = noise_case()
     x.requires_grad_()
     w1, w2, gamma, beta, mean, var = tensors
@@ -373,7 +287,7 @@ def test_opcheck(training, batches):
     torch.library.opcheck(
         torch.ops.fastgan.linear_stack.default,
         (x, [w1, gamma, beta, w2, torch.randn(9)], [mean, var, torch.tensor(3)], seeds, layers,
-         [0.3, 0.1, 1e-5, 0.2, 0.5, 0.0, 0.0, 0.2, 0.7], batches),
+         [0.3, 0.1, 1e-5, 0.2, 0.5, 0.0, 0.0, 0.2, 0.7]),
     )  # fmt: skip
 
 
@@ -509,10 +423,4 @@ def test_errors_of_the_operator_change_nothing():
         run(x, [w1, gamma, beta], [mean, var], seeds, flags, [0.1] * 5)
     with pytest.raises(ValueError, match=r"input must have shape \[N, C\], got \[33, 20, 1\]"):
         run(x[:, :, None], [w1, gamma, beta], [mean, var], seeds, flags, [0.0] * 5)
-    with pytest.raises(ValueError, match=r"batches must have all 33 rows of input, got \[20, 12\]"):
-        run(x, [w1, gamma, beta], [mean, var], seeds, flags, [0.0] * 5, [20, 12])
-    with pytest.raises(ValueError, match=r"batches must be above 0, got \[33, 0\]"):
-        run(x, [w1, gamma, beta], [mean, var], seeds, flags, [0.0] * 5, [33, 0])
-    with pytest.raises(ValueError, match="tracked must be from 0 to 2, the number of batches, got 3"):
-        run(x, [w1, gamma, beta], [mean, var], seeds, flags, [0.0] * 5, [20, 13], 3)
     assert torch.equal(mean, before)

@@ -25,15 +25,12 @@ struct LinearShape {
 // features into a few places of the cache.
 inline int64_t linear_stride(int64_t count) { return ((count + 15) / 16 | 1) * 16; }
 
-// A batch norm. by_batch: normalises by the statistics of the batch; rows may then be several batches, one after the other.
+// A batch norm. by_batch: normalises by the statistics of the batch.
 struct LinearNorm {
   bool present, by_batch;
   double eps;
   const float *gamma, *beta;  // [features], or null: 1, 0
-  // [batches][features]; written by forward, mean and (biased) var only where by_batch; backward reads mean and invstd
-  float *mean, *var, *invstd;
-  int64_t features;
-  const int64_t* ends;  // [batches], rows; null where all rows are one batch
+  float *mean, *var, *invstd;  // [features]; written by forward, mean and (biased) var only where by_batch; backward reads mean, invstd
 };
 
 // What follows a product, in this order: bias, batch norm, activation, noise.

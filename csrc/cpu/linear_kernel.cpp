@@ -172,49 +172,26 @@ struct Sum {
   }
 };
 
-// Rows [begin, end) of a feature. What lies past the last batch's becomes 0.
-struct Batch {
-  int64_t begin, end;
-  bool last;
-};
-
-// The batch's lanes of a vector of a feature's values: all of them, or not.
+// The lanes of a vector of a feature's values that are the batch's: all of them, or the first few of the last vector.
 struct WholeVector {
   static Vec lanes(Vec v) { return v; }
-  static void put(float* p, Vec v) { store(p, v); }
 };
-struct PartOfVector {
-  IntVec inside, others;  // lanes; of other batches: before this one, and after it where it is not the last
-  PartOfVector(const Batch& batch, int64_t at) {
-    IntVec row;
-    for (int i = 0; i < kLanes; ++i) row[i] = static_cast<int32_t>(at) + i;
-    const IntVec before = row < static_cast<int32_t>(batch.begin), after = row >= static_cast<int32_t>(batch.end);
-    inside = ~(before | after);
-    others = batch.last ? before : ~inside;
+struct LastVector {
+  IntVec inside;
+  explicit LastVector(int64_t count) {
+    for (int i = 0; i < kLanes; ++i) inside[i] = i < count ? -1 : 0;
   }
   Vec lanes(Vec v) const { return inside ? v : Vec{}; }
-  void put(float* p, Vec v) const { store(p, others ? load(p) : lanes(v)); }
 };
 
-// f(i, vector) for each vector, at row i, of the batch's values of a feature; sums... end their stretches.
+// f(i, vector) for each vector, at row i, of a feature's `rows` values; sums... end their stretches.
 template <typename F, typename... Sums>
-inline void for_batch(const Batch& batch, const F& f, Sums&... sums) {
-  int64_t i = batch.begin / kLanes * kLanes;
-  for (int64_t stretch = i + kStretch; i < batch.end; stretch += kStretch) {
-    if (i < batch.begin) f(i, PartOfVector(batch, i)), i += kLanes;
-    for (const int64_t whole = min64(stretch, batch.end / kLanes * kLanes); i < whole; i += kLanes) f(i, WholeVector());
-    if (i < batch.end && i < stretch) f(i, PartOfVector(batch, i)), i += kLanes;
+inline void for_rows(int64_t rows, const F& f, Sums&... sums) {
+  const int64_t whole = rows / kLanes * kLanes;
+  for (int64_t i = 0; i < rows;) {
+    for (const int64_t end = min64(i + kStretch, whole); i < end; i += kLanes) f(i, WholeVector());
+    if (i == whole && i < rows) f(i, LastVector(rows - i)), i += kLanes;
     (sums.end_stretch(), ...);
-  }
-}
-
-// f(batch, number) for each batch that `norm` has in `rows`.
-template <typename F>
-inline void for_batches(const LinearNorm& norm, int64_t rows, const F& f) {
-  for (int64_t begin = 0, number = 0; begin < rows; ++number) {
-    const int64_t end = norm.ends != nullptr ? norm.ends[number] : rows;
-    f(Batch{begin, end, end == rows}, number);
-    begin = end;
   }
 }
 
@@ -223,14 +200,13 @@ inline void clear_rest(int64_t rows, float* p) {
   for (int64_t i = ceil_div(rows, kLanes) * kLanes; i < linear_stride(rows); i += kLanes) store(p + i, Vec{});
 }
 
-// gamma * invstd and beta - mean * scale of feature f in a batch; 1 and 0 without a norm.
+// gamma * invstd and beta - mean * scale of feature f; 1 and 0 without a norm.
 struct Affine {
   float scale = 1, shift = 0;
-  Affine(const LinearNorm& norm, int64_t f, int64_t batch) {
+  Affine(const LinearNorm& norm, int64_t f) {
     if (!norm.present) return;
-    const int64_t at = batch * norm.features + f;
-    scale = norm.gamma != nullptr ? norm.gamma[f] * norm.invstd[at] : norm.invstd[at];
-    shift = (norm.beta != nullptr ? norm.beta[f] : 0.0f) - norm.mean[at] * scale;
+    scale = norm.gamma != nullptr ? norm.gamma[f] * norm.invstd[f] : norm.invstd[f];
+    shift = (norm.beta != nullptr ? norm.beta[f] : 0.0f) - norm.mean[f] * scale;
   }
 };
 
@@ -293,33 +269,30 @@ void finish_feature(const LinearForward& to, int64_t rows, int64_t f) {
   float *raw = to.raw + f * stride, *output = to.output + f * stride;
   const float bias = to.bias != nullptr ? to.bias[f] : 0.0f;
   const LinearNorm& norm = to.norm;
-  for_batches(norm, rows, [&](const Batch& batch, int64_t number) {
-    Sum sum, squares;
-    for_batch(batch, [&](int64_t i, const auto& vector) {
-      const Vec y = vector.lanes(load(raw + i) + bias);
-      vector.put(raw + i, y);
-      sum.part += y;
-    }, sum);
-    if (norm.present) {
-      const int64_t at = number * norm.features + f;
-      if (norm.by_batch) {
-        const double count = static_cast<double>(batch.end - batch.begin);
-        const float mean = static_cast<float>(sum.total / count);
-        for_batch(batch, [&](int64_t i, const auto& vector) {
-          const Vec d = vector.lanes(load(raw + i) - mean);
-          squares.part += d * d;
-        }, squares);
-        norm.mean[at] = mean;
-        norm.var[at] = static_cast<float>(squares.total / count);
-      }
-      norm.invstd[at] = static_cast<float>(1 / __builtin_sqrt(static_cast<double>(norm.var[at]) + norm.eps));
+  Sum sum, squares;
+  for_rows(rows, [&](int64_t i, const auto& vector) {
+    const Vec y = vector.lanes(load(raw + i) + bias);
+    store(raw + i, y);
+    sum.part += y;
+  }, sum);
+  if (norm.present) {
+    if (norm.by_batch) {
+      const double count = static_cast<double>(rows);
+      const float mean = static_cast<float>(sum.total / count);
+      for_rows(rows, [&](int64_t i, const auto& vector) {
+        const Vec d = vector.lanes(load(raw + i) - mean);
+        squares.part += d * d;
+      }, squares);
+      norm.mean[f] = mean;
+      norm.var[f] = static_cast<float>(squares.total / count);
     }
-    const Affine affine(norm, f, number);
-    const float slope = static_cast<float>(to.activation.negative_slope);
-    with_activation(to.activation.kind, [&](auto tag) {
-      for_batch(batch, [&](int64_t i, const auto& vector) {
-        vector.put(output + i, activate(load(raw + i) * affine.scale + affine.shift, tag.value, slope));
-      });
+    norm.invstd[f] = static_cast<float>(1 / __builtin_sqrt(static_cast<double>(norm.var[f]) + norm.eps));
+  }
+  const Affine affine(norm, f);
+  const float slope = static_cast<float>(to.activation.negative_slope);
+  with_activation(to.activation.kind, [&](auto tag) {
+    for_rows(rows, [&](int64_t i, const auto& vector) {
+      store(output + i, vector.lanes(activate(load(raw + i) * affine.scale + affine.shift, tag.value, slope)));
     });
   });
   clear_rest(rows, raw), clear_rest(rows, output);
@@ -351,36 +324,31 @@ void finish_gradient(const LinearBackward& to, int64_t rows, int64_t f) {
   const LinearNorm& norm = to.norm;
   const float slope = static_cast<float>(to.activation.negative_slope);
   const float* raw = to.raw != nullptr ? to.raw + f * stride : gradient;  // any numbers, where there is nothing to undo
-  double sum_dz = 0, sum_dz_xhat = 0;
-  for_batches(norm, rows, [&](const Batch& batch, int64_t number) {
-    const int64_t at = number * norm.features + f;
-    const Affine affine(norm, f, number);
-    const float mean = norm.present ? norm.mean[at] : 0.0f;
-    Sum sum, centred;
-    with_activation(to.raw != nullptr ? to.activation.kind : Activation::identity, [&](auto tag) {
-      for_batch(batch, [&](int64_t i, const auto& vector) {
-        const Vec y = load(raw + i);
-        const Vec dz = vector.lanes(activate_backward(load(gradient + i), y * affine.scale + affine.shift, tag.value, slope));
-        vector.put(gradient + i, dz);
-        sum.part += dz;
-        centred.part += vector.lanes(dz * (y - mean));  // what another batch holds need not be finite
-      }, sum, centred);
-    });
-    sum_dz += sum.total;
-    if (!norm.present) return;
-    const double invstd = static_cast<double>(norm.invstd[at]), sum_xhat = invstd * centred.total;
-    sum_dz_xhat += sum_xhat;
+  const Affine affine(norm, f);
+  const float mean = norm.present ? norm.mean[f] : 0.0f;
+  Sum sum, centred;
+  with_activation(to.raw != nullptr ? to.activation.kind : Activation::identity, [&](auto tag) {
+    for_rows(rows, [&](int64_t i, const auto& vector) {
+      const Vec y = load(raw + i);
+      const Vec dz = vector.lanes(activate_backward(load(gradient + i), y * affine.scale + affine.shift, tag.value, slope));
+      store(gradient + i, dz);
+      sum.part += dz;
+      centred.part += dz * vector.lanes(y - mean);
+    }, sum, centred);
+  });
+  to.sum_dz[f] = static_cast<float>(sum.total);
+  if (norm.present) {
+    const double invstd = static_cast<double>(norm.invstd[f]), sum_xhat = invstd * centred.total;
+    to.sum_dz_xhat[f] = static_cast<float>(sum_xhat);
     // Batch norm's backward (Ioffe and Szegedy 2015, section 3) with y - mean in place of xhat
-    const double count = static_cast<double>(batch.end - batch.begin), scale = static_cast<double>(affine.scale);
+    const double count = static_cast<double>(rows), scale = static_cast<double>(affine.scale);
     const float b = norm.by_batch ? static_cast<float>(-scale * invstd * (sum_xhat / count)) : 0.0f;
     const float c = norm.by_batch ? static_cast<float>(-scale * (sum.total / count)) : 0.0f;
-    for_batch(batch, [&](int64_t i, const auto& vector) {
-      vector.put(gradient + i, load(gradient + i) * affine.scale + ((load(raw + i) - mean) * b + c));
+    for_rows(rows, [&](int64_t i, const auto& vector) {
+      store(gradient + i, vector.lanes(load(gradient + i) * affine.scale + ((load(raw + i) - mean) * b + c)));
     });
-  });
+  }
   clear_rest(rows, gradient);
-  to.sum_dz[f] = static_cast<float>(sum_dz);
-  if (norm.present) to.sum_dz_xhat[f] = static_cast<float>(sum_dz_xhat);
 }
 
 void read_gradient(int64_t rows, int64_t features, const float* gradient, const LinearBackward& to) {

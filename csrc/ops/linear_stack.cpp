@@ -1,13 +1,9 @@
 // linear_stack: a run of Linear [+ batch norm] [+ activation] [+ Gaussian noise] layers, and noise on its input, from end to end,
 // on the CPU in float32: kernels in csrc/cpu/linear.h.
 //
-// The rows may be several batches, one after the other, each with batch statistics of its own: what as many calls would give, with one
-// noise.
-//
 // Saved for backward, in one tensor: of each layer the products (where batch norm or an activation comes after them), its
 // means and invstds, and, where weights want gradients, its input with the noise on it.
 #include <ATen/ops/add.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/zeros.h>
@@ -47,41 +43,29 @@ struct LinearLayer {
   size_t parameter_count() const { return 1 + has_bias + has_bn_weight + has_bn_bias; }
   int64_t inputs() const { return weight.size(1); }
   int64_t outputs() const { return weight.size(0); }
-  bool by_batch() const { return has_batch_norm && training; }
   bool passes_products_on() const { return !has_batch_norm && activation.kind == Activation::identity; }
+  // What its batch norm is to the kernels.
+  cpu::LinearNorm norm(float* mean, float* var, float* invstd) const {
+    return {has_batch_norm, training, eps, floats(bn_weight), floats(bn_bias), mean, var, invstd};
+  }
 };
 
 struct Perceptron {
   double input_noise;
   std::vector<LinearLayer> layers;
-  std::vector<int64_t> ends;  // rows each batch ends before
   int64_t saved;  // floats
-
-  int64_t batches(const LinearLayer& layer) const { return layer.by_batch() ? static_cast<int64_t>(ends.size()) : 1; }
-  // What the layer's batch norm is to the kernels. mean and invstd: one a feature of each of its batches.
-  cpu::LinearNorm norm(const LinearLayer& layer, float* mean, float* var, float* invstd) const {
-    return {layer.has_batch_norm, layer.training, layer.eps, floats(layer.bn_weight), floats(layer.bn_bias), mean, var, invstd,
-            layer.outputs(), layer.by_batch() ? ends.data() : nullptr};
-  }
 };
 
 // running and seeds: null in backward.
 Perceptron parse(const Tensor& input, at::TensorList parameters, const at::TensorList* running, const Tensor* seeds,
-                 at::IntArrayRef integers, at::ArrayRef<double> numbers, at::IntArrayRef batches, int64_t save) {
+                 at::IntArrayRef integers, at::ArrayRef<double> numbers, int64_t save) {
   const size_t count = integers.size() / LinearLayer::kIntegers;
   TORCH_CHECK_VALUE(count > 0 && integers.size() == count * LinearLayer::kIntegers &&
                         numbers.size() == 1 + count * LinearLayer::kNumbers,
                     "linear_stack: layers must have ", LinearLayer::kIntegers, " integers and numbers 1 + ",
                     LinearLayer::kNumbers, " values a layer, got ", integers.size(), " and ", numbers.size());
   TORCH_CHECK_VALUE(input.dim() == 2, "linear_stack: input must have shape [N, C], got ", input.sizes());
-  Perceptron stack{numbers[0], {}, {}, 0};
-  for (const int64_t rows : batches) {
-    TORCH_CHECK_VALUE(rows > 0, "linear_stack: batches must be above 0, got ", batches);
-    stack.ends.push_back((stack.ends.empty() ? 0 : stack.ends.back()) + rows);
-  }
-  if (batches.empty()) stack.ends = {input.size(0)};
-  TORCH_CHECK_VALUE(stack.ends.back() == input.size(0), "linear_stack: batches must have all ", input.size(0), " rows of input, got ",
-                    batches);
+  Perceptron stack{numbers[0], {}, 0};
   size_t next = 0, next_running = 0;
   bool noisy = stack.input_noise != 0;
   int64_t features = input.size(1);
@@ -120,7 +104,7 @@ Perceptron parse(const Tensor& input, at::TensorList parameters, const at::Tenso
     layer.counter = take_running(layer.has_counter, 1);
     TORCH_CHECK_VALUE(!layer.has_batch_norm || layer.training || layer.has_running, "linear_stack: batch norm of layer ", i,
                       " must have running statistics, as it does not train");
-    if (save > 0 && layer.has_batch_norm) layer.statistics = place(2 * stack.batches(layer) * features);
+    if (save > 0 && layer.has_batch_norm) layer.statistics = place(2 * features);
     if (save > 0 && !layer.passes_products_on()) layer.products = place(features * cpu::linear_stride(input.size(0)));
     if (save > 1) layer.rows = place(input.size(0) * cpu::linear_stride(layer.inputs()));
     noisy = noisy || layer.noise_std != 0;
@@ -142,10 +126,8 @@ cpu::GaussianNoise noise_of(double std, const Tensor& seeds, int64_t index) {
 // (output, what is saved); the latter with shape [0] where `save` is 0.
 std::tuple<Tensor, Tensor> linear_stack_forward_cpu(const Tensor& input, at::TensorList parameters, at::TensorList running,
                                                     const Tensor& seeds, at::IntArrayRef integers, at::ArrayRef<double> numbers,
-                                                    at::IntArrayRef batches, int64_t tracked, int64_t save) {
-  const Perceptron stack = parse(input, parameters, &running, &seeds, integers, numbers, batches, save);
-  TORCH_CHECK_VALUE(0 <= tracked && tracked <= static_cast<int64_t>(stack.ends.size()), "linear_stack: tracked must be from 0 to ",
-                    stack.ends.size(), ", the number of batches, got ", tracked);
+                                                    int64_t save) {
+  const Perceptron stack = parse(input, parameters, &running, &seeds, integers, numbers, save);
   const cpu::LinearKernels& kernels = cpu::linear_kernels();
   const int64_t N = input.size(0);
   const Tensor x = input.contiguous(), saved = empty_kept({stack.saved}, at::kFloat);
@@ -159,15 +141,15 @@ std::tuple<Tensor, Tensor> linear_stack_forward_cpu(const Tensor& input, at::Ten
   for (size_t i = 0; i < stack.layers.size(); ++i) {
     const LinearLayer& layer = stack.layers[i];
     const bool last = i + 1 == stack.layers.size();
-    const int64_t C = layer.outputs(), values = stack.batches(layer) * C;
-    std::vector<float> own(layer.has_batch_norm ? 3 * static_cast<size_t>(values) : 0);  // mean, invstd where not saved; variance
+    const int64_t C = layer.outputs();
+    std::vector<float> own(layer.has_batch_norm ? 3 * static_cast<size_t>(C) : 0);  // mean, invstd where not saved; variance
     float* statistics = layer.statistics >= 0 ? at_place(saved, layer.statistics) : own.data();
     cpu::LinearForward to{};
     to.bias = floats(layer.bias);
     to.activation = layer.activation;
     to.noise = noise_of(layer.noise_std, seeds, static_cast<int64_t>(i) + 1);
     if (layer.has_batch_norm) {
-      to.norm = stack.norm(layer, statistics, own.data() + 2 * values, statistics + values);
+      to.norm = layer.norm(statistics, own.data() + 2 * C, statistics + C);
       if (!layer.training) {
         std::copy_n(floats(layer.running_mean), C, to.norm.mean);
         std::copy_n(floats(layer.running_var), C, to.norm.var);
@@ -180,12 +162,10 @@ std::tuple<Tensor, Tensor> linear_stack_forward_cpu(const Tensor& input, at::Ten
     to.stride = last ? C : cpu::linear_stride(C);
     RECORD_FUNCTION("fastgan::linear_forward", {});
     kernels.forward({N, layer.inputs(), C}, floats(layer.weight), floats(current), to);
-    for (int64_t batch = 0; batch < tracked && layer.by_batch() && layer.has_running; ++batch) {
-      const int64_t rows = stack.ends[batch] - (batch > 0 ? stack.ends[batch - 1] : 0);
-      cpu::update_running_statistics<float>(C, rows, layer.momentum, to.norm.mean + batch * C, to.norm.var + batch * C,
-                                            floats(layer.running_mean), floats(layer.running_var));
-    }
-    if (layer.has_counter) *layer.counter.mutable_data_ptr<int64_t>() += tracked;
+    if (layer.has_batch_norm && layer.training && layer.has_running)
+      cpu::update_running_statistics<float>(C, N, layer.momentum, to.norm.mean, to.norm.var, floats(layer.running_mean),
+                                            floats(layer.running_var));
+    if (layer.has_counter) *layer.counter.mutable_data_ptr<int64_t>() += 1;
     current = next;
   }
   return {output, saved};
@@ -194,9 +174,9 @@ std::tuple<Tensor, Tensor> linear_stack_forward_cpu(const Tensor& input, at::Ten
 // Gradients of input and of every parameter, with shape [0] where output_mask says false. Those of parameters are added to `held`,
 // one a result, where that is defined; they then have shape [0], too.
 std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& input, at::TensorList parameters, const Tensor& saved,
-                                    at::IntArrayRef integers, at::ArrayRef<double> numbers, at::IntArrayRef batches, int64_t save,
+                                    at::IntArrayRef integers, at::ArrayRef<double> numbers, int64_t save,
                                     at::IntArrayRef output_mask, const std::vector<Tensor>& held) {
-  const Perceptron stack = parse(input, parameters, nullptr, nullptr, integers, numbers, batches, save);
+  const Perceptron stack = parse(input, parameters, nullptr, nullptr, integers, numbers, save);
   const cpu::LinearKernels& kernels = cpu::linear_kernels();
   const int64_t N = input.size(0), count = static_cast<int64_t>(stack.layers.size());
   const auto options = input.options();
@@ -216,7 +196,7 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
     sums.resize(2 * static_cast<size_t>(C));
     float* mean = at_place(saved, layer.statistics);
     cpu::LinearBackward to{};
-    to.norm = stack.norm(layer, mean, nullptr, mean + (mean != nullptr ? stack.batches(layer) * C : 0));
+    to.norm = layer.norm(mean, nullptr, mean != nullptr ? mean + C : nullptr);
     to.activation = layer.activation;
     to.raw = at_place(saved, layer.products);
     to.sum_dz = sums.data(), to.sum_dz_xhat = sums.data() + C;
@@ -282,8 +262,8 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
 
 std::vector<Tensor> linear_stack_backward_cpu(const Tensor& grad_output, const Tensor& input, at::TensorList parameters,
                                               const Tensor& saved, at::IntArrayRef integers, at::ArrayRef<double> numbers,
-                                              at::IntArrayRef batches, int64_t save, at::IntArrayRef output_mask) {
-  return stack_gradients(grad_output, input, parameters, saved, integers, numbers, batches, save, output_mask, {});
+                                              int64_t save, at::IntArrayRef output_mask) {
+  return stack_gradients(grad_output, input, parameters, saved, integers, numbers, save, output_mask, {});
 }
 
 // ---- autograd ----------------------------------------------------------------------------------------------------
@@ -291,20 +271,18 @@ std::vector<Tensor> linear_stack_backward_cpu(const Tensor& grad_output, const T
 class LinearStack : public torch::autograd::Function<LinearStack> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, at::TensorList parameters, const variable_list& running,
-                        const Tensor& seeds, std::vector<int64_t> layers, std::vector<double> numbers, std::vector<int64_t> batches,
-                        int64_t tracked, int64_t save) {
+                        const Tensor& seeds, std::vector<int64_t> layers, std::vector<double> numbers, int64_t save) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static auto op = c10::Dispatcher::singleton()
                          .findSchemaOrThrow("fastgan::linear_stack_forward", "")
                          .typed<decltype(linear_stack_forward_cpu)>();
-    const auto [output, kept] = op.call(input, parameters, running, seeds, layers, numbers, batches, tracked, save);
+    const auto [output, kept] = op.call(input, parameters, running, seeds, layers, numbers, save);
     if (save > 0) {
       variable_list saved{input, seeds, kept};
       saved.insert(saved.end(), parameters.begin(), parameters.end());
       ctx->save_for_backward(saved);
       ctx->saved_data["layers"] = layers;
       ctx->saved_data["numbers"] = numbers;
-      ctx->saved_data["batches"] = batches;
       ctx->saved_data["save"] = save;
     }
     return output;
@@ -316,16 +294,15 @@ class LinearStack : public torch::autograd::Function<LinearStack> {
     const at::TensorList parameters = at::TensorList(saved).slice(3);
     const auto layers = ctx->saved_data["layers"].toIntVector();
     const auto numbers = ctx->saved_data["numbers"].toDoubleVector();
-    const auto batches = ctx->saved_data["batches"].toIntVector();
     const int64_t save = ctx->saved_data["save"].toInt();
     std::vector<int64_t> mask;
     for (size_t i = 0; i <= parameters.size(); ++i) mask.push_back(ctx->needs_input_grad(i));
-    variable_list gradients(parameters.size() + 8);  // input and parameters, then seven arguments without one
+    variable_list gradients(parameters.size() + 6);  // input and parameters, then five arguments without one
     if (must_be_differentiable(grad_outputs[0])) {
       variable_list inputs{input};
       inputs.insert(inputs.end(), parameters.begin(), parameters.end());
       const auto whole = [&](const variable_list& from) {
-        return differentiable(from[0], at::TensorList(from).slice(1), seeds, kept, layers, numbers, batches, save);
+        return differentiable(from[0], at::TensorList(from).slice(1), seeds, kept, layers, numbers, save);
       };
       const auto found = differentiable_gradients(whole, inputs, std::vector<bool>(mask.begin(), mask.end()), grad_outputs[0]);
       std::copy(found.begin(), found.end(), gradients.begin());
@@ -334,21 +311,21 @@ class LinearStack : public torch::autograd::Function<LinearStack> {
     if (const auto held = held_gradients(parameters, mask); !held.empty()) {
       RECORD_FUNCTION("fastgan::linear_stack_backward", {});
       at::AutoDispatchBelowADInplaceOrView below;
-      const auto found = stack_gradients(grad_outputs[0], input, parameters, kept, layers, numbers, batches, save, mask, held);
+      const auto found = stack_gradients(grad_outputs[0], input, parameters, kept, layers, numbers, save, mask, held);
       take_gradients(found, held, mask, gradients);
       return gradients;
     }
     static auto op = c10::Dispatcher::singleton()
                          .findSchemaOrThrow("fastgan::linear_stack_backward", "")
                          .typed<decltype(linear_stack_backward_cpu)>();
-    take_gradients(op.call(grad_outputs[0], input, parameters, kept, layers, numbers, batches, save, mask), {}, mask, gradients);
+    take_gradients(op.call(grad_outputs[0], input, parameters, kept, layers, numbers, save, mask), {}, mask, gradients);
     return gradients;
   }
 
  private:
   // The whole run from differentiable ATen operators, for backward passes that are differentiated themselves. Noise is a constant.
   static Tensor differentiable(const Tensor& input, at::TensorList parameters, const Tensor& seeds, const Tensor& kept,
-                               at::IntArrayRef integers, at::ArrayRef<double> numbers, at::IntArrayRef batches, int64_t save) {
+                               at::IntArrayRef integers, at::ArrayRef<double> numbers, int64_t save) {
     Tensor x = input;
     const auto add_noise = [&](double std, int64_t index) {
       if (std == 0) return;
@@ -357,22 +334,16 @@ class LinearStack : public torch::autograd::Function<LinearStack> {
       cpu::linear_kernels().read(N, C, floats(zeros), noise_of(std, seeds, index), floats(scratch), floats(noise));
       x = at::add(x, noise.narrow(1, 0, C));
     };
-    const Perceptron stack = parse(input, parameters, nullptr, nullptr, integers, numbers, batches, save);
+    const Perceptron stack = parse(input, parameters, nullptr, nullptr, integers, numbers, save);
     add_noise(stack.input_noise, 0);
     for (size_t i = 0; i < stack.layers.size(); ++i) {
       const LinearLayer& layer = stack.layers[i];
       x = at::linear(x, layer.weight, layer.has_bias ? OptionalTensor(layer.bias) : std::nullopt);
       if (layer.has_batch_norm) {
-        const int64_t C = layer.outputs(), count = stack.batches(layer);
-        std::vector<Tensor> normalized;
-        for (int64_t batch = 0, begin = 0; batch < count; ++batch) {
-          const int64_t end = count > 1 ? stack.ends[batch] : x.size(0), at = layer.statistics + batch * C;
-          const Tensor rows = x.narrow(0, begin, end - begin).unsqueeze(2).unsqueeze(3);
-          normalized.push_back(differentiable_batch_norm(rows, layer.bn_weight, layer.bn_bias, kept.narrow(0, at, C),
-                                                         kept.narrow(0, at + count * C, C), layer.training, layer.eps));
-          begin = end;
-        }
-        x = at::cat(normalized).flatten(1);
+        const int64_t C = layer.outputs();
+        const Tensor mean = kept.narrow(0, layer.statistics, C), invstd = kept.narrow(0, layer.statistics + C, C);
+        x = differentiable_batch_norm(x.unsqueeze(2).unsqueeze(3), layer.bn_weight, layer.bn_bias, mean, invstd, layer.training,
+                                      layer.eps).flatten(1);
       }
       x = activate(x, layer.activation.kind, layer.activation.negative_slope);
       add_noise(layer.noise_std, static_cast<int64_t>(i) + 1);
@@ -382,10 +353,10 @@ class LinearStack : public torch::autograd::Function<LinearStack> {
 };
 
 Tensor linear_stack(const Tensor& input, at::TensorList parameters, at::TensorList running, const Tensor& seeds,
-                    at::IntArrayRef layers, at::ArrayRef<double> numbers, at::IntArrayRef batches, int64_t tracked) {
+                    at::IntArrayRef layers, at::ArrayRef<double> numbers) {
   const bool weights = std::any_of(parameters.begin(), parameters.end(), [](const Tensor& p) { return p.requires_grad(); });
   const int64_t save = !at::GradMode::is_enabled() ? 0 : weights ? 2 : input.requires_grad() ? 1 : 0;
-  return LinearStack::apply(input, parameters, running.vec(), seeds, layers.vec(), numbers.vec(), batches.vec(), tracked, save);
+  return LinearStack::apply(input, parameters, running.vec(), seeds, layers.vec(), numbers.vec(), save);
 }
 
 TORCH_LIBRARY_IMPL(fastgan, CompositeImplicitAutograd, m) { m.impl("linear_stack", &linear_stack); }

@@ -42,21 +42,6 @@ class CatGANClassifier(nn.Module):
             return self.body.followed_by(self.head, images)
         return self.head(self.body(images))
 
-    def on_batches(self, parts: list[torch.Tensor], batches: list[int], tracked: int) -> torch.Tensor | None:
-        """Logits of ``torch.cat(parts)``, which are several batches, in the time of one call.
-
-        Args:
-            parts: images [N, channels, image_size, image_size] each.
-            batches: how many images each batch has, in order. Batch norm normalises each by statistics of its own.
-            tracked: how many of the batches, from the first, the running statistics learn from.
-
-        Returns:
-            [N of all, num_classes]; None, and nothing has happened, where this is not supported: with convolutions, without
-            :func:`fastgan.fuse`, where one of its layers cannot be fused, and in other dtypes than float32.
-        """
-        parts = [self._checked(part) for part in parts]
-        return self.body.on_batches(self.head, parts, batches, tracked) if isinstance(self.body, FusedSequential) else None
-
     def _checked(self, images: torch.Tensor) -> torch.Tensor:
         if images.dim() != 4 or images.shape[1:] != self.image_shape:
             raise ValueError(

@@ -19,7 +19,6 @@ ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PERCEPTRON = {nn.Flatten, nn.Linear, nn.BatchNorm1d, GaussianNoise, *ACTIVATIONS}  # children of a run with linear layers
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The autocast dtypes in which a run of layers is one operator.
 _STACK_AUTOCAST = {"cpu": (torch.bfloat16,), "cuda": (torch.bfloat16, torch.float16)}
@@ -137,7 +136,7 @@ def _run_perceptron(children, position, input):
     return None if stack is None else (stack.run(), end)
 
 
-def _match_perceptron(children, position, input, batches=(), tracked=1):
+def _match_perceptron(children, position, input):
     """The run [GaussianNoise] (Linear [BatchNorm1d] [activation] [GaussianNoise])... that starts at children[position] as a
     LinearStackCall, and the position after it; (None, position) where there is none, or it gains nothing."""
     nothing, first = (None, position), children[position]
@@ -153,9 +152,9 @@ def _match_perceptron(children, position, input, batches=(), tracked=1):
     kinds = [type(child) for child in left]
     # With a bias and batch norm's two numbers a feature, what all that is left would have as one run.
     most = sum([(child.in_features + 3) * child.out_features for child, kind in zip(left, kinds) if kind is nn.Linear])
-    if not linear_stack_gains(max(batches) if batches else input.shape[0], most, nn.BatchNorm1d in kinds):
+    if not linear_stack_gains(input.shape[0], most, nn.BatchNorm1d in kinds):
         return nothing
-    stack, calls = LinearStackCall(input, _noise_std(noise), batches, tracked), []
+    stack, calls = LinearStackCall(input, _noise_std(noise)), []
     while position < len(children) and type(linear := children[position]) is nn.Linear and is_plain(linear):
         norm = _Norm(children, position + 1)
         uses_batch, running, counter, momentum = False, (), None, 0.0
@@ -164,8 +163,6 @@ def _match_perceptron(children, position, input, batches=(), tracked=1):
             uses_batch, running, counter, momentum = call.uses_batch, call.running, call.counter, call.momentum
             if any(call.running and other.running and call.running[0] is other.running[0] for other in calls):
                 break  # a shared batch norm: what it is updated to comes first
-            if tracked > 1 and norm.bn.momentum is None:
-                break  # another momentum for each batch
         if not stack.add(
             linear, norm.bn, uses_batch, running, counter, momentum, norm.activation, norm.negative_slope, norm.noise_std
         ):
@@ -174,17 +171,6 @@ def _match_perceptron(children, position, input, batches=(), tracked=1):
             calls.append(call)
         position += 1 + norm.length
     return (stack, position) if stack.gains else nothing
-
-
-def run_on_batches(children, parts, batches, tracked):
-    """FusedSequential.on_batches for a list of modules."""
-    if not all(type(child) in _PERCEPTRON for child in children) or _layer_by_layer():
-        return None
-    input, position = torch.cat(parts), 0
-    if type(children[0]) is nn.Flatten and children[0].start_dim == 1 and is_plain(children[0]):
-        input, position = input.flatten(1, children[0].end_dim), 1
-    stack, end = _match_perceptron(children, position, input, batches, tracked)
-    return stack.run() if stack is not None and end == len(children) else None
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastgan.nn._graph import fuse_graph
 from fastgan.nn._runs import (
-    ACTIVATIONS, BATCH_NORMS, CONVOLUTIONS, HOOKS, Activation, is_plain, match_layer, run_children, run_on_batches,
+    ACTIVATIONS, BATCH_NORMS, CONVOLUTIONS, HOOKS, Activation, is_plain, match_layer, run_children,
 )
 from fastgan.nn._trace import TENSOR, TRACING, Reads, Untraceable, kind, trace
 from fastgan.nn.report import Fusion, FusionReport
@@ -96,12 +96,6 @@ class FusedSequential:
     def followed_by(self, module, input):
         """``module(self(input))``, with `module` as the last layer of this one's."""
         return run_children([*self, module], input) if is_plain(self) else module(self(input))
-
-    def on_batches(self, module, parts, batches, tracked):
-        """``module(self(torch.cat(parts)))`` as if it were called once for each of several batches, whose numbers of rows are `batches`:
-        batch norm takes the statistics of each, and its running ones move by those of the first `tracked`. None, and nothing has
-        happened, where this and `module` are not all one run of a perceptron's layers that gains by being one operator."""
-        return run_on_batches([*self, module], parts, batches, tracked) if is_plain(self) else None
 
     def __reduce__(self):
         return _rebuild, (FusedSequential, _users_class(self)), _state(self)

@@ -26,13 +26,10 @@ class LinearStackCall:
     Args:
         input: ``[N, C]``, float32 on the CPU.
         noise_std: standard deviation of the noise on it.
-        batches: rows of each of several batches in it, one after the other, that batch norm is to take for batches of their own; none
-            for one of all rows.
-        tracked: how many of them, from the first, move the running statistics.
     """
 
-    def __init__(self, input, noise_std, batches=(), tracked=1):
-        self.input, self.features, self.batches, self.tracked = input, input.shape[1], batches, tracked
+    def __init__(self, input, noise_std):
+        self.input, self.features = input, input.shape[1]
         self.parameters, self.running, self.layers, self.numbers = [], [], [], [noise_std]
         self.weights = 0  # numbers in parameters
 
@@ -77,17 +74,14 @@ class LinearStackCall:
     @property
     def gains(self):
         """Whether the call is faster than its layers one by one."""
-        has_norm = any(self.layers[1::_INTEGERS])
-        return all(linear_stack_gains(rows, self.weights, has_norm) for rows in self.batches or self.input.shape[:1])
+        return linear_stack_gains(self.input.shape[0], self.weights, any(self.layers[1::_INTEGERS]))
 
     def run(self):
         """``[N, C]``."""
         noisy = self.numbers[0] or any(self.numbers[_NUMBERS::_NUMBERS])
         count = len(self.layers) // _INTEGERS
         seeds = torch.randint(2**62, (count + 1,)) if noisy else torch.empty(0, dtype=torch.int64)
-        return torch.ops.fastgan.linear_stack(
-            self.input, self.parameters, self.running, seeds, self.layers, self.numbers, self.batches, self.tracked
-        )
+        return torch.ops.fastgan.linear_stack(self.input, self.parameters, self.running, seeds, self.layers, self.numbers)
 
 
 if _extension.has_kernels("cpu"):
@@ -98,24 +92,23 @@ if _extension.has_kernels("cpu"):
         return (lines + 1 - lines % 2) * 16
 
     @torch.library.register_fake("fastgan::linear_stack_forward")
-    def _(input, parameters, running, seeds, layers, numbers, batches, tracked, save):
+    def _(input, parameters, running, seeds, layers, numbers, save):
         rows, features, position, saved = input.shape[0], input.shape[1], 0, 0
         for i in range(len(layers) // _INTEGERS):
-            bias, has_bn, bn_weight, bn_bias, _, by_batch, _, activation = layers[i * _INTEGERS : (i + 1) * _INTEGERS]
+            bias, has_bn, bn_weight, bn_bias, _, _, _, activation = layers[i * _INTEGERS : (i + 1) * _INTEGERS]
             weight = parameters[position]
             position += 1 + bias + bn_weight + bn_bias
             if save > 1:
                 saved += rows * _stride(features)
             features = weight.shape[0]
             if save > 0 and has_bn:
-                count = max(1, len(batches)) if by_batch else 1
-                saved += (2 * count * features + 15) // 16 * 16
+                saved += (2 * features + 15) // 16 * 16
             if save > 0 and (has_bn or activation != 0):
                 saved += features * _stride(rows)
         return input.new_empty([rows, features]), input.new_empty([saved])
 
     @torch.library.register_fake("fastgan::linear_stack_backward")
-    def _(grad_output, input, parameters, saved, layers, numbers, batches, save, output_mask):
+    def _(grad_output, input, parameters, saved, layers, numbers, save, output_mask):
         return [
             torch.empty_like(t, memory_format=torch.contiguous_format) if wanted else t.new_empty([0])
             for t, wanted in zip([input, *parameters], output_mask)

@@ -141,16 +141,12 @@ class CatGANObjective(Objective):
             chosen = torch.randint(len(self.labeled.images), (count,), device=fake.device)
             images.append(self._noisy(normalize(self.labeled.images[chosen])))
             labels = self.labeled.labels[chosen]
-        rows = [sum(map(len, images)), len(fake)]
-        if self.joint:
-            logits = discriminator(torch.cat([*images, fake])).float()
-        else:  # in the same call nevertheless, where there is one for several batches; the running statistics are the real images'
-            logits = discriminator.on_batches([*images, fake], rows, tracked=1)
         fake_logits = None
-        if logits is None:
-            logits = discriminator(torch.cat(images)).float()
+        if self.joint:
+            together = discriminator(torch.cat([*images, fake])).float()
+            logits, fake_logits = together.split([len(together) - len(fake), len(fake)])
         else:
-            logits, fake_logits = logits.split(rows)
+            logits = discriminator(torch.cat(images)).float()
         real = logits[: views * len(batch.images)]
         labeled_logits = None if labels is None else real if self.all_labeled else logits[len(real) :]
         mixed = mix_views(real, views)
@@ -163,7 +159,7 @@ class CatGANObjective(Objective):
         figures["d_real"] = self._certainty(figures["entropy_real"])
         if fake_logits is None:
             yield loss, figures
-            loss, figures = 0.0, {}
+            loss, figures = 0.0, {}  # the running statistics are the real images'
             with _running_statistics_kept(self._norms(discriminator)):
                 fake_logits = discriminator(fake)
         fake_loss = _fake_categories_loss(fake_logits)
