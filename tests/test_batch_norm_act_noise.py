@@ -16,7 +16,7 @@ from torch import nn
 import fastgan
 from fastgan import _extension, ops
 from fastgan.models import catgan
-from fastgan.nn import GaussianNoise
+from fastgan.nn import GaussianNoise, _runs
 from fastgan.ops import batch_norm_act_noise
 from fastgan.ops.batch_norm_act_noise import batch_norm_act_noise_reference
 
@@ -356,9 +356,10 @@ def perceptron(noise=0.0):
     )  # fmt: skip
 
 
-def count_calls(monkeypatch):
+def count_calls(monkeypatch, fewest=0):
     calls = []
     original = ops.batch_norm_act_noise
+    monkeypatch.setattr(_runs, "_FEWEST_NUMBERS", fewest)
     monkeypatch.setattr(ops, "batch_norm_act_noise", lambda *a, **k: (calls.append(k), original(*a, **k))[1])
     return calls
 
@@ -417,3 +418,15 @@ def test_catgans_networks_run_on_it(monkeypatch):
     classifier(generator(torch.randn(6, 20))).sum().backward()
     assert len(calls) == 2 + 5
     assert all(p.grad is not None for p in generator.parameters())
+
+
+def test_of_few_numbers_pytorchs_batch_norm_is_faster(monkeypatch):
+    calls = count_calls(monkeypatch, fewest=_runs._FEWEST_NUMBERS)
+    net = nn.Sequential(nn.BatchNorm1d(64), nn.ReLU())
+    fused = fastgan.fuse(copy.deepcopy(net))
+    for rows, count in ((511, 0), (512, 1)):
+        x = torch.randn(rows, 64)
+        torch.testing.assert_close(fused(x), net(x))
+        assert len(calls) == count
+    fastgan.fuse(nn.Sequential(*net, GaussianNoise(0.5)))(torch.randn(20, 64))
+    assert len(calls) == 2

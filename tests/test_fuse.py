@@ -1,6 +1,7 @@
 """fuse() on networks that nobody here wrote: same numbers, same state_dict, nothing lost."""
 
 import copy
+import functools
 import io
 import itertools
 import pickle
@@ -11,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 import fastgan
-from fastgan.nn import ConvBNAct2d, ConvTransposeBNAct2d
+from fastgan.nn import ConvBNAct2d, ConvTransposeBNAct2d, _runs
 from fastgan.nn.fuse import FusedSequential
 
 
@@ -89,6 +91,42 @@ def assert_same(plain, fused, x, modes=(True, False), rtol=1e-4, atol=1e-5):
                 torch.testing.assert_close(fgp[name], gp[name], rtol=rtol, atol=atol * (1 + scale), msg=name)
     for (name, ours), (_, theirs) in zip(fused.named_buffers(), plain.named_buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize(
+    "layers, converts",
+    [
+        (lambda: (nn.Conv2d(16, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 1), nn.Tanh()), False),
+        (lambda: (nn.Conv2d(16, 16, 4, 2, 1, groups=2), nn.ReLU()), False),
+        (lambda: (nn.ConvTranspose2d(16, 16, 4, 2, 1, output_padding=1), nn.ReLU()), False),
+        (lambda: (nn.Conv2d(16, 12, 4, 2, 1), nn.ReLU()), False),
+        (lambda: (nn.Conv2d(16, 16, 4, 2, 1, groups=2), nn.ReLU(), nn.Conv2d(16, 16, 4, 2, 1), nn.ReLU()), True),
+        (lambda: (nn.Conv2d(16, 1, 8), nn.Sigmoid()), True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_are_in_channels_last_where_a_loop_takes_no_other_format(monkeypatch, layers, converts, dtype):
+    formats = []
+    original = _runs.in_format
+    monkeypatch.setattr(_runs, "in_format", lambda images, to: (formats.append(to), original(images, to))[1])
+    plain = nn.Sequential(*layers()).to(dtype)
+    fused = fastgan.fuse(copy.deepcopy(plain))
+    assert_same(plain, fused, torch.randn(2, 16, 8, 8, dtype=dtype))
+    assert (torch.channels_last in formats) == (converts and dtype == torch.float32)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_behind_one_channel_the_format_is_pytorchs(norm, inplace):
+    norms = lambda channels: [nn.BatchNorm2d(channels)] if norm else []
+    plain = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), *norms(16), nn.ReLU(inplace), nn.Conv2d(16, 1, 1), *norms(1), nn.ReLU(inplace),
+        nn.ConvTranspose2d(1, 16, 4, 2, 1), nn.ReLU(inplace),
+    )  # fmt: skip
+    for end in (3 + norm, 5 + 2 * norm, len(plain)):  # behind the second convolution, its activation, and all
+        part = plain[:end]
+        x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+        assert_same(part, fastgan.fuse(copy.deepcopy(part)), x)
 
 
 def train(generator, discriminator, steps, device="cpu", seed=1):
@@ -409,3 +447,25 @@ def test_modules_equal_the_plain_layers(cls, plain_conv):
 def test_module_refuses_an_unknown_activation():
     with pytest.raises(ValueError, match="ConvBNAct2d: activation must be one of 'relu'.*got 'swish'"):
         ConvBNAct2d(3, 8, 4, activation="swish")
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("network", ["stack", "layers", "perceptron", "norm"])
+def test_checkpointed_batches_are_counted_like_pytorchs(network, momentum):
+    bn, bn1d = functools.partial(nn.BatchNorm2d, momentum=momentum), functools.partial(nn.BatchNorm1d, momentum=momentum)
+    convolutions = (3, 16, 4, 2, 1), (16, 32, 4, 2, 1)
+    if network == "layers":
+        convolutions = (3, 16, 3), (16, 32, 3)
+    if network in ("stack", "layers"):
+        layers = [layer for shape in convolutions for layer in (nn.Conv2d(*shape), bn(shape[1]), nn.ReLU())]
+    else:
+        layers = [nn.Flatten(), *([nn.Linear(192, 192)] * (network == "perceptron")), bn1d(192), nn.ReLU()]
+    plain = nn.Sequential(*layers)
+    fused = fastgan.fuse(copy.deepcopy(plain))
+    for _ in range(3):
+        x = torch.randn(200, 3, 8, 8).requires_grad_()
+        for net in (plain, fused):
+            checkpoint(net, x, use_reentrant=False).square().mean().backward()
+    for (name, ours), theirs in zip(fused.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+    assert plain[-2].num_batches_tracked == 6

@@ -351,6 +351,9 @@ class Asks(nn.Module):
     def uses_metadata(self, x, h):
         return h.to(dtype=x.dtype) * x.to(x.device).mean()
 
+    def counts_images(self, x, h):
+        return h.view(len(x), -1) * len(x[0]) / len(h)
+
     def swallows(self, x, h):
         try:
             return h if isinstance(h, tuple) else h * 2
@@ -364,7 +367,7 @@ class Asks(nn.Module):
 
 
 ANSWERED = (
-    "is_instance", "is_one_of", "is_optional", "is_tensor", "has_method", "is_callable", "others", "uses_metadata",
+    "is_instance", "is_one_of", "is_optional", "is_tensor", "has_method", "is_callable", "others", "uses_metadata", "counts_images",
 )  # fmt: skip
 
 
@@ -375,7 +378,7 @@ def test_what_forward_asks_about_a_tensor_is_answered_as_for_one_or_refused(how)
     names = globals().copy()
     fused, report = fastgan.fuse(plain, report=True)
     assert globals() == names
-    for tensor in (x, nn.Parameter(x)):
+    for tensor in (x, nn.Parameter(x), torch.randn(5, 3, 5, 5)):
         torch.testing.assert_close(fused(tensor), plain(tensor), rtol=1e-4, atol=1e-5)
     assert report.layers[0].fused == (how in ANSWERED)
     if how not in ANSWERED:

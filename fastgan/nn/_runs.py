@@ -9,9 +9,9 @@ from torch._prims_common import suggest_memory_format
 from torch.nn.modules import module as nn_module
 
 from fastgan import _extension, ops
-from fastgan.nn.modules import BatchNormCall, GaussianNoise, conv_arguments, run_batch_norm_layer
+from fastgan.nn.modules import BatchNormCall, GaussianNoise, conv_arguments, counted, run_batch_norm_layer
 from fastgan.nn.sync_batch_norm import SyncBatchNorm
-from fastgan.ops._conv import activate
+from fastgan.ops._conv import activate, pair
 from fastgan.ops.conv_stack import StackCall, in_format
 from fastgan.ops.linear_stack import LinearStackCall, linear_stack_gains
 
@@ -22,6 +22,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The autocast dtypes in which a run of layers is one operator.
 _STACK_AUTOCAST = {"cpu": (torch.bfloat16,), "cuda": (torch.bfloat16, torch.float16)}
+# Numbers from which a BatchNorm1d is faster by its operator; drawn noise pays always.
+_FEWEST_NUMBERS = 2**15
 _leaves_channels_last = False  # see images_in_channels_last()
 
 
@@ -73,6 +75,8 @@ class _Layer:
     def __init__(self, conv, bn, activation):
         self.conv, self.bn = conv, bn
         self.length = 1 + (bn is not None) + (activation is not None)
+        # One channel is in both memory formats; its strides are then those of the default one, but where a convolution has made them.
+        self.resets_format = conv.out_channels == 1 and self.length > 1 and (bn is not None or not getattr(activation, "inplace", False))
         if activation is None:
             self.activation = "identity"
         else:
@@ -92,6 +96,26 @@ class _Layer:
             return operator(input, self.conv.weight, self.conv.bias, **arguments)
         operator = ops.conv_transpose2d_bn_act if transposed else ops.conv2d_bn_act
         return run_batch_norm_layer(operator, input, self.conv, self.bn, arguments)
+
+    def is_filtered(self):
+        """Whether its convolution is one for minimal filtering: the shapes of conv4x4s2_supported() in csrc/cpu/conv4x4s2.cpp."""
+        conv, weight = self.conv, self.conv.weight.shape
+        if weight[2:] != (4, 4) or conv.groups != 1 or any(pair(conv.output_padding)):
+            return False
+        geometry = conv.padding, conv.stride, conv.dilation
+        if geometry != ((1, 1), (2, 2), (1, 1)) and tuple(map(pair, geometry)) != ((1, 1), (2, 2), (1, 1)):
+            return False
+        return weight[0] % 16 == 0 and (weight[1] <= 4 or weight[1] % 16 == 0)
+
+    def has_loop(self, input):
+        """Whether a loop of fastgan's own computes its convolution of `input` on the CPU, if that is in channels_last:
+        conv_stack_single() in csrc/ops/conv_stack.cpp."""
+        conv = self.conv
+        to_pixel = not conv.transposed and conv.weight.shape[2:] == input.shape[2:] and conv.groups == 1 and not any(pair(conv.padding))
+        if not (to_pixel or self.is_filtered()):
+            return False
+        dtype = _autocast_dtype("cpu") or input.dtype
+        return input.dtype != torch.float64 and dtype in (torch.float32, torch.bfloat16)
 
 
 class _Norm:
@@ -116,13 +140,12 @@ class _Norm:
     def run(self, input):
         call = BatchNormCall(self.bn)
         running_mean, running_var = call.running or (None, None)
-        output = ops.batch_norm_act_noise(
-            input, self.bn.weight, self.bn.bias, running_mean, running_var, training=call.uses_batch,
-            momentum=call.momentum, eps=self.bn.eps, activation=self.activation, negative_slope=self.negative_slope,
-            noise_std=self.noise_std,
-        )  # fmt: skip
-        BatchNormCall.done(call)
-        return output
+        with counted(call):
+            return ops.batch_norm_act_noise(
+                input, self.bn.weight, self.bn.bias, running_mean, running_var, training=call.uses_batch,
+                momentum=call.momentum, eps=self.bn.eps, activation=self.activation, negative_slope=self.negative_slope,
+                noise_std=self.noise_std,
+            )  # fmt: skip
 
 
 def _noise_std(noise):
@@ -187,20 +210,20 @@ def images_in_channels_last():
 def _run(layers, input):
     """A run of fused layers. What leaves has the memory format that the plain layers would have given it, and so has the gradient of
     what comes in."""
-    keeps_channels_last = (
-        _leaves_channels_last
-        or _is_channels_last(input)
-        or any(_is_channels_last(layer.conv.weight) for layer in layers)
-    )
+    keeps_channels_last = _is_channels_last(input)
+    for layer in layers:
+        keeps_channels_last = keeps_channels_last or _is_channels_last(layer.conv.weight)
+        keeps_channels_last = keeps_channels_last and not layer.resets_format
     output = _run_stack(layers, input)
     if output is None:
-        # Between themselves the layers work in channels_last on the CPU, where ATen's convolutions are faster.
-        output = in_format(input, torch.channels_last) if input.is_cpu else input
+        # In the format that comes, but where a loop takes one only: ATen's convolutions seldom gain more by channels_last than the way
+        # there and back takes.
+        output = input
         for layer in layers:
-            output = layer.run(output)
+            output = layer.run(in_format(output, torch.channels_last) if input.is_cpu and layer.has_loop(output) else output)
         if not input.is_cpu:
             return output
-    if keeps_channels_last:
+    if keeps_channels_last or _leaves_channels_last:
         return output
     if not output.is_contiguous():
         output = in_format(output, torch.contiguous_format)
@@ -213,13 +236,15 @@ def _run(layers, input):
 def _run_stack(layers, input):
     """The whole run as one operator, or None where it does not take these layers or gains nothing."""
     device, dtype = input.device.type, input.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if (autocast := _autocast_dtype(device)) is not None and dtype != torch.float64:
         # Images in the autocast dtype, parameters as they are: the loops round weights where they read them.
-        dtype = torch.get_autocast_dtype(device)
+        dtype = autocast
         if dtype not in _STACK_AUTOCAST[device]:
             return None
     elif dtype != torch.float32 or device == "cuda":  # there cuDNN's loops are faster in float32
         return None
+    if device == "cpu" and not any([layer.is_filtered() for layer in layers]):
+        return None  # nothing would gain
     stack = StackCall(input, dtype)
     calls = []
     for layer in layers:
@@ -236,9 +261,13 @@ def _run_stack(layers, input):
             return None
     if not stack.gains:
         return None
-    output = stack.run()
-    BatchNormCall.done(*calls)
-    return output
+    with counted(*calls):
+        return stack.run()
+
+
+def _autocast_dtype(device):
+    """None where autocast is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _is_channels_last(tensor):
@@ -289,7 +318,9 @@ def _match_norm(children, position, input):
     """The run of batch norm, activation and noise that starts at children[position], or None."""
     if type(children[position]) is not nn.BatchNorm1d or not is_plain(children[position]) or not _fusable_rows(input):
         return None
-    return _Norm(children, position)
+    norm = _Norm(children, position)
+    small = not isinstance(input.shape[0], torch.SymInt) and input.numel() < _FEWEST_NUMBERS
+    return None if small and not norm.noise_std else norm
 
 
 def _fusable_rows(input):

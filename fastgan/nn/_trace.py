@@ -387,7 +387,7 @@ def _is_users_file(name):
 
 
 def _is_users(frame):
-    if frame.f_code is _hasattr.__code__ or frame.f_code is _getattr.__code__:  # called in place of the builtins
+    if frame.f_code in (_hasattr.__code__, _getattr.__code__, _len.__code__):  # called in place of the builtins
         frame = frame.f_back
     return _is_users_file(frame.f_code.co_filename)
 
@@ -461,6 +461,10 @@ def _is_tensors_attribute(name):
     return any(name in vars(cls) for cls in torch.Tensor.__mro__)
 
 
+def _len(value):
+    return value.tracer.create_proxy("call_function", len, (value,), {}) if _asks(value) else len(value)
+
+
 def _callable(value):
     if not _asks(value):
         return callable(value)
@@ -487,7 +491,7 @@ class _Type(metaclass=_TypeOfType):
 
 
 # Builtins that a stand-in for a tensor would answer differently from a tensor, and what forward calls in their place.
-_ANSWERS = {"isinstance": _isinstance, "hasattr": _hasattr, "getattr": _getattr, "callable": _callable, "type": _Type}
+_ANSWERS = {"len": _len, "isinstance": _isinstance, "hasattr": _hasattr, "getattr": _getattr, "callable": _callable, "type": _Type}
 
 
 def _has_generator(frame):

@@ -2,10 +2,14 @@
 
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
 from fastgan import ops
 from fastgan._arguments import check_not_negative
 from fastgan.nn.sync_batch_norm import synchronizing_group
+
+# Raised by non-reentrant checkpointing where the last tensor has been saved; a private name of PyTorch's.
+_ENOUGH = getattr(checkpoint, "_StopRecomputationError", ())
 
 
 class GaussianNoise(nn.Module):
@@ -55,10 +59,21 @@ class BatchNormCall:
         else:  # cumulative average
             self.momentum = 1.0 / float(self.counter + 1) if self.counter is not None else 0.0
 
-    @staticmethod
-    def done(*calls):
-        """To be called when the operator has run: counts the batch."""
-        counters = [call.counter for call in calls if call.counter is not None]
+
+class counted:
+    """Inside, an operator runs for these calls of batch norms. Then the batch is counted, but not where an error came first: nothing is
+    changed by one. When _ENOUGH is raised the running statistics have moved."""
+
+    def __init__(self, *calls):
+        self.calls = calls
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, traceback):
+        if kind is not None and not issubclass(kind, _ENOUGH):
+            return
+        counters = [call.counter for call in self.calls if call.counter is not None]
         if len(counters) == 1:
             counters[0].add_(1)
         elif counters:  # on CUDA by one kernel
@@ -69,12 +84,11 @@ def run_batch_norm_layer(operator, input, conv, bn, arguments):
     """Calls a *_bn_act operator with the tensors of `conv` and the state of `bn`. Nothing is changed if it raises."""
     call = BatchNormCall(bn)
     running_mean, running_var = call.running or (None, None)
-    output = operator(
-        input, conv.weight, conv.bias, bn.weight, bn.bias, running_mean, running_var,
-        training=call.uses_batch, momentum=call.momentum, eps=bn.eps, process_group=call.process_group, **arguments,
-    )  # fmt: skip
-    BatchNormCall.done(call)
-    return output
+    with counted(call):
+        return operator(
+            input, conv.weight, conv.bias, bn.weight, bn.bias, running_mean, running_var,
+            training=call.uses_batch, momentum=call.momentum, eps=bn.eps, process_group=call.process_group, **arguments,
+        )  # fmt: skip
 
 
 class _ConvBNAct2d(nn.Module):

@@ -69,6 +69,8 @@ def explicit_padding(op, input, weight, stride, padding, dilation):
 
 def pair(value):
     """2 -> (2, 2), as torch.nn.functional reads an int where height and width each take one."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:  # nearly always
+        return value
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     values = tuple(int(v) if isinstance(v, torch.SymInt) else v for v in values)  # torch.compile: specialise
     return values * 2 if len(values) == 1 else values
