@@ -90,6 +90,9 @@ class _Layer:
 
     def run(self, input):
         transposed = isinstance(self.conv, nn.ConvTranspose2d)  # whose class another thread may have changed: see _trace.py
+        if input.is_cpu and self.has_loop(input):
+            # Others stay in the format that comes: ATen's convolutions seldom gain more by channels_last than the way there and back takes.
+            input = in_format(input, torch.channels_last)
         arguments = dict(conv_arguments(self.conv), activation=self.activation, negative_slope=self.negative_slope)
         if self.bn is None:
             operator = ops.conv_transpose2d_act if transposed else ops.conv2d_act
@@ -216,11 +219,9 @@ def _run(layers, input):
         keeps_channels_last = keeps_channels_last and not layer.resets_format
     output = _run_stack(layers, input)
     if output is None:
-        # In the format that comes, but where a loop takes one only: ATen's convolutions seldom gain more by channels_last than the way
-        # there and back takes.
         output = input
         for layer in layers:
-            output = layer.run(in_format(output, torch.channels_last) if input.is_cpu and layer.has_loop(output) else output)
+            output = layer.run(output)
         if not input.is_cpu:
             return output
     if keeps_channels_last or _leaves_channels_last:
