@@ -394,7 +394,7 @@ class _GlobalEntropies(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, process_group: Any) -> tuple[Tensor, Tensor]:
-        log_p = F.log_softmax(logits.to(sums_dtype(logits)), 1).clamp_min(-1e30)
+        log_p = F.log_softmax(logits.to(sums_dtype(logits)), 1).clamp_min(-1000)
         p = log_p.exp()
         sums = torch.cat([p.sum(0), p.new_tensor([len(p)])])
         distributed.all_reduce(sums, group=process_group)
@@ -407,7 +407,7 @@ class _GlobalEntropies(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_conditional: Tensor, grad_marginal: Tensor):
         logits, q, share = ctx.saved_tensors
-        log_p = F.log_softmax(logits.to(q.dtype), 1).clamp_min(-1e30)
+        log_p = F.log_softmax(logits.to(q.dtype), 1).clamp_min(-1000)
         p = log_p.exp()
         terms = grad_conditional * log_p + grad_marginal * torch.where(q == 0, 1, q).log()
         return (share * p * ((p * terms).sum(1, keepdim=True) - terms)).to(logits.dtype), None

@@ -37,6 +37,22 @@ def test_operators_equal_those_on_the_cpu(cuda_host, rows, classes, dtype, label
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("rows, classes", [(100, 10), (37, 129), (5, 1000)])
+def test_nan_and_minus_infinity_go_into_gradients_as_on_the_cpu(cuda_host, rows, classes):
+    logits = some_logits(rows, classes, torch.float32, True).contiguous()
+    logits[1, 2] = -torch.inf
+    for nan in (False, True):
+        if nan:
+            logits[2, 1] = torch.nan
+        saved = torch.ops.fastgan.softmax_entropy_forward(logits, None, -100)[3:]
+        found, wanted = (
+            library.softmax_entropy_backward(torch.tensor(1e30), None, None, logits, None, -100, *saved) / 1e30
+            for library in (cuda_host, torch.ops.fastgan)
+        )
+        assert found.isnan().sum() == nan * classes and found[1, 2] == 0
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
 def test_a_label_out_of_range_makes_the_cross_entropy_nan(cuda_host):
     for dtype in (torch.float32, torch.float64):
         result = cuda_host.softmax_entropy_forward(torch.zeros(3, 4, dtype=dtype), torch.tensor([0, 4, 1]), -100)

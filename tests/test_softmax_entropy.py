@@ -92,6 +92,26 @@ def test_nan_is_not_hidden(device):
     assert all(value.isnan() for value in softmax_entropy(logits))
 
 
+@pytest.mark.parametrize("output", ["conditional entropy", "cross-entropy"])
+def test_a_nan_stays_in_its_row_where_the_marginal_entropy_has_no_gradient(output, device):
+    logits = random_logits(40, 3, torch.float32, device=device)
+    logits[20, 1] = math.nan
+    logits.requires_grad_()
+    conditional, _, cross_entropy = softmax_entropy_cross_entropy(logits, random_labels(40, 3, device=device))
+    rows = torch.autograd.grad(conditional if output == "conditional entropy" else cross_entropy, logits)[0].isnan()
+    assert rows[20].all() and rows.sum() == 3
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_large_gradient_of_a_class_of_probability_zero_is_zero(create_graph, device):
+    logits = torch.tensor([[0.0, -math.inf, 1.0], [0.0, 1.0, 2.0]], device=device, requires_grad=True)
+    conditional = softmax_entropy(logits)[0]
+    one = torch.autograd.grad(conditional, logits, retain_graph=True)[0]
+    large = torch.autograd.grad(1e30 * conditional, logits, create_graph=create_graph)[0]
+    assert large[0, 1] == 0
+    torch.testing.assert_close(large.detach() / 1e30, one)
+
+
 def test_large_offsets_keep_their_digits(device):
     logits = random_logits(50, 10, torch.float32, device=device)
     shifted = logits + 8192.0  # exact in float32 up to its spacing of 2^-10

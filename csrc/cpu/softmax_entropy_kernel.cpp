@@ -73,10 +73,11 @@ inline Lanes<double> log_value(const Lanes<double>& x) {
   return value;
 }
 
-// l - max, at least -1e30: a class of probability 0 then adds 0 * 1e30 = 0 to the entropy, also for a logit of -inf.
+// l - max, at least -1000: a class of probability 0, as that is in float64 too, then adds 0 * 1000 = 0 to the entropy, also for a
+// logit of -inf, and a gradient's factor of it stays finite.
 template <typename L>
 inline L below_max(const L& logit, const L& max) {
-  const L d = logit - max, least = L{} - 1e30f;
+  const L d = logit - max, least = L{} - 1000.0f;
   return d < least ? least : d;
 }
 
@@ -236,9 +237,10 @@ void backward(const SoftmaxEntropyShape& shape, const T* logits, const SoftmaxEn
   parallel_for(blocks.count, [&](int64_t block) {
     Lanes<A>* tile = reinterpret_cast<Lanes<A>*>(workspace + block * scratch);
     Lanes<A>* terms = tile + K;
-    A* log_q = reinterpret_cast<A*>(terms + K);  // gm log q_k; a class without any probability has no gradient
+    // gm log q_k; a class without any probability has no gradient, and a NaN in q no part in that of the conditional entropy alone.
+    A* log_q = reinterpret_cast<A*>(terms + K);
     for (int64_t k = 0; k < K; ++k)
-      log_q[k] = mean_probabilities[k] == A(0)
+      log_q[k] = grad.marginal == A(0) || mean_probabilities[k] == A(0)
                      ? A(0)
                      : grad.marginal * static_cast<A>(__builtin_log(static_cast<double>(mean_probabilities[k])));
     const int64_t begin = block * blocks.size;

@@ -66,8 +66,8 @@ __device__ __forceinline__ float warp_max(float value) {
 // e^d for d <= 0, which is exact enough after the row's maximum is subtracted: where d is large, e^d is small.
 __device__ __forceinline__ float exponential(float d) { return exp2_approximate(d * 1.44269504f); }
 
-// d as a factor of e^d, finite: 0 log 0 = 0, for logits of -infinity.
-__device__ __forceinline__ float finite(float d) { return fmaxf(d, -1e30f); }
+// d as a factor of e^d, finite also times a gradient: 0 log 0 = 0, for logits of -infinity.
+__device__ __forceinline__ float finite(float d) { return fmaxf(d, -1000.0f); }
 
 __device__ __forceinline__ bool carries_label(const SoftmaxEntropyArgs& p, int64_t row, int64_t& label) {
   if (p.labels == nullptr) return false;
@@ -186,7 +186,8 @@ struct Gradients {
         p.grad_cross_entropy != nullptr && count > 0 ? *p.grad_cross_entropy / static_cast<float>(count) : 0.0f;
   }
 
-  __device__ float of_mean(float q) const { return q == 0.0f ? 0.0f : marginal * logf(q); }
+  // A NaN in q has no part in the gradient of the conditional entropy alone.
+  __device__ float of_mean(float q) const { return marginal == 0.0f || q == 0.0f ? 0.0f : marginal * logf(q); }
   __device__ float t(float d, float of_mean_k) const { return conditional * finite(d) + of_mean_k; }
   __device__ float of_label(bool labeled) const { return labeled ? cross_entropy : 0.0f; }
 };

@@ -32,7 +32,7 @@ Tensor composed_softmax_entropy_backward(const Tensor& grad_conditional, const T
                                          const Tensor& grad_cross_entropy, const Tensor& logits, const Tensor& labels,
                                          int64_t ignore_index) {
   const Tensor l = logits.to(accumulate_dtype(logits.scalar_type()));
-  const Tensor log_p = at::log_softmax(l, 1).clamp_min(-1e30), p = log_p.exp();
+  const Tensor log_p = at::log_softmax(l, 1).clamp_min(-1000), p = log_p.exp();
   const double rows = static_cast<double>(l.size(0));
   Tensor t = at::zeros_like(p);
   if (grad_conditional.defined()) t = t + grad_conditional * log_p;
