@@ -149,7 +149,7 @@ inline void with_activation(Activation activation, const F& f) {
 // gradient * activation'(z)
 inline Vec activate_backward(Vec gradient, Vec z, Activation activation, float slope) {
   switch (activation) {
-    case Activation::relu: return z > 0.0f ? gradient : Vec{};
+    case Activation::relu: return z <= 0.0f ? Vec{} : gradient;  // as in PyTorch, also for NaN
     case Activation::leaky_relu: return z > 0.0f ? gradient : gradient * slope;
     case Activation::tanh: {
       const Vec a = vtanh(z);

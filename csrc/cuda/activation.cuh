@@ -32,7 +32,7 @@ __device__ __forceinline__ float activate(Activation kind, float negative_slope,
 
 __device__ __forceinline__ float activation_derivative(Activation kind, float negative_slope, float z) {
   switch (kind) {
-    case Activation::relu: return z > 0.0f ? 1.0f : 0.0f;
+    case Activation::relu: return z <= 0.0f ? 0.0f : 1.0f;  // as in PyTorch, also for NaN
     case Activation::leaky_relu: return z > 0.0f ? 1.0f : negative_slope;
     case Activation::tanh: {
       const float y = tanhf(z);
@@ -49,7 +49,7 @@ __device__ __forceinline__ float activation_derivative(Activation kind, float ne
 // From the output y = act(z); for a leaky ReLU this needs negative_slope >= 0.
 __device__ __forceinline__ float activation_derivative_from_output(Activation kind, float negative_slope, float y) {
   switch (kind) {
-    case Activation::relu: return y > 0.0f ? 1.0f : 0.0f;
+    case Activation::relu: return y <= 0.0f ? 0.0f : 1.0f;
     case Activation::leaky_relu: return y > 0.0f ? 1.0f : negative_slope;
     case Activation::tanh: return 1.0f - y * y;
     case Activation::sigmoid: return y * (1.0f - y);
