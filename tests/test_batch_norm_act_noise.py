@@ -124,6 +124,21 @@ def test_memory_format_is_that_of_the_input():
     assert batch_norm_act_noise(x.contiguous(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 5)], ids=str)
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_gradients_at_nan_and_infinity_are_pytorchs_in_eval_mode(shape, activation):
+    values = torch.tensor([float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 2.0])
+    arguments = {
+        "input": values.reshape(6, *[1] * (len(shape) - 1)).expand(shape).clone(),
+        "running_mean": torch.zeros(3), "running_var": torch.ones(3),
+    }  # fmt: skip
+    ours, theirs = (
+        results(function, arguments, training=False, activation=activation)[1]
+        for function in (batch_norm_act_noise, batch_norm_act_noise_reference)
+    )
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
 def test_an_empty_batch():
     x = torch.randn(0, 5, requires_grad=True)
     output = batch_norm_act_noise(x, noise_std=0.5)

@@ -317,6 +317,23 @@ def test_nan_and_infinity_go_through_as_in_pytorch(activation, device):
     )
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [1, 200])
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_gradients_at_nan_and_infinity_are_pytorchs_in_eval_mode(activation, channels, layout):
+    """The input's gradient does not depend on the values that batch norm normalised, but through the activation."""
+    values = torch.tensor([float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 2.0])
+    x, w = lay_out(values.view(6, 1, 1, 1).repeat(1, channels, 1, 2), layout), torch.ones(channels, 1, 1, 1)
+    gradients = []
+    for function in OPS["conv2d_bn_act"]:
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        function(
+            leaf, w, None, None, None, torch.zeros(channels), torch.ones(channels), groups=channels, training=False, activation=activation
+        ).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, equal_nan=True)
+
+
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "sigmoid", "identity"])
 @pytest.mark.parametrize("op", ["conv2d_act", "conv_transpose2d_act"])
 def test_nan_goes_through_the_filtering_loops(op, activation):

@@ -587,6 +587,37 @@ def test_images_stay_in_channels_last_where_the_trainer_asks_for_it(name, device
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # cuDNN has an algorithm of its own for each format
 
 
+def input_gradients(network, x):
+    """Of the plain layers and of the operator."""
+    gradients = []
+    for f in (network, fastgan.fuse(copy.deepcopy(network))):
+        leaf = x.clone().requires_grad_()
+        f(leaf).sum().backward()
+        gradients.append(leaf.grad)
+    return gradients
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["generator", "discriminator", "one pixel without batch norm before it", "batch norm at the end"])
+def test_gradients_at_infinity_are_pytorchs_in_eval_mode(name, frozen):
+    """The input's gradient does not depend on the values that batch norm normalised, but through the activation."""
+    network, x = build(name)
+    network.eval().requires_grad_(not frozen)
+    x[0, 0, 0, 0] = float("inf")
+    theirs, ours = input_gradients(network, x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs[1:].abs().max().item(), equal_nan=True)
+
+
+def test_the_derivative_of_relu_at_nan_is_pytorchs():
+    torch.manual_seed(0)
+    network = nn.Sequential(down(3, 16), nn.ReLU(), down(16, 32), nn.ReLU(), nn.Conv2d(32, 16, 8), nn.ReLU())
+    x = torch.randn(4, 3, 32, 32)
+    x[1] = float("nan")
+    theirs, ours = input_gradients(network, x)
+    assert (theirs[1] != 0).any()
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "place, tensor, message",
     [

@@ -127,6 +127,30 @@ def test_kinks_of_activations_are_pytorchs():
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.25)], ids=str)
+def test_gradients_at_nan_and_infinity_are_pytorchs_in_eval_mode(activation, value):
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Linear(20, 40), nn.BatchNorm1d(40), activation, nn.Linear(40, 30), activation, nn.Linear(30, 25), nn.BatchNorm1d(25)
+    ).eval()
+    x = torch.randn(50, 20)
+    x[3, 0] = float(value)
+    ours, theirs = (results(net, x)[1] for net in (fastgan.fuse(copy.deepcopy(plain)), plain))
+    assert theirs[3].isfinite().all()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_without_rows_gradients_are_zero_and_statistics_stay():
+    x, seeds, tensors = noise_case()
+    leaves = [t.requires_grad_() for t in (x[:0].clone(), *tensors[:4])]
+    before = [t.clone() for t in tensors[4:]]
+    output = stack_with_noise(leaves[0], seeds, tensors)
+    assert output.shape == (0, 9) and all(map(torch.equal, tensors[4:], before))
+    for leaf, gradient in zip(leaves, torch.autograd.grad(output.sum(), leaves)):
+        assert gradient.shape == leaf.shape and not gradient.any()
+
+
 def test_training_moves_running_statistics_and_counters_like_pytorch(calls):
     plain = perceptron()
     fused = fastgan.fuse(copy.deepcopy(plain))

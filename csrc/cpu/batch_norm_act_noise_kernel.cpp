@@ -236,21 +236,23 @@ void backward(const BnActShape& shape, const T* grad_output, const T* input, con
         sum_dz_xhat[first + i] = static_cast<A>(total1[i]);
       }
       if (grad_input == nullptr) return;
-      // dx = scale * dz + b * x + c0: batch norm's backward (Ioffe and Szegedy 2015, section 3).
+      // dx = scale * dz + b * x + c0: batch norm's backward (Ioffe and Szegedy 2015, section 3); outside training the first term alone,
+      // as b = 0 would make NaN of an infinite x.
       A b[kWidth], c0[kWidth];
       for (int i = 0; i < kWidth; ++i) {
         const int j = i < channels ? i : channels - 1;
-        b[i] = training ? static_cast<A>(-scale[i] * inverse[i] * (total1[j] / count)) : A(0);
-        c0[i] = training ? static_cast<A>(-scale[i] * (total0[j] / count)) - b[i] * m[i] : A(0);
+        b[i] = static_cast<A>(-scale[i] * inverse[i] * (total1[j] / count));
+        c0[i] = static_cast<A>(-scale[i] * (total0[j] / count)) - b[i] * m[i];
       }
       for_rows(task, 0, rows, [&](int64_t offset, int columns, uint64_t) {
         const A* x = read_row(input + offset, columns, A(0), x_buffer);
         const A* g = read_row(grad_output + offset, columns, A(0), g_buffer);
         A* d = row_target(grad_input + offset, d_buffer);
-        for_columns<T>(columns, [&](int i) {
-          const A dz = act.derivative(g[i], scale[i] * x[i] + shift[i]);
-          d[i] = scale[i] * dz + (b[i] * x[i] + c0[i]);
-        });
+        const auto dz = [&](int i) { return act.derivative(g[i], scale[i] * x[i] + shift[i]); };
+        if (training)
+          for_columns<T>(columns, [&](int i) { d[i] = scale[i] * dz(i) + (b[i] * x[i] + c0[i]); });
+        else
+          for_columns<T>(columns, [&](int i) { d[i] = scale[i] * dz(i); });
         write_row(d, grad_input + offset, columns);
       });
     });

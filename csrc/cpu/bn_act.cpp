@@ -42,12 +42,11 @@ void update_running_statistics(int64_t channels, int64_t count, double momentum,
 }
 
 template <typename A>
-void backward_coefficients(int64_t channels, int64_t count, bool training, const A* scale, const A* mean,
-                           const A* invstd, const A* sum_dz, const A* sum_dz_xhat, A* a, A* b, A* c0) {
+void backward_coefficients(int64_t channels, int64_t count, const A* scale, const A* mean, const A* invstd,
+                           const A* sum_dz, const A* sum_dz_xhat, A* b, A* c0) {
   for (int64_t c = 0; c < channels; ++c) {
-    a[c] = scale[c];
-    b[c] = training ? -scale[c] * invstd[c] * (sum_dz_xhat[c] / static_cast<A>(count)) : A(0);
-    c0[c] = training ? -scale[c] * (sum_dz[c] / static_cast<A>(count)) - b[c] * mean[c] : A(0);
+    b[c] = -scale[c] * invstd[c] * (sum_dz_xhat[c] / static_cast<A>(count));
+    c0[c] = -scale[c] * (sum_dz[c] / static_cast<A>(count)) - b[c] * mean[c];
   }
 }
 
@@ -56,7 +55,7 @@ void backward_coefficients(int64_t channels, int64_t count, bool training, const
   template void fold_statistics<A>(int64_t, const A*, const A*, const A*, const A*, double, A*, A*, A*);              \
   template void divide_by_count<A>(int64_t, int64_t, A*);                                                             \
   template void update_running_statistics<A>(int64_t, int64_t, double, const A*, const A*, A*, A*);                   \
-  template void backward_coefficients<A>(int64_t, int64_t, bool, const A*, const A*, const A*, const A*, const A*, A*, A*, A*);
+  template void backward_coefficients<A>(int64_t, int64_t, const A*, const A*, const A*, const A*, const A*, A*, A*);
 FASTGAN_INSTANTIATE(float)
 FASTGAN_INSTANTIATE(double)
 #undef FASTGAN_INSTANTIATE

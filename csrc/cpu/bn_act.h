@@ -60,7 +60,8 @@ struct BnActKernels {
                                  const A* shift, const A* mean, const A* invstd, ActivationSpec activation, A* sum_dz,
                                  A* sum_dz_xhat, A* workspace);
 
-  // grad_input = a[c] * dz + b[c] * input + c0[c], with dz as above (cheaper recomputed than stored).
+  // grad_input = a[c] * dz + b[c] * input + c0[c], with dz as above (cheaper recomputed than stored). Where b is null, a[c] * dz: b = 0
+  // would make NaN of an infinite input.
   void (*bn_act_backward_apply)(const BnActShape& shape, const T* grad_output, const T* input, const A* scale,
                                 const A* shift, const A* a, const A* b, const A* c0, ActivationSpec activation,
                                 T* grad_input);
@@ -101,10 +102,10 @@ template <typename A>
 void update_running_statistics(int64_t channels, int64_t count, double momentum, const A* mean, const A* var,
                                A* running_mean, A* running_var);
 
-// dy = a * dz + b * y + c0: batch norm's backward (Ioffe and Szegedy 2015, section 3) with y in place of xhat.
-// Evaluation mode: the statistics are constants, so b = c0 = 0.
+// dy = scale * dz + b * y + c0: the backward of a batch norm that trains (Ioffe and Szegedy 2015, section 3) with y in place of xhat.
+// In evaluation mode the statistics are constants, and dy = scale * dz.
 template <typename A>
-void backward_coefficients(int64_t channels, int64_t count, bool training, const A* scale, const A* mean,
-                           const A* invstd, const A* sum_dz, const A* sum_dz_xhat, A* a, A* b, A* c0);
+void backward_coefficients(int64_t channels, int64_t count, const A* scale, const A* mean, const A* invstd,
+                           const A* sum_dz, const A* sum_dz_xhat, A* b, A* c0);
 
 }  // namespace fastgan::cpu

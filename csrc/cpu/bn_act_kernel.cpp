@@ -35,7 +35,7 @@ void for_each_stretch(const BnActShape& shape, const Rows& rows, const Planes& p
 constexpr int64_t kRow = 128;  // channels from which on a row of them is long enough for itself
 
 // Calls f(shape, arrays, first element): in channels_last several pixels of few channels count as one of many, and the arrays of
-// parameters are repeated; what is left over comes in a second call.
+// parameters, unless null, are repeated; what is left over comes in a second call.
 template <typename A, int kArrays, typename F>
 void on_long_rows(const BnActShape& shape, const A* const (&arrays)[kArrays], const F& f) {
   const int64_t pixels = shape.inner == 1 && shape.channels > 0 ? kRow / shape.channels : 0;
@@ -44,8 +44,9 @@ void on_long_rows(const BnActShape& shape, const A* const (&arrays)[kArrays], co
   const A* of_row[kArrays];
   const int64_t length = pixels * shape.channels, rows = shape.outer / pixels, left = shape.outer % pixels;
   for (int i = 0; i < kArrays; ++i) {
+    of_row[i] = arrays[i] != nullptr ? repeated[i] : nullptr;
+    if (arrays[i] == nullptr) continue;
     for (int64_t c = 0; c < length; ++c) repeated[i][c] = arrays[i][c % shape.channels];
-    of_row[i] = repeated[i];
   }
   if (rows > 0) f(BnActShape{rows, length, 1}, of_row, 0);
   if (left > 0) f(BnActShape{left, shape.channels, 1}, arrays, rows * length);
@@ -84,7 +85,8 @@ void scale_shift_act(const BnActShape& shape, const T* input, const Accumulate<T
   });
 }
 
-template <typename T>
+// kByBatch: whether there are b and c0.
+template <typename T, bool kByBatch>
 void backward_apply_rows(const BnActShape& shape, const T* grad_output, const T* input, const Accumulate<T>* scale,
                          const Accumulate<T>* shift, const Accumulate<T>* a, const Accumulate<T>* b,
                          const Accumulate<T>* c0, ActivationSpec activation, T* grad_input) {
@@ -99,18 +101,18 @@ void backward_apply_rows(const BnActShape& shape, const T* grad_output, const T*
           for (int64_t c = 0; c < channels; ++c) {
             const A v = Load<T>::from(x[c]);
             const A dz = act.derivative(Load<T>::from(g[c]), scale[c] * v + shift[c]);
-            d[c] = Load<T>::to(a[c] * dz + (b[c] * v + c0[c]));
+            d[c] = Load<T>::to(kByBatch ? a[c] * dz + (b[c] * v + c0[c]) : a[c] * dz);
           }
         },
         [=](int64_t offset, int64_t c, int64_t elements) {
           const T *g = grad_output + offset, *x = input + offset;
           T* d = grad_input + offset;
-          const A s = scale[c], t = shift[c], ac = a[c], bc = b[c], cc = c0[c];
+          const A s = scale[c], t = shift[c], ac = a[c], bc = kByBatch ? b[c] : A(0), cc = kByBatch ? c0[c] : A(0);
 #pragma GCC ivdep
           for (int64_t i = 0; i < elements; ++i) {
             const A v = Load<T>::from(x[i]);
             const A dz = act.derivative(Load<T>::from(g[i]), s * v + t);
-            d[i] = Load<T>::to(ac * dz + (bc * v + cc));
+            d[i] = Load<T>::to(kByBatch ? ac * dz + (bc * v + cc) : ac * dz);
           }
         });
   });
@@ -121,9 +123,10 @@ void bn_act_backward_apply(const BnActShape& shape, const T* grad_output, const 
                            const Accumulate<T>* shift, const Accumulate<T>* a, const Accumulate<T>* b,
                            const Accumulate<T>* c0, ActivationSpec activation, T* grad_input) {
   const Accumulate<T>* const arrays[] = {scale, shift, a, b, c0};
+  const auto apply_rows = b != nullptr ? backward_apply_rows<T, true> : backward_apply_rows<T, false>;
   on_long_rows(shape, arrays, [&](const BnActShape& part, const auto& of_part, int64_t first) {
-    backward_apply_rows(part, grad_output + first, input + first, of_part[0], of_part[1], of_part[2], of_part[3], of_part[4],
-                        activation, grad_input + first);
+    apply_rows(part, grad_output + first, input + first, of_part[0], of_part[1], of_part[2], of_part[3], of_part[4], activation,
+               grad_input + first);
   });
 }
 

@@ -340,13 +340,16 @@ void finish_gradient(const LinearBackward& to, int64_t rows, int64_t f) {
   if (norm.present) {
     const double invstd = static_cast<double>(norm.invstd[f]), sum_xhat = invstd * centred.total;
     to.sum_dz_xhat[f] = static_cast<float>(sum_xhat);
-    // Batch norm's backward (Ioffe and Szegedy 2015, section 3) with y - mean in place of xhat
-    const double count = static_cast<double>(rows), scale = static_cast<double>(affine.scale);
-    const float b = norm.by_batch ? static_cast<float>(-scale * invstd * (sum_xhat / count)) : 0.0f;
-    const float c = norm.by_batch ? static_cast<float>(-scale * (sum.total / count)) : 0.0f;
-    for_rows(rows, [&](int64_t i, const auto& vector) {
-      store(gradient + i, vector.lanes(load(gradient + i) * affine.scale + ((load(raw + i) - mean) * b + c)));
-    });
+    if (norm.by_batch) {
+      // Batch norm's backward (Ioffe and Szegedy 2015, section 3) with y - mean in place of xhat
+      const double count = static_cast<double>(rows), scale = static_cast<double>(affine.scale);
+      const float b = static_cast<float>(-scale * invstd * (sum_xhat / count)), c = static_cast<float>(-scale * (sum.total / count));
+      for_rows(rows, [&](int64_t i, const auto& vector) {
+        store(gradient + i, vector.lanes(load(gradient + i) * affine.scale + ((load(raw + i) - mean) * b + c)));
+      });
+    } else {
+      for_rows(rows, [&](int64_t i, const auto& vector) { store(gradient + i, vector.lanes(load(gradient + i) * affine.scale)); });
+    }
   }
   clear_rest(rows, gradient);
 }

@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cpu(
   const Tensor dy = at::empty_like(y);
   const int64_t C = y.size(1);
   const Tensor sums = at::zeros({2, C}, mean.options());  // sum of dz, sum of dz * xhat
-  const Tensor rows = at::zeros({5, C}, mean.options());  // scale, shift, and the coefficients of dy
+  const Tensor rows = at::zeros({4, C}, mean.options());  // scale, shift, and the coefficients of dy
   const ProcessGroup group{std::string(process_group), processes};
   const bool together = training && !group.alone();
   if (y.numel() > 0 || together) {
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cpu(
       const auto& kernels = cpu::bn_act_kernels<T>();
       const cpu::BnActShape shape = kernel_shape(y);
       A* r = mutable_data<A>(rows);
-      A *scale = r, *shift = r + C, *a = r + 2 * C, *b = r + 3 * C, *c0 = r + 4 * C;
+      A *scale = r, *shift = r + C, *b = r + 2 * C, *c0 = r + 3 * C;
       A *sum_dz = mutable_data<A>(sums), *sum_dz_xhat = sum_dz + C;
       cpu::fold_scale_shift<A>(C, data<A>(mean), data<A>(invstd), data_or_null<A>(gamma), data_or_null<A>(beta), scale,
                                shift);
@@ -126,11 +126,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_backward_cpu(
       // The batch norm's own gradients stay this process's, like those of every other parameter.
       const Tensor all = together ? sums.clone() : sums;
       if (together) count = add_over_processes(group, all, count);
-      cpu::backward_coefficients<A>(C, count, training, scale, data<A>(mean), data<A>(invstd), data<A>(all),
-                                    data<A>(all) + C, a, b, c0);
+      if (training)
+        cpu::backward_coefficients<A>(C, count, scale, data<A>(mean), data<A>(invstd), data<A>(all), data<A>(all) + C, b, c0);
       if ((output_mask[0] || output_mask[1]) && y.numel() > 0)
-        kernels.bn_act_backward_apply(shape, data<T>(grad), data<T>(y), scale, shift, a, b, c0, act,
-                                      mutable_data<T>(dy));
+        kernels.bn_act_backward_apply(shape, data<T>(grad), data<T>(y), scale, shift, scale, training ? b : nullptr,
+                                      training ? c0 : nullptr, act, mutable_data<T>(dy));
     });
   }
   const Tensor none = at::empty({0}, y.options());

@@ -151,7 +151,7 @@ class LazyCopy {
 };
 
 // The gradient of a convolution's raw output: grad, or a * grad + b * y + c where batch norm's backward is still to
-// be applied.
+// be applied; of one that does not train b is null and c zero.
 struct LazyGrad {
   Tensor grad;                                     // [N, C, H, W], channels_last
   float *a = nullptr, *b = nullptr, *c = nullptr;  // [C], or null
@@ -161,9 +161,10 @@ struct LazyGrad {
     cpu::ConvOperand o;
     o.data = image_data(grad);
     if (a == nullptr) return o;
-    o.mode = cpu::ConvOperand::Mode::batch_norm_backward;
+    o.mode = b != nullptr ? cpu::ConvOperand::Mode::batch_norm_backward : cpu::ConvOperand::Mode::activated;  // by the identity
     o.scale = a;
     o.shift = c;
+    if (b == nullptr) return o;
     o.other = image_data(y);
     o.other_scale = b;
     return o;
@@ -620,8 +621,8 @@ class StackBackward {
   }
 
  private:
-  // Of a layer in rows_: scale and shift, two sums, and the coefficients of batch norm's backward.
-  static constexpr int64_t kRows = 7;
+  // Of a layer in rows_: scale and shift, two sums, and two coefficients of batch norm's backward.
+  static constexpr int64_t kRows = 6;
   // The sums that finish_layer takes: of dz, and of dz * xhat; one after the other.
   struct Sums {
     float *dz, *dz_xhat;
@@ -669,10 +670,11 @@ class StackBackward {
     // The results above stay this process's, like the gradients of all parameters.
     int64_t values = rows_of(above.raw).outer;
     if (layer.training && layer.together) values = add_over_processes(group_, at::from_blob(sums.dz, {2, C}, float_options()), values);
-    grad.a = rows_.take(C), grad.b = rows_.take(C), grad.c = rows_.take(C);
+    grad.a = above.scale, grad.c = rows_.take(C);
     grad.y = above.raw;
-    cpu::backward_coefficients<float>(C, values, layer.training, above.scale, above.mean, above.invstd, sums.dz, sums.dz_xhat,
-                                      grad.a, grad.b, grad.c);
+    if (!layer.training) return grad;
+    grad.b = rows_.take(C);
+    cpu::backward_coefficients<float>(C, values, above.scale, above.mean, above.invstd, sums.dz, sums.dz_xhat, grad.b, grad.c);
     return grad;
   }
 
@@ -702,8 +704,8 @@ class StackBackward {
                                      bn ? above.invstd : ones.data(), above.activation, sums.dz, sums.dz_xhat,
                                      floats(workspace));
       const LazyGrad lazy = finish_layer(i, dz, sums);
-      kernels.bn_act_backward_apply(shape, data(grad), data(above.raw), scale, shift, bn ? lazy.a : ones.data(),
-                                    bn ? lazy.b : zeros.data(), bn ? lazy.c : zeros.data(), above.activation, data(dz));
+      kernels.bn_act_backward_apply(shape, data(grad), data(above.raw), scale, shift, bn ? lazy.a : ones.data(), lazy.b, lazy.c,
+                                    above.activation, data(dz));
     });
     return LazyGrad{dz};
   }
