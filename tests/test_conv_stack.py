@@ -619,22 +619,37 @@ def test_the_derivative_of_relu_at_nan_is_pytorchs():
 
 
 @pytest.mark.parametrize(
-    "place, tensor, message",
+    "place, value, message",
     [
         (("parameters", 0), torch.ones(48, 64, 4, 4), "weight of layer 0 must be for 32 input channels"),
         (("parameters", 1), torch.ones(16), r"bias of layer 0 must have shape \[48\], got shape \[16\]"),
         (("parameters", 2), torch.ones(3), r"bn_weight of layer 0 must have shape \[48\]"),
         (("running", 0), torch.ones(47), r"running_mean of layer 0 must have shape \[48\] and be contiguous"),
         (("running", 1), torch.ones(96)[::2], r"running_var of layer 0 must have shape \[48\] and be contiguous"),
+        (("running", 3), torch.ones(32).double(), "running_var of layer 1 must be float32, got Double"),
+        (("layers", 21), 0, "batch norm of layer 1 must have running statistics, as it does not train"),
+        (("layers", 14), 0, r"stride of layer 1 must be at least 1, got \[2, 0\]"),
+        (("layers", 3), -1, r"padding of layer 0 must be at least 0, got \[-1, 1\]"),
+        (("layers", 23), 5, "the activation in layers must be a number from 0 to 4, got 5"),
+        (("layers", slice(24)), [], "layers must have 12 integers and numbers 3 values a layer, got 0 and 6"),
+        (("numbers", slice(5, 6)), [0.0, 0.0], "layers must have 12 integers and numbers 3 values a layer, got 24 and 7"),
     ],
 )
 @pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="needs the compiled kernels")
-def test_the_operator_refuses_what_it_would_read_beyond_the_end_of(place, tensor, message):
+def test_the_operator_refuses_wrong_arguments_before_it_changes_statistics(place, value, message):
     x = torch.randn(3, 32, 8, 8).contiguous(memory_format=torch.channels_last)
-    stack = stack_call(nn.Sequential(down(32, 48, True), nn.BatchNorm2d(48)), x)
-    tensors = {name: list(getattr(stack, name)) for name in ("parameters", "running")}
-    tensors[place[0]][place[1]] = tensor
+    network = nn.Sequential(down(32, 48, True), nn.BatchNorm2d(48), down(48, 32), nn.BatchNorm2d(32))
+    network[3].eval()
+    stack = stack_call(network, x)
+    given = {name: list(getattr(stack, name)) for name in ("parameters", "running", "layers", "numbers")}
+    given[place[0]][place[1]] = value
     before = [t.clone() for t in stack.running]
     with pytest.raises(ValueError, match="conv_stack: " + message):
-        torch.ops.fastgan.conv_stack(x, tensors["parameters"], tensors["running"], stack.layers, stack.numbers)
+        torch.ops.fastgan.conv_stack(x, *given.values())
     assert all(map(torch.equal, stack.running, before))
+
+
+@pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="needs the compiled kernels")
+def test_the_operator_refuses_no_layers():
+    with pytest.raises(ValueError, match="conv_stack: layers must have 12 integers and numbers 3 values a layer, got 0 and 0"):
+        torch.ops.fastgan.conv_stack(torch.ones(1, 2, 8, 8), [], [], [], [])

@@ -441,8 +441,15 @@ def test_errors_of_the_operator_change_nothing():
         run(x, [w1, gamma[:9], beta], [mean, var], seeds, flags, [0.0] * 5)
     with pytest.raises(ValueError, match="batch norm of layer 0 must have running statistics"):
         run(x, [w1, gamma, beta], [], seeds, [0, 1, 1, 1, 0, 0, 0, 2], [0.0] * 5)
-    with pytest.raises(ValueError, match="running must have at 1 a contiguous tensor of 70 values"):
-        run(x, [w1, gamma, beta], [mean], seeds, flags, [0.0] * 5)
+    for running in ([mean], [mean, var.double()]):
+        with pytest.raises(ValueError, match="running must have at 1 a contiguous tensor of 70 values of Float"):
+            run(x, [w1, gamma, beta], running, seeds, flags, [0.0] * 5)
+    with pytest.raises(ValueError, match="running must have at 2 a contiguous tensor of 1 values of Long"):
+        run(x, [w1, gamma, beta], [mean, var, torch.zeros(1)], seeds, [0, 1, 1, 1, 1, 1, 1, 2], [0.0] * 5)
+    with pytest.raises(ValueError, match=r"input must have more than one row, as batch norm of layer 0 trains, got shape \[1, 20\]"):
+        run(x[:1], [w1, gamma, beta], [mean, var], seeds, flags, [0.0] * 5)
+    with pytest.raises(ValueError, match="linear_stack: the activation in layers must be a number from 0 to 4, got -1"):
+        run(x, [w1, gamma, beta], [mean, var], seeds, [*flags[:7], -1], [0.0] * 5)
     with pytest.raises(ValueError, match=r"seeds must have shape \[2\], got \[3\]"):
         run(x, [w1, gamma, beta], [mean, var], seeds, flags, [0.1] * 5)
     with pytest.raises(ValueError, match=r"input must have shape \[N, C\], got \[33, 20, 1\]"):

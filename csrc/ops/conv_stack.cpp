@@ -492,7 +492,6 @@ std::tuple<Tensor, Tensor, Tensor> conv_stack_forward_cpu(const Tensor& input, a
                                   next.shift);
     };
     if (layer.has_batch_norm && !from_batch) {
-      TORCH_CHECK(layer.has_running, "conv_stack: the batch norm of layer ", i, " is in eval mode and has no running statistics");
       std::copy_n(floats(running[next_running++]), C, next.mean);
       std::copy_n(floats(running[next_running++]), C, var);
       fold();

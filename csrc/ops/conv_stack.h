@@ -24,6 +24,9 @@ struct StackLayer {
   size_t parameter_count() const { return 1 + has_bias + has_bn_weight + has_bn_bias; }
 };
 
+// Of an activation's number in `layers`.
+Activation activation_of(const char* op, int64_t number);
+
 std::vector<StackLayer> parse_stack(at::IntArrayRef layers, at::ArrayRef<double> numbers);
 
 // The parameters of one layer, in the order of StackLayer::parameter_count; undefined where the layer has none.
@@ -32,7 +35,7 @@ struct LayerParameters {
 };
 std::vector<LayerParameters> split_parameters(const std::vector<StackLayer>& stack, at::TensorList parameters);
 
-// Throws where a kernel would read beyond the end of one of them.
+// Throws where a kernel would read beyond the end of one of them, or take it for something else: before any of them has changed.
 void check_parameters(const std::vector<StackLayer>& stack, const std::vector<LayerParameters>& split,
                       at::TensorList running, const Tensor& input);
 

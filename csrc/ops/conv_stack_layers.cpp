@@ -3,17 +3,26 @@
 
 namespace fastgan {
 
+Activation activation_of(const char* op, int64_t number) {
+  constexpr auto last = Activation::sigmoid;
+  TORCH_CHECK_VALUE(0 <= number && number <= static_cast<int64_t>(last), op, ": the activation in layers must be a number from 0 to ",
+                    static_cast<int64_t>(last), ", got ", number);
+  return static_cast<Activation>(number);
+}
+
 std::vector<StackLayer> parse_stack(at::IntArrayRef layers, at::ArrayRef<double> numbers) {
-  TORCH_CHECK_VALUE(layers.size() % StackLayer::kIntegers == 0 &&
-                        numbers.size() / StackLayer::kNumbers == layers.size() / StackLayer::kIntegers,
+  const size_t count = layers.size() / StackLayer::kIntegers;
+  TORCH_CHECK_VALUE(count > 0 && layers.size() == count * StackLayer::kIntegers && numbers.size() == count * StackLayer::kNumbers,
                     "conv_stack: layers must have ", StackLayer::kIntegers, " integers and numbers ",
                     StackLayer::kNumbers, " values a layer, got ", layers.size(), " and ", numbers.size());
   std::vector<StackLayer> stack;
-  for (size_t i = 0; i < layers.size() / StackLayer::kIntegers; ++i) {
+  for (size_t i = 0; i < count; ++i) {
     const int64_t* n = layers.data() + i * StackLayer::kIntegers;
     const double* f = numbers.data() + i * StackLayer::kNumbers;
+    TORCH_CHECK_VALUE(n[1] >= 1 && n[2] >= 1, "conv_stack: stride of layer ", i, " must be at least 1, got [", n[1], ", ", n[2], "]");
+    TORCH_CHECK_VALUE(n[3] >= 0 && n[4] >= 0, "conv_stack: padding of layer ", i, " must be at least 0, got [", n[3], ", ", n[4], "]");
     stack.push_back({n[0] != 0, {n[1], n[2]}, {n[3], n[4]}, n[5] != 0, n[6] != 0, n[7] != 0, n[8] != 0, n[9] != 0,
-                     n[10] != 0, n[10] == 2, static_cast<Activation>(n[11]), f[0], f[1], f[2]});
+                     n[10] != 0, n[10] == 2, activation_of("conv_stack", n[11]), f[0], f[1], f[2]});
   }
   return stack;
 }
@@ -59,9 +68,16 @@ void check_parameters(const std::vector<StackLayer>& stack, const std::vector<La
                         array.sizes());
     };
     check("bias", p.bias, false), check("bn_weight", p.bn_weight, false), check("bn_bias", p.bn_bias, false);
+    TORCH_CHECK_VALUE(!layer.has_batch_norm || layer.training || layer.has_running, "conv_stack: batch norm of layer ", i,
+                      " must have running statistics, as it does not train");
     if (!layer.has_running) continue;
     TORCH_CHECK_VALUE(next_running + 2 <= running.size(), "conv_stack: running has ", running.size(), " tensors, too few");
-    check("running_mean", running[next_running++], true), check("running_var", running[next_running++], true);
+    for (const char* name : {"running_mean", "running_var"}) {
+      const Tensor& array = running[next_running++];
+      check(name, array, true);
+      TORCH_CHECK_VALUE(array.scalar_type() == at::kFloat, "conv_stack: ", name, " of layer ", i, " must be float32, got ",
+                        array.scalar_type());
+    }
   }
 }
 

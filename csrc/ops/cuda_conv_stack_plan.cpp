@@ -42,8 +42,6 @@ Plan make_plan(const std::vector<StackLayer>& stack, const std::vector<LayerPara
         layer.has_batch_norm || ((last || by_sign) && invertible(layer)),
         "conv_stack: the activation of layer ", i, " needs batch norm before it on CUDA");
     TORCH_CHECK_NOT_IMPLEMENTED(!layer.together, "conv_stack: the CUDA kernels take no process_group");
-    TORCH_CHECK_VALUE(!layer.has_batch_norm || layer.training || layer.has_running, "conv_stack: layer ", i,
-                      " has no running statistics to normalise by");
     C = out.channels, H = out.height, W = out.width;
     p.sizes = {N, C, H, W};
     p.activation = {layer.activation, static_cast<float>(layer.negative_slope)};

@@ -79,11 +79,11 @@ Perceptron parse(const Tensor& input, at::TensorList parameters, const at::Tenso
                       "], got ", array.sizes());
     return array;
   };
-  const auto take_running = [&](bool present, int64_t values) {
+  const auto take_running = [&](bool present, int64_t values, at::ScalarType dtype) {
     if (!present || running == nullptr) return Tensor();
     TORCH_CHECK_VALUE(next_running < running->size() && (*running)[next_running].numel() == values &&
-                          (*running)[next_running].is_contiguous(),
-                      "linear_stack: running must have at ", next_running, " a contiguous tensor of ", values, " values");
+                          (*running)[next_running].is_contiguous() && (*running)[next_running].scalar_type() == dtype,
+                      "linear_stack: running must have at ", next_running, " a contiguous tensor of ", values, " values of ", dtype);
     return (*running)[next_running++];
   };
   // In whole cache lines: a vector that crosses two takes two turns.
@@ -92,7 +92,7 @@ Perceptron parse(const Tensor& input, at::TensorList parameters, const at::Tenso
     const int64_t* n = integers.data() + i * LinearLayer::kIntegers;
     const double* f = numbers.data() + 1 + i * LinearLayer::kNumbers;
     LinearLayer layer{n[0] != 0, n[1] != 0, n[2] != 0, n[3] != 0, n[4] != 0, n[5] != 0, n[6] != 0,
-                      {static_cast<Activation>(n[7]), f[2]},
+                      {activation_of("linear_stack", n[7]), f[2]},
                       f[0], f[1], f[3], {}, {}, {}, {}, {}, {}, {}, -1, -1, -1};
     layer.weight = take(true);
     TORCH_CHECK_VALUE(layer.weight.dim() == 2 && layer.inputs() == features, "linear_stack: weight of layer ", i,
@@ -100,10 +100,13 @@ Perceptron parse(const Tensor& input, at::TensorList parameters, const at::Tenso
     features = layer.outputs();
     layer.bias = take_array(layer.has_bias);
     layer.bn_weight = take_array(layer.has_bn_weight), layer.bn_bias = take_array(layer.has_bn_bias);
-    layer.running_mean = take_running(layer.has_running, features), layer.running_var = take_running(layer.has_running, features);
-    layer.counter = take_running(layer.has_counter, 1);
+    layer.running_mean = take_running(layer.has_running, features, at::kFloat);
+    layer.running_var = take_running(layer.has_running, features, at::kFloat);
+    layer.counter = take_running(layer.has_counter, 1, at::kLong);
     TORCH_CHECK_VALUE(!layer.has_batch_norm || layer.training || layer.has_running, "linear_stack: batch norm of layer ", i,
                       " must have running statistics, as it does not train");
+    TORCH_CHECK_VALUE(!layer.has_batch_norm || !layer.training || input.size(0) != 1, "linear_stack: input must have more than one row, "
+                      "as batch norm of layer ", i, " trains, got shape ", input.sizes());
     if (save > 0 && layer.has_batch_norm) layer.statistics = place(2 * features);
     if (save > 0 && !layer.passes_products_on()) layer.products = place(features * cpu::linear_stride(input.size(0)));
     if (save > 1) layer.rows = place(input.size(0) * cpu::linear_stride(layer.inputs()));
@@ -162,7 +165,7 @@ std::tuple<Tensor, Tensor> linear_stack_forward_cpu(const Tensor& input, at::Ten
     to.stride = last ? C : cpu::linear_stride(C);
     RECORD_FUNCTION("fastgan::linear_forward", {});
     kernels.forward({N, layer.inputs(), C}, floats(layer.weight), floats(current), to);
-    if (layer.has_batch_norm && layer.training && layer.has_running)
+    if (layer.has_batch_norm && layer.training && layer.has_running && N > 0)
       cpu::update_running_statistics<float>(C, N, layer.momentum, to.norm.mean, to.norm.var, floats(layer.running_mean),
                                             floats(layer.running_var));
     if (layer.has_counter) *layer.counter.mutable_data_ptr<int64_t>() += 1;
@@ -183,10 +186,15 @@ std::vector<Tensor> stack_gradients(const Tensor& grad_output, const Tensor& inp
   std::vector<Tensor> results(output_mask.size());
   for (Tensor& result : results) result = at::empty({0}, options);
 
+  const auto is_held = [&](size_t k) { return k < held.size() && held[k].defined(); };
+  if (N == 0) {  // sums of nothing
+    for (size_t k = 0; k < results.size(); ++k)
+      if (output_mask[k] && !is_held(k)) results[k] = at::zeros(k > 0 ? parameters[k - 1].sizes() : input.sizes(), options);
+    return results;
+  }
+
   const WantedGradients wanted = wanted_gradients(stack.layers, output_mask);
   const int64_t lowest = wanted.lowest;
-
-  const auto is_held = [&](size_t k) { return k < held.size() && held[k].defined(); };
 
   // What finishes the gradient of layer i's output, in `gradient`; sums are two rows.
   std::vector<float> sums;
