@@ -428,8 +428,12 @@ Tensor conv_act(const char* op, const Tensor& input, const Tensor& weight, const
   const Tensor x = batched ? images : images.unsqueeze(0), w = autocast(weight, dtype), b = autocast(or_undefined(bias), dtype);
   // With a negative slope below 0 the output does not tell the sign of its argument, which the fused backward needs.
   const bool composed = kind == Activation::leaky_relu && !(negative_slope >= 0);
-  const Tensor output = composed ? at::leaky_relu(differentiable_convolution(x, w, optional(b), layer), negative_slope)
-                                 : ConvAct::apply(x, w, optional(b), layer, activation, negative_slope);
+  // Alone, ATen's convolution takes a shorter way with its own derivative; but that has the defects of convolution_backward().
+  const bool alone = kind == Activation::identity && x.device().is_cpu() && at::elementSize(x.scalar_type()) >= 4 &&
+                     layer.output_padding[0] == 0 && layer.output_padding[1] == 0;
+  const Tensor output = alone      ? convolution(x, w, optional(b), layer)
+                        : composed ? at::leaky_relu(differentiable_convolution(x, w, optional(b), layer), negative_slope)
+                                   : ConvAct::apply(x, w, optional(b), layer, activation, negative_slope);
   return batched ? output : output.squeeze(0);
 }
 
