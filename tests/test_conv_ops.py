@@ -453,17 +453,6 @@ def test_bad_output_padding_is_refused():
         ops.conv_transpose2d_act(torch.ones(1, 2, 4, 4), torch.ones(2, 3, 4, 4), stride=2, output_padding=2)
 
 
-@pytest.mark.parametrize("op", ["conv_transpose2d_act", "conv_transpose2d_bn_act"])
-@pytest.mark.parametrize("kernel", [2, 4])
-def test_transposed_convolution_without_output_pixels_is_refused_unless_there_are_no_images(op, kernel):
-    """For some kernels PyTorch returns an empty output instead: those that it leaves to oneDNN."""
-    w = torch.ones(2, 3, kernel, kernel)
-    for shape in ((1, 2, 1, 1), (3, 2, 1, 5), (2, 1, 1)):
-        with pytest.raises(ValueError, match=f"{op}: input of height and width .* is too small for weight"):
-            OPS[op][0](torch.ones(shape), w, stride=2, padding=kernel // 2)
-    assert OPS[op][0](torch.ones(0, 2, 1, 1), w, stride=2, padding=kernel // 2).shape == (0, 3, 0, 0)
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 3), c_in=st.integers(1, 5), c_out=st.integers(1, 9), height=st.integers(1, 9),
@@ -480,8 +469,6 @@ def test_accepts_and_refuses_the_shapes_pytorch_does(
     try:
         expected = reference(x, w, stride=stride, padding=padding)
     except (RuntimeError, ValueError):
-        expected = None
-    if expected is None or expected.numel() == 0:  # empty: of a transposed convolution that PyTorch refuses with other kernels
         with pytest.raises((RuntimeError, ValueError), match=f"{op}: "):
             function(x, w, stride=stride, padding=padding)
         return

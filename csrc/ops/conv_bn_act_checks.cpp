@@ -112,13 +112,10 @@ void check_conv(const char* op, const Tensor& input, const Tensor& weight, const
     check_same(op, "bias", *bias, input, autocast);
     check_shape_of_channels(op, "bias", *bias, out_channels(weight, layer), out_channels_are(layer));
   }
-  for (int dim = 0; dim < 2; ++dim) {
-    // A transposed convolution of no images may have outputs of length 0, as in PyTorch.
-    const SymInt size = output_size(input, weight, layer, dim);
-    TORCH_CHECK_VALUE(size >= 1 || (size == 0 && input.dim() == 4 && input.sym_size(0) == 0), op, ": input of height and width [",
+  for (int dim = 0; dim < 2; ++dim)
+    TORCH_CHECK_VALUE(output_size(input, weight, layer, dim) >= 0, op, ": input of height and width [",
                       input.sym_size(-2), ", ", input.sym_size(-1), "] is too small for weight of shape ",
                       weight.sym_sizes(), " with padding ", layer.padding, " and dilation ", layer.dilation);
-  }
 }
 
 void check_batch_norm(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bn_weight,
