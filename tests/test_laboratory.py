@@ -1,4 +1,6 @@
+import contextlib
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -133,6 +135,18 @@ def leave_pictures_out(monkeypatch):
         monkeypatch.setattr(command.pictures, name, lambda *arguments: None)
 
 
+def run_to(step, flags, monkeypatch, number=signal.SIGINT):
+    """Run, and be interrupted at a step; returns the exit status."""
+
+    def interrupted(config, *, stop, **named):
+        return train(config, stop=lambda asked=itertools.count(): next(asked) == step, **named)
+
+    with monkeypatch.context() as context:
+        context.setattr(command, "deferred_signals", lambda: contextlib.nullcontext([number]))
+        context.setattr(command, "train", interrupted)
+        return run(flags)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Checkpoint of an uninterrupted run."""
@@ -156,6 +170,24 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, whole, 
     assert torch.equal(torch.stack(whole["history"]["samples"]), torch.stack(parts["history"]["samples"]))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(line["images_per_second"] > 0 for line in lines[1:])
+
+
+def test_a_resumed_run_keeps_the_plan_that_its_first_max_steps_made(tmp_path, monkeypatch, capsys):
+    """The learning rates fall over the planned steps."""
+    leave_pictures_out(monkeypatch)
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    monkeypatch.setattr("fastgan.laboratory.experiment.STEPS_PER_EPOCH", 2)  # 20 epochs are 40 steps
+    flags = ["--seeds", "1", "--batch-size", "4", "--max-steps", "50", "--output"]
+    assert run([*flags, str(straight)]) == 0
+    assert run_to(30, [*flags, str(parts)], monkeypatch) == 130 and checkpoint_in(parts)["step"] == 30
+    state = (parts / "checkpoint.pt").read_bytes()
+    assert run(["--resume", str(parts), "--max-steps", "60"]) == 1
+    assert "--max-steps must be at most 50, the steps over which" in capsys.readouterr().err
+    assert (parts / "checkpoint.pt").read_bytes() == state
+    for steps in ("45", "50"):
+        assert run(["--resume", str(parts), "--max-steps", steps]) == 0
+    for name, value in checkpoint_in(straight)["weights"].items():
+        assert torch.equal(value, checkpoint_in(parts)["weights"][name]), name
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -65,7 +65,7 @@ def experiment(given: dict[str, Any], program: list[str]) -> int:
     try:
         if path := resumed_checkpoint(given):
             resumed = load_checkpoint(path, LaboratoryConfig.family)
-            config = resumed_config(LaboratoryConfig, given, resumed["config"], resumed["step"])
+            config = _resumed_config(given, resumed)
         else:
             resumed, config = None, LaboratoryConfig(**given)
         with deferred_signals() as signals:
@@ -87,6 +87,25 @@ def experiment(given: dict[str, Any], program: list[str]) -> int:
         print(f"stopped at step {step} of {config.total_steps} and saved; to go on:\n  {command}")
         return 128 + signals[0]
     return 0
+
+
+def _resumed_config(given: dict[str, Any], resumed: dict[str, Any]) -> LaboratoryConfig:
+    """As :func:`~fastgan.train.config.resumed_config`.
+
+    Raises:
+        ValueError: also for a --max-steps beyond the plan of the run, whose step size would then have fallen more slowly from the start.
+    """
+    # A checkpoint of before the epochs were saved says how many by its own --max-steps.
+    saved = resumed["config"]
+    saved |= {"epochs": LaboratoryConfig(epochs=saved["epochs"], max_steps=saved["max_steps"]).epochs}
+    config = resumed_config(LaboratoryConfig, given, saved, resumed["step"])
+    asked = given.get("max_steps") or 0
+    if asked > config.planned_steps and asked != saved["max_steps"]:
+        raise ValueError(
+            f"--max-steps must be at most {config.planned_steps}, the steps over which this run was planned to let its learning "
+            f"rates fall to 0, got {asked}; a longer run has to start anew"
+        )
+    return config
 
 
 def _experiment(config: LaboratoryConfig, resumed: dict | None, signals: list[int]) -> int:

@@ -1,6 +1,7 @@
 """Training of one-dimensional GANs, all seeds at once, and the experiments on their theory."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -33,7 +34,7 @@ class LaboratoryConfig:
     noise_range: float = option(8.0, "the generator's input is uniform from minus this to this", minimum=1e-6, below=1e6)
     seeds: int = option(10, "networks trained side by side, each with weights and samples of its own", minimum=1)
     epochs: int | None = option(None, "epochs of 200 steps each (the data are drawn anew, there is no set to pass "
-                                "over); by default 20, or what --max-steps needs", minimum=1)
+                                "over); by default 20, or as many as --max-steps needs", minimum=1)
     max_steps: int | None = option(None, "stop after this many steps, counted from the start of the run", minimum=1,
                                    may_change=True)
     batch_size: int = option(120, "samples in a step", minimum=2)
@@ -57,11 +58,13 @@ class LaboratoryConfig:
     def __post_init__(self):
         check_limits(self)
         self.data  # raises for means and stds that do not fit
+        # Settled here and saved: a resumed run with another --max-steps keeps its plan, and with it the fall of the step size.
+        self.epochs = self.epochs or max(20, math.ceil((self.max_steps or 0) / STEPS_PER_EPOCH))
 
     @property
     def planned_steps(self) -> int:
         """Steps of all epochs, over which the step size falls to 0."""
-        return self.epochs * STEPS_PER_EPOCH if self.epochs else max(20 * STEPS_PER_EPOCH, self.max_steps or 0)
+        return self.epochs * STEPS_PER_EPOCH
 
     @property
     def total_steps(self) -> int:
