@@ -217,10 +217,29 @@ def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_a_run_that_diverges_stops_with_its_step(tmp_path, capsys):
-    flags = ["--seeds", "1", "--max-steps", "40", "--generator-learning-rate", "1e38"]
+def test_a_run_that_diverges_says_where_and_can_be_resumed(tmp_path, capsys):
+    flags = ["--seeds", "3", "--max-steps", "40", "--generator-learning-rate", "1e38"]
     assert run([*flags, "--output", str(tmp_path)]) == 1
-    assert "weights that are not finite; a lower learning rate" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: step 2: not finite: generator 1 of 3, layer 2 (output)")
+    state = checkpoint_in(tmp_path)
+    assert state["step"] == 0 and all(weights.isfinite().all() for weights in state["weights"].values())
+    assert run(["--resume", str(tmp_path)]) == 1 and capsys.readouterr().err == error
+
+
+@pytest.mark.parametrize("part, kind", [(0, "weight"), (1, "bias")])
+def test_a_value_that_is_not_finite_is_found_in_its_layer_and_copy(part, kind):
+    network = stack()
+    x = torch.randn(3, 1, 5)
+    assert network.first_nonfinite(network.forward(x)) is None
+    network.layers[1][part][2] = torch.inf  # tanh hides it from the output
+    assert network.first_nonfinite(network.forward(x)) == (2, kind, [2])
+
+
+def test_weights_whose_sum_overflows_are_finite():
+    network = stack()
+    network.parameters.fill_(1e37)
+    assert network.parameters.sum().isinf() and network.first_nonfinite(network.forward(torch.randn(3, 1, 5))) is None
 
 
 @pytest.mark.parametrize("flag", ["--dataset", "--data-root", "--image-size=32"])

@@ -53,6 +53,20 @@ class StackedMLP:
         """Norm of every copy's gradient, [copies]."""
         return torch.cat([part.flatten(1) for layer in self.layer_gradients for part in layer], 1).norm(dim=1)
 
+    def first_nonfinite(self, output: Tensor) -> tuple[int, str, list[int]] | None:
+        """Where the first value arose that is not finite, in the order of the computation, after :meth:`forward` gave ``output``.
+
+        Returns:
+            The layer, from 1; ``"weight"``, ``"bias"`` or ``"output"``; and the copies that have such a value there, from 0.
+            None where all are finite.
+        """
+        outputs = [*self.inputs[1:], output]
+        for number, (layer, result) in enumerate(zip(self.layers, outputs), 1):
+            for kind, tensor in zip(("weight", "bias", "output"), (*layer, result)):
+                if copies := (~tensor.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist():
+                    return number, kind, copies
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
         """x [copies, in, N] to outputs [copies, out, N]; remembered for :meth:`backward`."""
         self.inputs = [x]
