@@ -172,6 +172,22 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, whole, 
     assert all(line["images_per_second"] > 0 for line in lines[1:])
 
 
+def test_an_interrupted_run_leaves_lines_and_pictures_of_what_there_is(tmp_path, monkeypatch, capsys):
+    flags = ["--seeds", "1", "--epochs", "2", "--output", str(tmp_path)]
+    assert run_to(210, flags, monkeypatch) == 130
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2] == "stopped at step 210 of 400 and saved; to go on:"
+    assert [line.split()[1] for line in printed if line.startswith("step ")] == ["200/400", "210/400"]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 210
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"epoch_0001.png", "epoch_0002.png"}
+    for name in ("losses.png", "density.png", "samples.gif"):
+        assert Image.open(tmp_path / name).width > 300
+    leave_pictures_out(monkeypatch)
+    assert run(["--resume", str(tmp_path)]) == 0
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(0, 401, 20))
+
+
 def test_a_resumed_run_keeps_the_plan_that_its_first_max_steps_made(tmp_path, monkeypatch, capsys):
     """The learning rates fall over the planned steps."""
     leave_pictures_out(monkeypatch)

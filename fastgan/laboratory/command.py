@@ -1,5 +1,6 @@
 """The laboratory from a command line."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,7 +20,7 @@ from fastgan.laboratory.experiment import (
 from fastgan.laboratory.mixture import Mixture, distances
 from fastgan.train.checkpoint import TrainingError, load_checkpoint, save_checkpoint, write_atomically
 from fastgan.train.config import parse_arguments, resumed_checkpoint, resumed_config
-from fastgan.train.outputs import claim_folder, prepare_folder, write_json
+from fastgan.train.outputs import Progress, claim_folder, prepare_folder, write_json
 from fastgan.train.trainer import deferred_signals
 
 CRITERION = "|mean error| < 0.1, std ratio 0.7 to 1.3, KS < 0.15"
@@ -60,7 +61,7 @@ def experiment(given: dict[str, Any], program: list[str]) -> int:
 
     Returns:
         Exit status: 0, 1 for an error (one line on standard error), or 130 after an interrupt and 143 after SIGTERM, which end
-        the training after the current step, with a checkpoint.
+        the training after the current step, with a checkpoint and pictures of what there is so far.
     """
     try:
         if path := resumed_checkpoint(given):
@@ -117,19 +118,27 @@ def _experiment(config: LaboratoryConfig, resumed: dict | None, signals: list[in
     (output / "samples").mkdir(parents=True, exist_ok=True)
     write_json(output / "config.json", {"family": config.family} | dataclasses.asdict(config))
 
-    def save(state: dict) -> None:
-        save_checkpoint(output / "checkpoint.pt", {"family": config.family, "config": dataclasses.asdict(config)} | state)
+    lines = _Lines(config.data)
 
+    def save(state: dict) -> None:
+        content = {"family": config.family, "config": dataclasses.asdict(config)}
+        save_checkpoint(output / "checkpoint.pt", {name: value for name, value in state.items() if name not in content} | content)
+        write_atomically(output / "metrics.jsonl", lines(state["history"]))
+
+    if resumed:  # in a folder of its own, too, and without what a killed run noted after its checkpoint
+        save(resumed)
     torch.set_num_threads(config.threads)
     started = time.perf_counter()
-    trained = train(config, resumed=resumed, save=save, stop=lambda: signals)
-    if trained.steps[-1] < config.total_steps:
-        return trained.steps[-1]
-    summary = summarise(trained) | {"seconds": round(time.perf_counter() - started, 2)}
-    write_atomically(output / "metrics.jsonl", _lines(trained).encode())
+    first = resumed["step"] if resumed else 0
+    with contextlib.closing(Progress(first, config.total_steps)) as progress:
+        trained = train(config, resumed=resumed, save=save, stop=lambda: signals, progress=progress)
+    seconds = time.perf_counter() - started
     pictures.save_density(output / "density.png", trained)
     pictures.save_curves(output / "losses.png", trained)
     pictures.save_evolution(output, trained)
+    if trained.steps[-1] < config.total_steps:
+        return trained.steps[-1]
+    summary = summarise(trained) | {"seconds": round(seconds, 2)}
     # A fixed generator one deviation beside the data and a little wider.
     fixed = Mixture((config.data.mean - config.data.std,), (1.3 * config.data.std,))
     x, found, optimal = fit_discriminator(config, fixed)
@@ -159,16 +168,24 @@ def summarise(trained: Run) -> dict:
     }
 
 
-def _lines(trained: Run) -> str:
-    """metrics.jsonl: a line a frame with the median over the seeds of every figure but the speed."""
-    lines = []
-    for number, step in enumerate(trained.steps):
-        figures = distances(trained.samples[number], trained.config.data)
-        figures |= {name: values[number] for name, values in trained.losses.items()}
-        record = {"step": step, "epoch": max(1, math.ceil(step / STEPS_PER_EPOCH))}
-        record |= {name: float(value.median()) for name, value in figures.items()}
-        lines.append(json.dumps(record | {"images_per_second": trained.images_per_second[number]}))
-    return "\n".join(lines) + "\n"
+class _Lines:
+    """metrics.jsonl: a line a look with the median over the seeds of every figure but the speed."""
+
+    def __init__(self, data: Mixture):
+        self.data = data
+        self.distances: dict[int, dict[str, float]] = {}  # by step: they take as long as two steps
+
+    def __call__(self, history: dict[str, list]) -> bytes:
+        """All lines of the file, from what :func:`~fastgan.laboratory.train` has its ``save`` called with."""
+        lines = []
+        for number, step in enumerate(history["steps"]):
+            if step not in self.distances:
+                found = distances(history["samples"][number], self.data)
+                self.distances[step] = {name: float(value.median()) for name, value in found.items()}
+            figures = {name: float(history[name][number].median()) for name in ("loss_d", "loss_g", "d_real", "d_fake")}
+            record = {"step": step, "epoch": max(1, math.ceil(step / STEPS_PER_EPOCH))} | self.distances[step] | figures
+            lines.append(json.dumps(record | {"images_per_second": history["images_per_second"][number]}) + "\n")
+        return "".join(lines).encode()
 
 
 def _report(summary: dict, config: LaboratoryConfig, output: Path) -> None:

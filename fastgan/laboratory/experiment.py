@@ -14,6 +14,7 @@ from fastgan.laboratory.mixture import Mixture
 from fastgan.laboratory.networks import Adam, StackedMLP
 from fastgan.train.checkpoint import TrainingError
 from fastgan.train.config import check_limits, option
+from fastgan.train.outputs import Progress
 
 GENERATOR_LOSSES = ("non_saturating", "minimax")
 STEPS_PER_EPOCH = 200
@@ -110,6 +111,7 @@ class Run:
 def train(
     config: LaboratoryConfig, *, frames: int = 20, resumed: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] = lambda state: None, stop: Callable[[], Any] = lambda: False,
+    progress: Progress | None = None,
 ) -> Run:
     """Train all seeds (Goodfellow et al. 2014, algorithm 1).
 
@@ -119,6 +121,7 @@ def train(
         resumed: what ``save`` was given; the run goes on from there, bit for bit as if it had not stopped.
         save: called with the state of the run, tensors and numbers in dictionaries, at step 0, after every epoch and at the end.
         stop: asked before every step whether the run is to end there.
+        progress: what shows the steps, and the median over the seeds of the losses and mean probabilities at every look.
 
     Returns:
         The trained networks and what was seen of them.
@@ -181,6 +184,9 @@ def train(
             _note_losses(history, config, logits)
             if ends or step == 0 or step > first and step % STEPS_PER_EPOCH == 0:
                 save({"step": step, "weights": weights, "random": before, "history": history})
+            if progress and step > first:
+                figures = {name: float(history[name][-1].median()) for name in ("loss_d", "loss_g", "d_real", "d_fake")}
+                progress.show({"step": step} | figures, always=ends or step % STEPS_PER_EPOCH == 0)
             if ends:
                 break
             looked, started = step, time.perf_counter()
@@ -195,6 +201,8 @@ def train(
         generator.backward(discriminator.backward(gradient, weights=False, input=True))
         optimizer_g.step(generator.gradients, config.generator_learning_rate * rate)
         averaged.lerp_(generator.parameters, 1 - min(config.ema, (1 + step) / (10 + step)) if config.ema else 1.0)
+        if progress:
+            progress.advance()
     generator.parameters.copy_(averaged)
     steps, speeds = history.pop("steps"), history.pop("images_per_second")
     found = {name: torch.stack(values) for name, values in history.items()}
