@@ -91,6 +91,11 @@ def _add_families(parser: argparse.ArgumentParser, words: list[str]) -> None:
         if name in words[:1]:
             from fastgan.train.config import add_options
 
+            if name == "gaussian":
+                from fastgan.laboratory.command import foreign_flag
+
+                if (message := foreign_flag(words[1:])) is not None:
+                    family.exit(2, f"error: {message}\n")
             config_class, train = _family(name)
             family.description = config_class.__doc__.splitlines()[0]
             add_options(family, config_class)

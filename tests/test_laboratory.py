@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import stats
 from torch import nn
 
+from fastgan.cli import main
 from fastgan.laboratory import LaboratoryConfig, Mixture, command, distances, gradient_norms, run, train
 from fastgan.laboratory.networks import Adam, StackedMLP
 
@@ -200,6 +201,9 @@ def test_a_resumed_run_keeps_the_plan_that_its_first_max_steps_made(tmp_path, mo
     assert run(["--resume", str(parts), "--max-steps", "60"]) == 1
     assert "--max-steps must be at most 50, the steps over which" in capsys.readouterr().err
     assert (parts / "checkpoint.pt").read_bytes() == state
+    assert run(["--resume", str(parts), "--max-steps", "20"]) == 0
+    assert capsys.readouterr().out == "step 30, past the 20 asked for: nothing to train\n"
+    assert (parts / "checkpoint.pt").read_bytes() == state
     for steps in ("45", "50"):
         assert run(["--resume", str(parts), "--max-steps", steps]) == 0
     for name, value in checkpoint_in(straight)["weights"].items():
@@ -261,7 +265,11 @@ def test_weights_whose_sum_overflows_are_finite():
 @pytest.mark.parametrize("flag", ["--dataset", "--data-root", "--image-size=32"])
 def test_flags_of_the_image_examples_are_refused_with_the_reason(flag, capsys):
     assert run([flag, "x"]) == 2
-    assert f"{flag.partition('=')[0]} means nothing for one-dimensional data: " in capsys.readouterr().err
+    expected = f"error: {flag.partition('=')[0]} means nothing for one-dimensional data: "
+    assert capsys.readouterr().err.startswith(expected)
+    with pytest.raises(SystemExit) as error:
+        main(["train", "gaussian", flag, "x"])
+    assert error.value.code == 2 and capsys.readouterr().err.startswith(expected)
 
 
 @pytest.mark.parametrize("arguments, message", [

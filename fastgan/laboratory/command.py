@@ -34,6 +34,12 @@ FOREIGN = {
 }
 
 
+def foreign_flag(arguments: list[str]) -> str | None:
+    """What is wrong with a flag among ``arguments`` that only the other examples have; None without one."""
+    flags = [flag for argument in arguments if (flag := argument.partition("=")[0]) in FOREIGN]
+    return f"{flags[0]} means nothing for one-dimensional data: {FOREIGN[flags[0]]}" if flags else None
+
+
 def run(arguments: list[str] | None = None) -> int:
     """Train as the command line of a script says.
 
@@ -44,10 +50,9 @@ def run(arguments: list[str] | None = None) -> int:
         As :func:`experiment`. Wrong flags exit with 2.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    for argument in arguments:
-        if (flag := argument.partition("=")[0]) in FOREIGN:
-            print(f"error: {flag} means nothing for one-dimensional data: {FOREIGN[flag]}", file=sys.stderr)
-            return 2
+    if (message := foreign_flag(arguments)) is not None:
+        print(f"error: {message}", file=sys.stderr)
+        return 2
     given = parse_arguments(LaboratoryConfig, arguments)
     return until_pipe_closes(lambda: experiment(given, [sys.argv[0]]))
 
@@ -67,6 +72,9 @@ def experiment(given: dict[str, Any], program: list[str]) -> int:
         if path := resumed_checkpoint(given):
             resumed = load_checkpoint(path, LaboratoryConfig.family)
             config = _resumed_config(given, resumed)
+            if (step := resumed["step"]) > config.total_steps:
+                print(f"step {step}, past the {config.total_steps} asked for: nothing to train")
+                return 0
         else:
             resumed, config = None, LaboratoryConfig(**given)
         with deferred_signals() as signals:
