@@ -445,3 +445,7 @@ def test_of_few_numbers_pytorchs_batch_norm_is_faster(monkeypatch):
         assert len(calls) == count
     fastgan.fuse(nn.Sequential(*net, GaussianNoise(0.5)))(torch.randn(20, 64))
     assert len(calls) == 2
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    for strict in (False, True):
+        exported = torch.export.export(fused.eval(), (x[:8],), dynamic_shapes=({0: rows},), strict=strict).module()
+        torch.testing.assert_close(exported(x), fused(x))

@@ -320,8 +320,9 @@ def _match_norm(children, position, input):
     if type(children[position]) is not nn.BatchNorm1d or not is_plain(children[position]) or not _fusable_rows(input):
         return None
     norm = _Norm(children, position)
-    small = not isinstance(input.shape[0], torch.SymInt) and input.numel() < _FEWEST_NUMBERS
-    return None if small and not norm.noise_std else norm
+    # An exported program is to leave the rows open.
+    gains = norm.noise_std or torch.compiler.is_exporting() or input.numel() >= _FEWEST_NUMBERS
+    return norm if gains else None
 
 
 def _fusable_rows(input):
