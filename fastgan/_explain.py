@@ -7,6 +7,7 @@ import torch
 
 from fastgan import _extension, ops
 from fastgan.ops._conv import explicit_padding, group_obstacle, pair
+from fastgan.ops.conv_stack import fits_minimal_filtering
 
 # kMaxSide in csrc/cpu/conv4x4s2.cpp.
 MAX_FILTERED_SIDE = 256
@@ -240,15 +241,12 @@ def _fits_minimal_filtering(arguments):
     """The rule of conv4x4s2_supported() in csrc/cpu."""
     input, weight = arguments["input"], arguments["weight"]
     stride, padding, dilation = (pair(arguments[name]) for name in ("stride", "padding", "dilation"))
-    if input.dim() != 4 or tuple(weight.shape[2:]) != (4, 4):
-        return False
-    if (stride, padding, dilation) != ((2, 2), (1, 1), (1, 1)):
+    if input.dim() != 4 or dilation != (1, 1) or not fits_minimal_filtering(weight.shape, stride, padding):
         return False
     if arguments["groups"] != 1 or any(pair(arguments.get("output_padding", 0))) or input.numel() == 0:
         return False
-    small, large = weight.shape[:2]
     sides = input.shape[2:] if "output_padding" in arguments else [side // 2 for side in input.shape[2:]]
-    return small % 16 == 0 and (large <= 4 or large % 16 == 0) and all(2 <= side <= MAX_FILTERED_SIDE for side in sides)
+    return all(2 <= side <= MAX_FILTERED_SIDE for side in sides)
 
 
 def _has_cuda_loop(arguments):

@@ -15,7 +15,7 @@ import torch
 from fastgan._errors import memory_message, until_pipe_closes
 from fastgan.laboratory import pictures
 from fastgan.laboratory.experiment import (
-    STEPS_PER_EPOCH, LaboratoryConfig, Run, fit_discriminator, gradient_norms, train,
+    STEPS_PER_EPOCH, LaboratoryConfig, Run, fit_discriminator, gradient_norms, median_figures, train,
 )
 from fastgan.laboratory.mixture import Mixture, distances
 from fastgan.train.checkpoint import TrainingError, load_checkpoint, save_checkpoint, write_atomically
@@ -190,8 +190,8 @@ class _Lines:
             if step not in self.distances:
                 found = distances(history["samples"][number], self.data)
                 self.distances[step] = {name: float(value.median()) for name, value in found.items()}
-            figures = {name: float(history[name][number].median()) for name in ("loss_d", "loss_g", "d_real", "d_fake")}
-            record = {"step": step, "epoch": max(1, math.ceil(step / STEPS_PER_EPOCH))} | self.distances[step] | figures
+            record = {"step": step, "epoch": max(1, math.ceil(step / STEPS_PER_EPOCH))} | self.distances[step]
+            record |= median_figures(history, number)
             lines.append(json.dumps(record | {"images_per_second": history["images_per_second"][number]}) + "\n")
         return "".join(lines).encode()
 

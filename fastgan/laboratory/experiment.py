@@ -185,8 +185,7 @@ def train(
             if ends or step == 0 or step > first and step % STEPS_PER_EPOCH == 0:
                 save({"step": step, "weights": weights, "random": before, "history": history})
             if progress and step > first:
-                figures = {name: float(history[name][-1].median()) for name in ("loss_d", "loss_g", "d_real", "d_fake")}
-                progress.show({"step": step} | figures, always=ends or step % STEPS_PER_EPOCH == 0)
+                progress.show({"step": step} | median_figures(history, -1), always=ends or step % STEPS_PER_EPOCH == 0)
             if ends:
                 break
             looked, started = step, time.perf_counter()
@@ -221,6 +220,11 @@ def _check_finite(step: int, generator: StackedMLP, fake: Tensor, discriminator:
                 f"step {step if kind != 'output' else step + 1}: not finite: {name} {copies[0] + 1} of {network.copies}, layer {layer} "
                 f"({kind}){others}. What was saved last is from before it; a lower learning rate often helps"
             )
+
+
+def median_figures(history: dict[str, list], number: int) -> dict[str, float]:
+    """Losses and mean probabilities at one look: the medians over the seeds."""
+    return {name: float(history[name][number].median()) for name in ("loss_d", "loss_g", "d_real", "d_fake")}
 
 
 def _note_losses(history: dict[str, list], config: LaboratoryConfig, logits: Tensor) -> None:

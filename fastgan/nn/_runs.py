@@ -12,7 +12,7 @@ from fastgan import _extension, ops
 from fastgan.nn.modules import BatchNormCall, GaussianNoise, conv_arguments, counted, run_batch_norm_layer
 from fastgan.nn.sync_batch_norm import SyncBatchNorm
 from fastgan.ops._conv import activate, pair
-from fastgan.ops.conv_stack import StackCall, in_format
+from fastgan.ops.conv_stack import StackCall, fits_minimal_filtering, in_format
 from fastgan.ops.linear_stack import LinearStackCall, linear_stack_gains
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
@@ -101,14 +101,11 @@ class _Layer:
         return run_batch_norm_layer(operator, input, self.conv, self.bn, arguments)
 
     def is_filtered(self):
-        """Whether its convolution is one for minimal filtering: the shapes of conv4x4s2_supported() in csrc/cpu/conv4x4s2.cpp."""
-        conv, weight = self.conv, self.conv.weight.shape
-        if weight[2:] != (4, 4) or conv.groups != 1 or any(pair(conv.output_padding)):
+        """Whether its convolution is one for minimal filtering."""
+        conv = self.conv
+        if not fits_minimal_filtering(conv.weight.shape, pair(conv.stride), pair(conv.padding)):
             return False
-        geometry = conv.padding, conv.stride, conv.dilation
-        if geometry != ((1, 1), (2, 2), (1, 1)) and tuple(map(pair, geometry)) != ((1, 1), (2, 2), (1, 1)):
-            return False
-        return weight[0] % 16 == 0 and (weight[1] <= 4 or weight[1] % 16 == 0)
+        return conv.groups == 1 and pair(conv.dilation) == (1, 1) and not any(pair(conv.output_padding))
 
     def has_loop(self, input):
         """Whether a loop of fastgan's own computes its convolution of `input` on the CPU, if that is in channels_last:

@@ -23,6 +23,15 @@ def in_format(images, memory_format):
     return images.contiguous(memory_format=memory_format)
 
 
+def fits_minimal_filtering(weight_shape, stride, padding):
+    """Whether a convolution without groups, dilation and output_padding is one for minimal filtering: what conv4x4s2_supported() in
+    csrc/cpu/conv4x4s2.cpp asks of its weight ([channels of the smaller image, of the larger one, kH, kW]), stride and padding (pairs)."""
+    if tuple(weight_shape[2:]) != (4, 4) or stride != (2, 2) or padding != (1, 1):
+        return False
+    small, large = weight_shape[:2]
+    return small % 16 == 0 and (large <= 4 or large % 16 == 0)
+
+
 class StackCall:
     """Collects the arguments of one call, layer by layer.
 
@@ -93,11 +102,10 @@ class StackCall:
             if activation == "leaky_relu" and negative_slope < 0:
                 return False
             self._complete = activation != "leaky_relu"
-        minimal = tuple(weight.shape[2:]) == (4, 4) and stride == (2, 2) and padding == (1, 1)
-        small, large = (channels, out_channels) if transposed else (out_channels, channels)
+        minimal = fits_minimal_filtering(weight.shape, stride, padding)
         if self.dtype == torch.bfloat16 and _extension.CPU_ISA == "amx":  # conv4x4s2_supported in csrc/cpu/conv4x4s2.cpp
             minimal &= batch >= 16
-        self.gains |= self._cuda or minimal and small % 16 == 0 and (large <= 4 or large % 16 == 0)
+        self.gains |= self._cuda or minimal
         self.shape = (batch, out_channels, *new_size)
         self.parameters += [p for p in parameters if p is not None]
         self.running += running
