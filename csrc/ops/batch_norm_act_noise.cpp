@@ -133,6 +133,7 @@ class BatchNormActNoise : public torch::autograd::Function<BatchNormActNoise> {
     auto [output, mean, invstd] = op.call(input, bn_weight, bn_bias, running_mean, running_var, seed, training, momentum,
                                           eps, activation, negative_slope, noise_std);
     ctx->save_for_backward({input, bn_weight.value_or(Tensor()), bn_bias.value_or(Tensor()), mean, invstd});
+    ctx->set_materialize_grads(false);
     ctx->saved_data["training"] = training;
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["activation"] = std::string(activation);
@@ -142,13 +143,15 @@ class BatchNormActNoise : public torch::autograd::Function<BatchNormActNoise> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const auto saved = ctx->get_saved_variables();
-    const Tensor &input = saved[0], &mean = saved[3], &invstd = saved[4];
+    const Tensor& input = saved[0];
+    const Tensor mean = saved[3].contiguous(), invstd = saved[4].contiguous();  // a hook may have unpacked them otherwise
     const bool training = ctx->saved_data["training"].toBool();
     const double slope = ctx->saved_data["negative_slope"].toDouble();
     const std::string activation = ctx->saved_data["activation"].toStringRef();
     std::array<bool, 3> mask;  // the graph has an edge only for the tensors that were given
     for (size_t i = 0, edge = 0; i < 3; ++i) mask[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
     variable_list gradients(12);  // one an argument of forward; undefined for all but the first three
+    if (!grad_outputs[0].defined()) return gradients;
     if (must_be_differentiable(grad_outputs[0])) {
       const auto whole = [&](const variable_list& from) {
         return differentiable(from[0], from[1], from[2], mean, invstd, training, ctx->saved_data["eps"].toDouble(), activation, slope);

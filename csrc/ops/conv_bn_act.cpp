@@ -285,6 +285,7 @@ class ConvBnAct : public torch::autograd::Function<ConvBnAct> {
     if (save_for_backward) {
       ctx->save_for_backward({input, weight, or_undefined(bias), or_undefined(bn_weight), or_undefined(bn_bias),
                               conv_output, mean, invstd});
+      ctx->set_materialize_grads(false);
       save_layer(ctx, layer, activation, negative_slope);
       ctx->saved_data["training"] = training;
       ctx->saved_data["eps"] = eps;
@@ -296,13 +297,15 @@ class ConvBnAct : public torch::autograd::Function<ConvBnAct> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const auto saved = ctx->get_saved_variables();
-    const Tensor &input = saved[0], &weight = saved[1], &bias = saved[2], &bn_weight = saved[3], &bn_bias = saved[4],
-                 &conv_output = saved[5], &mean = saved[6], &invstd = saved[7];
+    const Tensor &input = saved[0], &weight = saved[1], &bias = saved[2], &bn_weight = saved[3], &bn_bias = saved[4];
+    // A hook may have unpacked them otherwise than they were saved.
+    const Tensor conv_output = dense(saved[5]), mean = saved[6].contiguous(), invstd = saved[7].contiguous();
     const SavedLayer s(ctx);
     const bool training = ctx->saved_data["training"].toBool();
     const auto mask = needed_gradients<5>(ctx, saved);
     const ProcessGroup group{ctx->saved_data["process_group"].toStringRef(), ctx->saved_data["processes"].toInt()};
     variable_list gradients(15);  // one an argument of forward; undefined for all but the first five
+    if (!grad_outputs[0].defined()) return gradients;
     if (must_be_differentiable(grad_outputs[0])) {
       if (training) refuse_second_derivative(s.layer.transposed ? "conv_transpose2d_bn_act" : "conv2d_bn_act", group);
       const auto whole = [&](const variable_list& from) {
@@ -342,6 +345,7 @@ class ConvAct : public torch::autograd::Function<ConvAct> {
                 layer.output_padding, layer.groups, activation, negative_slope);
     // Without an activation backward reads no values of it, and the caller may change them.
     ctx->save_for_backward({input, weight, or_undefined(bias), activation == "identity" ? Tensor() : output});
+    ctx->set_materialize_grads(false);
     ctx->saved_data["format"] = output.suggest_memory_format();
     save_layer(ctx, layer, activation, negative_slope);
     return output;
@@ -353,6 +357,7 @@ class ConvAct : public torch::autograd::Function<ConvAct> {
     const SavedLayer s(ctx);
     const auto mask = needed_gradients<3>(ctx, saved);
     variable_list gradients(6);
+    if (!grad_outputs[0].defined()) return gradients;
     if (must_be_differentiable(grad_outputs[0])) {
       const auto whole = [&](const variable_list& from) {
         const Tensor z = differentiable_convolution(from[0], from[1], optional(from[2]), s.layer);

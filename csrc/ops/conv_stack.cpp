@@ -843,6 +843,7 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
       variable_list saved{input, last.has_batch_norm || last.activation == Activation::identity ? Tensor() : output, raw, statistics};
       saved.insert(saved.end(), parameters.begin(), parameters.end());
       ctx->save_for_backward(saved);
+      ctx->set_materialize_grads(false);
       ctx->saved_data["layers"] = layers;
       ctx->saved_data["numbers"] = numbers;
       ctx->saved_data["process_group"] = group.name;
@@ -853,7 +854,8 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &input = saved[0], &output = saved[1].defined() ? saved[1] : grad_outputs[0], &raw = saved[2], &statistics = saved[3];
+    const Tensor &input = saved[0], &output = saved[1].defined() ? saved[1] : grad_outputs[0];
+    const Tensor raw = saved[2].contiguous(), statistics = saved[3].contiguous();  // a hook may have unpacked them otherwise
     const at::TensorList parameters = at::TensorList(saved).slice(4);
     const auto layers = ctx->saved_data["layers"].toIntVector();
     const auto numbers = ctx->saved_data["numbers"].toDoubleVector();
@@ -861,6 +863,7 @@ class ConvStack : public torch::autograd::Function<ConvStack> {
     for (size_t i = 0; i <= parameters.size(); ++i) mask.push_back(ctx->needs_input_grad(i));
     const ProcessGroup group{ctx->saved_data["process_group"].toStringRef(), ctx->saved_data["processes"].toInt()};
     variable_list gradients(parameters.size() + 6);  // input and parameters, then five arguments without one
+    if (!grad_outputs[0].defined()) return gradients;
     if (must_be_differentiable(grad_outputs[0])) {
       refuse_second_derivative("conv_stack", group);
       variable_list inputs{input};

@@ -37,6 +37,7 @@ class Convolution : public torch::autograd::Function<Convolution> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                         const ConvLayer& layer) {
     ctx->save_for_backward({input, weight});
+    ctx->set_materialize_grads(false);
     ctx->saved_data["has_bias"] = bias.has_value() && bias->defined();
     save_layer(ctx, layer);
     return convolution(input, weight, bias, layer);
@@ -47,6 +48,7 @@ class Convolution : public torch::autograd::Function<Convolution> {
     const SavedConvLayer s(ctx);
     const bool input = ctx->needs_input_grad(0), weight = ctx->needs_input_grad(1);
     torch::autograd::variable_list gradients(4);
+    if (!grads[0].defined()) return gradients;
     if (input || weight)
       std::tie(gradients[0], gradients[1]) = convolution_backward(grads[0], saved[0], saved[1], s.layer, {input, weight});
     if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) gradients[2] = grads[0].sum({0, 2, 3});

@@ -43,6 +43,7 @@ Tensor convert_images(const Tensor& input, bool channels_last) {
 struct ConvertImages : torch::autograd::Function<ConvertImages> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& input, bool channels_last) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->set_materialize_grads(false);
     ctx->saved_data["channels_last"] = channels_last;
     return convert_images(input, channels_last);
   }

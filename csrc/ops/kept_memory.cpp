@@ -47,10 +47,12 @@ class KeptMemory final : public c10::Allocator {
   }
 
  private:
+  // Nobody waits for the list: in a process forked while another thread had it, it would be for ever.
+  using Lock = std::unique_lock<std::mutex>;
+
   // The smallest free block that is large enough, and at most a quarter larger, or a new one.
   Block* take(size_t size) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
+    if (const Lock lock(mutex_, std::try_to_lock); lock.owns_lock()) {
       auto best = free_.end();
       for (auto i = free_.begin(); i != free_.end(); ++i)
         if ((*i)->size >= size && (*i)->size <= size + size / 4 && (best == free_.end() || (*i)->size < (*best)->size)) best = i;
@@ -76,8 +78,9 @@ class KeptMemory final : public c10::Allocator {
     auto* block = static_cast<Block*>(context);
     c10::profiledCPUMemoryReporter().Delete(block->data);
     std::list<Block*> dropped;
-    {
-      const std::lock_guard<std::mutex> lock(memory.mutex_);
+    if (const Lock lock(memory.mutex_, std::try_to_lock); !lock.owns_lock()) {
+      dropped.push_back(block);
+    } else {
       memory.free_.push_back(block);
       memory.kept_ += block->size;
       while (memory.kept_ > kMostKept) {

@@ -289,6 +289,7 @@ class LinearStack : public torch::autograd::Function<LinearStack> {
       variable_list saved{input, seeds, kept};
       saved.insert(saved.end(), parameters.begin(), parameters.end());
       ctx->save_for_backward(saved);
+      ctx->set_materialize_grads(false);
       ctx->saved_data["layers"] = layers;
       ctx->saved_data["numbers"] = numbers;
       ctx->saved_data["save"] = save;
@@ -298,7 +299,8 @@ class LinearStack : public torch::autograd::Function<LinearStack> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &input = saved[0], &seeds = saved[1], &kept = saved[2];
+    const Tensor& input = saved[0];
+    const Tensor seeds = saved[1].contiguous(), kept = saved[2].contiguous();  // a hook may have unpacked them otherwise
     const at::TensorList parameters = at::TensorList(saved).slice(3);
     const auto layers = ctx->saved_data["layers"].toIntVector();
     const auto numbers = ctx->saved_data["numbers"].toDoubleVector();
@@ -306,6 +308,7 @@ class LinearStack : public torch::autograd::Function<LinearStack> {
     std::vector<int64_t> mask;
     for (size_t i = 0; i <= parameters.size(); ++i) mask.push_back(ctx->needs_input_grad(i));
     variable_list gradients(parameters.size() + 6);  // input and parameters, then five arguments without one
+    if (!grad_outputs[0].defined()) return gradients;
     if (must_be_differentiable(grad_outputs[0])) {
       variable_list inputs{input};
       inputs.insert(inputs.end(), parameters.begin(), parameters.end());

@@ -153,8 +153,9 @@ struct SoftmaxEntropyBackward : torch::autograd::Node {
     if (at::GradMode::is_enabled())
       return {composed_softmax_entropy_backward(grads[0], grads[1], grads[2], l, y, ignore_index)};
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return {call_backward(optional(grads[0]), optional(grads[1]), optional(grads[2]), l, optional(y), ignore_index,
-                          mean_probabilities.unpack(), log_normalizer.unpack())};
+    // A hook may have unpacked them otherwise than they were saved.
+    const Tensor mean = mean_probabilities.unpack().contiguous(), normalizer = log_normalizer.unpack().contiguous();
+    return {call_backward(optional(grads[0]), optional(grads[1]), optional(grads[2]), l, optional(y), ignore_index, mean, normalizer)};
   }
 };
 

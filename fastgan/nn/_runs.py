@@ -1,6 +1,7 @@
 """Finding and running the layers of a network that fuse() changed, in the order of its calls."""
 
 import contextlib
+import threading
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,15 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STACK_AUTOCAST = {"cpu": (torch.bfloat16,), "cuda": (torch.bfloat16, torch.float16)}
 # Numbers from which a BatchNorm1d is faster by its operator; drawn noise pays always.
 _FEWEST_NUMBERS = 2**15
-_leaves_channels_last = False  # see images_in_channels_last()
+
+
+class _Leaving(threading.local):
+    """See images_in_channels_last(); of one thread."""
+
+    in_channels_last = False
+
+
+_leaving = _Leaving()
 
 
 def run_children(children, input):
@@ -199,12 +208,11 @@ def _match_perceptron(children, position, input):
 @contextlib.contextmanager
 def images_in_channels_last():
     """Inside, what leaves a fused run of layers is in channels_last, as it is between them, for a network that takes it so."""
-    global _leaves_channels_last
-    before, _leaves_channels_last = _leaves_channels_last, True
+    before, _leaving.in_channels_last = _leaving.in_channels_last, True
     try:
         yield
     finally:
-        _leaves_channels_last = before
+        _leaving.in_channels_last = before
 
 
 def _run(layers, input):
@@ -221,7 +229,7 @@ def _run(layers, input):
             output = layer.run(output)
         if not input.is_cpu:
             return output
-    if keeps_channels_last or _leaves_channels_last:
+    if keeps_channels_last or _leaving.in_channels_last:
         return output
     if not output.is_contiguous():
         output = in_format(output, torch.contiguous_format)

@@ -1,6 +1,7 @@
 """Batch norm whose statistics are those of all processes of a run."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +11,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgan.ops._sync_batch_norm import sync_batch_norm
 
-_own_statistics = False
+
+class _Statistics(threading.local):
+    """See own_statistics(); of one thread."""
+
+    own = False
 
 
+_statistics = _Statistics()
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -61,17 +67,16 @@ def convert_sync_batch_norm(module: nn.Module, process_group: Any = None) -> nn.
 def own_statistics() -> Iterator[None]:
     """Inside, :class:`SyncBatchNorm` and fused layers take the statistics of this process alone: for what the others
     do not take part in, such as an evaluation."""
-    global _own_statistics
-    before, _own_statistics = _own_statistics, True
+    before, _statistics.own = _statistics.own, True
     try:
         yield
     finally:
-        _own_statistics = before
+        _statistics.own = before
 
 
 def synchronizing_group(bn: nn.Module) -> Any:
     """The group whose statistics `bn` normalises by now, or None for this process's own."""
-    if not isinstance(bn, (SyncBatchNorm, nn.SyncBatchNorm)) or not bn.training or _own_statistics:
+    if not isinstance(bn, (SyncBatchNorm, nn.SyncBatchNorm)) or not bn.training or _statistics.own:
         return None
     if not distributed.is_available() or not distributed.is_initialized():
         return None
