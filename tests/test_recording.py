@@ -1,6 +1,8 @@
 """Recordings: steps on the CPU that are repeated without Python."""
 
 import contextlib
+import copy
+import re
 import resource
 import tempfile
 import types
@@ -126,6 +128,110 @@ def test_a_signal_ends_a_run_of_repeated_steps(tmp_path):
     with pytest.raises(SystemExit):
         trainer.train()
     assert trainer.graph.captured and saved(tmp_path)["step"] == 7
+
+
+# ---- what is changed between two steps
+
+
+def freeze(trainer):
+    next(trainer.networks["discriminator"].parameters()).requires_grad_(False)
+
+
+def other_optimizer_state(trainer):
+    state = copy.deepcopy(trainer.optimizers["generator"].state_dict())
+    for moments in state["state"].values():
+        moments["exp_avg"].mul_(0.5)
+    trainer.optimizers["generator"].load_state_dict(state)
+
+
+def other_betas(trainer):
+    trainer.optimizers["generator"].param_groups[0]["betas"] = (0.1, 0.9)
+
+
+def assigned_weights(trainer):
+    network = trainer.networks["generator"]
+    network.load_state_dict({name: tensor.clone() * 0.5 for name, tensor in network.state_dict().items()}, assign=True)
+
+
+def weights_in_other_memory(trainer):
+    for parameter in trainer.networks["generator"].parameters():
+        parameter.data = parameter.data * 0.5
+
+
+def other_momentum(trainer):
+    for module in trainer.networks["generator"].modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.5
+
+
+def evaluation_mode(trainer):
+    trainer.networks["generator"].eval()
+
+
+def other_loss(trainer):
+    trainer.objective.kind = "hinge"
+
+
+def other_objective(trainer):
+    trainer.objective = Objective("least_squares")
+
+
+def other_layer(trainer):
+    generator = trainer.networks["generator"]
+    name, layer = next((name, module) for name, module in generator.named_modules() if isinstance(module, nn.ConvTranspose2d))
+    parent, _, last = name.rpartition(".")
+    setattr(generator.get_submodule(parent), last, copy.deepcopy(layer))
+
+
+def steps_of(trainer, change, at):
+    """The state after 14 steps, before those in `at` of which something is changed."""
+    torch.manual_seed(3)
+    batches = [batch for epoch in range(3) for batch in trainer.batches.epoch(epoch)][:14]
+    for batch in batches:
+        if trainer.step in at:
+            change(trainer)
+        trainer.train_step(batch)
+        trainer.step += 1
+    trainer.save()
+    return tensors(saved(trainer.output))
+
+
+@pytest.mark.parametrize("change", [
+    freeze, other_optimizer_state, other_betas, assigned_weights, weights_in_other_memory, other_momentum, evaluation_mode, other_loss,
+    other_objective, other_layer,
+])  # fmt: skip
+def test_what_is_changed_between_two_steps_counts(tmp_path, change):
+    eager, recorded = (trainer_in(tmp_path / str(on), DCGANConfig, cpu_graph=on) for on in (False, True))
+    expected, found = (steps_of(trainer, change, at=(8,)) for trainer in (eager, recorded))
+    unchanged = steps_of(trainer_in(tmp_path / "unchanged", DCGANConfig), change, at=())
+    assert recorded.graph.captured and recorded.graph.fallback is None
+    assert expected.keys() == found.keys() and all(torch.equal(expected[path], found[path]) for path in expected)
+    assert any(path not in unchanged or not torch.equal(unchanged[path], found[path]) for path in found) or change is other_layer
+
+
+class Counting(Objective):
+    """The generator's loss counts twice in every third step."""
+
+    count = 0
+
+    def generator_loss(self, discriminator, batch, fake):
+        self.count += 1
+        loss, figures = super().generator_loss(discriminator, batch, fake)
+        return loss * (2.0 if self.count % 3 == 0 else 1.0), figures
+
+
+@pytest.mark.parametrize("objective, change, at, reason", [
+    (Objective, other_optimizer_state, range(4, 14), r"Adam\.\w+ changes from step to step"),
+    (Counting, other_betas, (), r"Counting\.count changes in a step"),
+])  # fmt: skip
+def test_a_step_that_changes_every_time_stays_eager_and_says_why(tmp_path, capsys, objective, change, at, reason):
+    eager, recorded = (trainer_in(tmp_path / str(on), DCGANConfig, cpu_graph=on) for on in (False, True))
+    for trainer in (eager, recorded):
+        trainer.objective = objective()
+    expected, found = (steps_of(trainer, change, at) for trainer in (eager, recorded))
+    assert not recorded.graph.captured and re.fullmatch(reason, recorded.graph.fallback)
+    assert f"the steps run without a recording: {recorded.graph.fallback}\n" in capsys.readouterr().out
+    assert all(torch.equal(expected[path], found[path]) for path in expected)
 
 
 # ---- what cannot be repeated

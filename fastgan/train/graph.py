@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam
-from tqdm import tqdm
 
 from fastgan import optim
 from fastgan.data import Batch
 from fastgan.train.distributed import random_state
+from fastgan.train.outputs import say
+from fastgan.train.settings import Settings
 
 # Eager steps before the capture: in them libraries and Adam allocate what they keep, which a capture must not see. The last of
 # them is watched for what a graph could not repeat.
@@ -75,6 +76,10 @@ class CUDARecorder:
 
     def __init__(self):
         self._stream = torch.cuda.Stream()
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what was captured."""
         self._graph = torch.cuda.CUDAGraph()
 
     @contextlib.contextmanager
@@ -150,6 +155,9 @@ class GraphedStep:
     run warms up anew. Where the step cannot be captured it goes on eagerly, and the reason is said once. So does a batch of
     another shape than the captured one.
 
+    What the step ``reads`` may be changed between two steps. Where a graph cannot follow, as when a layer is frozen or a tensor is put
+    in another's place, the step warms up anew; where that happens soon after a capture, or in the step itself, it stays eager.
+
     Args:
         step: called with a batch and the latent vectors, as many as it makes updates of the discriminator, each drawn when it is
             asked for; returns scalars by name. While :attr:`guarded` it calls :meth:`guard` before each ``optimizer.step()``.
@@ -157,6 +165,7 @@ class GraphedStep:
         device: where it runs.
         nonfinite: ``(name, loss, batch, latent, number)`` of a loss that is not finite to the exception to raise.
         recorder: makes the graph, as :class:`CUDARecorder`, or takes its place; None for eager steps.
+        reads: returns the modules, the optimizers and other objects whose settings the step reads.
 
     Attributes:
         guarded: whether the step that runs must not wait for the device.
@@ -170,11 +179,12 @@ class GraphedStep:
         device: torch.device,
         nonfinite: Callable[[str, float, Batch, Tensor, int], Exception],
         recorder: Any = None,
+        reads: Callable[[], Iterable[Any]] = tuple,
     ):
         self._step, self._optimizers, self._device = step, list(optimizers), device
-        self._nonfinite, self._recorder = nonfinite, recorder
+        self._nonfinite, self._recorder, self._reads = nonfinite, recorder, reads
         self.guarded, self.fallback = False, None
-        self._calls = 0
+        self._calls, self._replays = 0, 0  # since the warming up began
         self._losses: list[tuple[str, Tensor]] = []  # of a guarded step, by the network whose they are
         self._figures: list[str] = []
         self._values: Tensor | None = None  # of the captured step: its losses, then its figures
@@ -185,6 +195,8 @@ class GraphedStep:
         """The next step, whose ``number`` is for messages. Raises what ``nonfinite`` makes of a loss of this step or the last; of a
         replayed one at the next call, or by :meth:`check`."""
         self._calls += 1
+        if self.captured and (changed := self._settings.change()) is not None:
+            self._forget(changed)
         if self._recorder is None:
             return self._eager(batch, latents)
         if self._calls < WARM_UP:
@@ -201,6 +213,7 @@ class GraphedStep:
         for static, value in zip(self._inputs, inputs):
             static.copy_(value)
         self._recorder.replay()
+        self._replays += 1
         for parameter, gradient in self._gradients:  # an eager step in between has put others there
             parameter.grad = gradient
         return self._result(self._values.clone(), batch, latents, number)
@@ -241,8 +254,10 @@ class GraphedStep:
         taken: list[Tensor] = []
         drawn: set[str] = set()
         watched = _watched(latents, self._device, taken, drawn)
+        before = Settings(self._reads)
         with self._recorder.rehearse() as waits, contextlib.closing(watched):
             values = self._guarded(batch, watched)
+        changed = before.change()
         result = self._result(values, batch, taken, number)
         if waits:
             self._give_up(f"the host waits for the device in {waits[0]}")
@@ -251,6 +266,8 @@ class GraphedStep:
         elif drawn and len(taken) > 1:
             # In a graph all latent vectors are drawn before these: another order, other numbers.
             self._give_up("random numbers are drawn between the updates of the discriminator")
+        elif changed is not None:
+            self._give_up(f"{changed} changes in a step")
         return result
 
     def _capture(self, batch: Batch, latents: list[Tensor]) -> None:
@@ -264,6 +281,7 @@ class GraphedStep:
             warnings.warn(without(self._recorder, self.fallback), RuntimeWarning, stacklevel=4)
             self._recorder = None
             return
+        self._settings = Settings(self._reads)
         self._inputs = _tensors(*static)
         self._gradients = [
             (parameter, parameter.grad)
@@ -271,6 +289,15 @@ class GraphedStep:
             for group in optimizer.param_groups
             for parameter in group["params"]
         ]
+
+    def _forget(self, changed: str) -> None:
+        """Warm up anew, as what is ``changed`` is not what was captured."""
+        self.check()
+        self._recorder.forget()
+        self._values, self._inputs, self._gradients = None, [], []
+        if self._replays < WARM_UP:
+            self._give_up(f"{changed} changes from step to step")
+        self._calls, self._replays = 1, 0
 
     def _guarded(self, batch: Batch, latents: Iterable[Tensor]) -> Tensor:
         """One step without the host's help. Returns its losses and figures, one vector."""
@@ -292,7 +319,7 @@ class GraphedStep:
         return dict(zip(self._figures, figures.unbind()))
 
     def _give_up(self, reason: str) -> None:
-        tqdm.write(without(self._recorder, reason))
+        say(without(self._recorder, reason))
         self._recorder, self.fallback = None, reason
 
 

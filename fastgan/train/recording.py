@@ -38,6 +38,9 @@ class CPURecorder:
     def warm_up(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
+    def forget(self) -> None:
+        self._recording = None
+
     @contextlib.contextmanager
     def rehearse(self) -> Iterator[list[str]]:
         yield []
