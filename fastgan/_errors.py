@@ -20,7 +20,16 @@ def memory_message(error: BaseException) -> str | None:
 
 
 def until_pipe_closes(action: Callable[[], int]) -> int:
-    """The exit status of ``action``; 1 where the reader of its output (``| head``) had seen enough before it ended."""
+    """The exit status of ``action``; 1 where the reader of its output (``| head``) had seen enough before it ended.
+
+    Standard streams that are closed go nowhere, and what they cannot encode is escaped: neither is an error of the action.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = action()
         sys.stdout.flush()

@@ -265,6 +265,8 @@ def run(options: argparse.Namespace) -> int:
     for name in ("repeats", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if (options.threads or 0) > 1024:
+        raise ValueError(f"--threads must be at most 1024, got {options.threads}")
     if options.threads:
         torch.set_num_threads(options.threads)
     case = next(case for case in CASES if case.name == options.case)

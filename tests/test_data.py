@@ -3,6 +3,7 @@ import runpy
 import struct
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +86,12 @@ def test_search_order_is_argument_then_variable_then_system(tmp_path, monkeypatc
 def test_folder_named_after_the_other_set_is_not_taken_for_this_one(tmp_path):
     mnist, _ = write_pair(tmp_path / "mnist")
     fashion, _ = write_pair(tmp_path / "system" / "fashion-mnist", seed=1)
-    assert torch.equal(load_dataset("fashion-mnist", tmp_path / "mnist").images[:, 0], fashion)
-    assert torch.equal(load_dataset("mnist", tmp_path / "mnist").images[:, 0], mnist)
+    with pytest.warns(UserWarning, match=r"/mnist: no train-images\S+ of fashion-mnist there; those of \S+/system/fashion-mnist are"):
+        assert torch.equal(load_dataset("fashion-mnist", tmp_path / "mnist").images[:, 0], fashion)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(load_dataset("mnist", tmp_path / "mnist").images[:, 0], mnist)
+        assert torch.equal(load_dataset("mnist", tmp_path).images[:, 0], mnist)
 
 
 def test_label_file_in_the_place_of_images_is_named(tmp_path):
@@ -305,12 +310,16 @@ def test_empty_folder_tells_what_it_found(tmp_path):
         load_dataset("folder", tmp_path)
 
 
-def test_unreadable_images_are_counted_and_the_first_is_named(tmp_path):
+def test_unreadable_images_are_counted_and_named(tmp_path):
     for name in "abc":
         save(tmp_path / f"{name}.png", size=(64, 64))
     (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:60])
     (tmp_path / "c.png").write_bytes(b"no image at all")
-    with pytest.raises(DataError, match=r"2 of the 3 images .* the first is .*b\.png"):
+    with pytest.raises(DataError, match=r"2 of the 3 images .* repair or remove \S+b\.png \(.*\), \S+c\.png \(.*\)$"):
+        load_dataset("folder", tmp_path, image_size=8)
+    for number in range(12):
+        (tmp_path / f"d{number:02d}.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"14 of the 15 images .*, \S+d07\.png \(.*\), 4 more$"):
         load_dataset("folder", tmp_path, image_size=8)
 
 

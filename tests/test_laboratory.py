@@ -277,7 +277,7 @@ def test_flags_of_the_image_examples_are_refused_with_the_reason(flag, capsys):
     (["--stds", "0"], "stds must be above 0"),
     (["--stds", "nan"], "means and stds must be below 1e18 in size, got (3.0,) and (nan,)"),
     (["--noise-range", "inf"], "--noise-range must be below 1000000.0, got inf"),
-    (["--threads", "4294967296"], "--threads must be below 2147483648, got 4294967296"),
+    (["--threads", "4294967296"], "--threads must be below 1025, got 4294967296"),
     (["--hidden-features", str(10**14)], "memory ran out"),
     (["--means", "x"], "must be numbers with commas between"),
     (["--seeds", "0"], "--seeds must be at least 1, got 0"),

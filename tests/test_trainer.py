@@ -4,16 +4,20 @@ import errno
 import fcntl
 import json
 import os
+import pty
 import re
 import resource
+import shlex
 import signal
 import stat
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,7 +29,7 @@ from fastgan.train import CatGANConfig, DCGANConfig, GANConfig, Objective, Train
 from fastgan.train.checkpoint import load_checkpoint, write_atomically
 from fastgan.train.config import parse_arguments
 from fastgan.train.nonfinite import locate_nonfinite
-from fastgan.train.outputs import Metrics, save_animation, save_grid
+from fastgan.train.outputs import Metrics, save_animation, save_curves, save_grid
 from fastgan.train.trainer import Frozen
 
 pytestmark = pytest.mark.usefixtures("same_thread_count_after_the_test")
@@ -329,7 +333,7 @@ def test_killed_twice_and_resumed_equals_uninterrupted(tmp_path, tiny):
     assert [record["step"] for record in metrics(killed)] == list(range(1, steps + 4))
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_interrupt_saves_and_says_how_to_resume(tmp_path, tiny, number, status):
     out = tmp_path / "run"
     process = start([*tiny, "--epochs", "100000", "--log-every", "1", "--output", str(out)])
@@ -341,6 +345,49 @@ def test_interrupt_saves_and_says_how_to_resume(tmp_path, tiny, number, status):
     # Saved at the very step it stopped at, not at the last checkpoint.
     assert checkpoint(out)["step"] == metrics(out)[-1]["step"]
     assert (out / "samples.gif").exists()
+
+
+@pytest.mark.parametrize("streams", ["| true", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_run_goes_on_where_nobody_reads_what_it_prints(tmp_path, tiny, streams):
+    flags = [*tiny, "--log-every", "1", "--output", str(tmp_path / "run")]
+    command = f"nohup {shlex.join([sys.executable, str(EXAMPLE), *flags])} {streams}"
+    run = subprocess.run(["bash", "-o", "pipefail", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert run.returncode == 0 and "Error" not in run.stdout + run.stderr, run.stderr
+    assert checkpoint(tmp_path / "run")["step"] == 20 and (tmp_path / "run" / "samples.gif").exists()
+
+
+def test_a_terminal_that_was_closed_ends_a_run_after_its_step(tmp_path, tiny):
+    master, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLE), *tiny, "--epochs", "100000", "--log-every", "1", "--output", str(tmp_path / "run")],
+        stdin=terminal, stdout=terminal, stderr=terminal,
+        preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+    )  # fmt: skip
+    os.close(terminal)
+    os.set_blocking(master, False)
+    end = time.monotonic() + 60
+    while lines(tmp_path / "run" / "metrics.jsonl") < 4:
+        with contextlib.suppress(BlockingIOError):
+            os.read(master, 65536)
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    os.close(master)  # which sends SIGHUP, and fails every write from now on
+    assert process.wait(60) == 129
+    assert checkpoint(tmp_path / "run")["step"] == metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_a_name_that_standard_output_cannot_encode_is_no_error(tmp_path, tiny):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    run = subprocess.run([sys.executable, str(EXAMPLE), *tiny, "--max-steps", "2", "--output", str(tmp_path / "ausgäbe")],
+                         capture_output=True, text=True, env=environment)
+    assert run.returncode == 0 and "ausg\\xe4be" in run.stdout, run.stderr
+
+
+def test_a_figure_with_one_point_is_seen(tmp_path):
+    save_curves(tmp_path / "without.png", [{"step": 1}])
+    save_curves(tmp_path / "one.png", [{"step": 5, "error": 1.0}])
+    blue = (np.asarray(Image.open(tmp_path / "one.png").convert("RGB")) == (31, 119, 180)).all(-1).sum()
+    assert blue > 9
 
 
 @pytest.mark.parametrize("method", ["train_step", "_draw"])
@@ -673,6 +720,21 @@ def test_freezing_leaves_a_parameter_that_was_frozen_before_frozen():
     with Frozen(network):
         assert not network.bias.requires_grad
     assert network.bias.requires_grad and not network.weight.requires_grad
+
+
+def test_a_layer_frozen_after_the_trainer_was_made_stays_as_it_is(tmp_path, images):
+    trainer = trainer_in(tmp_path, images)
+    for network in trainer.networks.values():
+        next(network.parameters()).requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in tensors({n: m.state_dict() for n, m in trainer.networks.items()}).items()}
+    for batch in [*trainer.batches.epoch(0)]:
+        trainer.train_step(batch)
+    after = tensors({n: m.state_dict() for n, m in trainer.networks.items()})
+    for name, network in trainer.networks.items():
+        (first, frozen), *others = network.named_parameters()
+        assert not frozen.requires_grad and torch.equal(after[f"/{name}/{first}"], before[f"/{name}/{first}"])
+        assert all(parameter.requires_grad for _, parameter in others)
+        assert any(not torch.equal(after[f"/{name}/{other}"], before[f"/{name}/{other}"]) for other, _ in others)
 
 
 def test_training_follows_the_plain_loop_of_the_paper(tmp_path, images):

@@ -6,6 +6,7 @@ import http.client
 import os
 import tempfile
 import urllib.request
+import warnings
 import zlib
 from pathlib import Path
 
@@ -166,8 +167,13 @@ def _idx_paths(name: str, root: Path | None, split: str) -> tuple[Path, Path]:
     folders += [base / _SUBFOLDERS[name][0] for base in (*_SYSTEM_ROOTS, cache)]
     for folder in folders:
         if pair := find_idx_pair(folder, split):
-            return pair
-    return _download(name, split, folders)
+            break
+    else:
+        pair = _download(name, split, folders)
+    if root is not None and root not in pair[0].parents:
+        missing = f"--data-root {root}: no {_IDX_NAMES[split][0]}[.gz] of {name} there"
+        warnings.warn(f"{missing}; those of {pair[0].parent} are taken", stacklevel=3)
+    return pair
 
 
 def _download(name: str, split: str, searched: list[Path]) -> tuple[Path, Path]:

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from fastgan.data.idx import DataError
 
 _MODES = {1: "L", 3: "RGB"}
+_NAMED = 10  # images that cannot be read, in an error
 
 
 def load_folder(folder: Path, image_size: int, channels: int) -> torch.Tensor:
@@ -47,10 +48,11 @@ def load_folder(folder: Path, image_size: int, channels: int) -> torch.Tensor:
         for _ in pool.map(load, range(len(paths))):
             pass
     if failures:
-        path, error = min(failures, key=lambda failure: failure[0])
+        failures.sort(key=lambda failure: failure[0])
+        named = [f"{path} ({error or type(error).__name__})" for path, error in failures[:_NAMED]]
+        more = [f"{len(failures) - _NAMED} more"] if len(failures) > _NAMED else []
         raise DataError(
-            f"{len(failures)} of the {len(paths)} images in {folder} cannot be read; repair or remove them, "
-            f"the first is {path} ({error or type(error).__name__})"
+            f"{len(failures)} of the {len(paths)} images in {folder} cannot be read; repair or remove {', '.join(named + more)}"
         )
     return images
 

@@ -20,7 +20,7 @@ from fastgan.laboratory.experiment import (
 from fastgan.laboratory.mixture import Mixture, distances
 from fastgan.train.checkpoint import TrainingError, load_checkpoint, save_checkpoint, write_atomically
 from fastgan.train.config import parse_arguments, resumed_checkpoint, resumed_config
-from fastgan.train.outputs import Progress, claim_folder, prepare_folder, write_json
+from fastgan.train.outputs import Progress, claim_folder, prepare_folder, say, write_json
 from fastgan.train.trainer import deferred_signals
 
 CRITERION = "|mean error| < 0.1, std ratio 0.7 to 1.3, KS < 0.15"
@@ -93,7 +93,7 @@ def experiment(given: dict[str, Any], program: list[str]) -> int:
         return 130
     if step < config.total_steps:
         command = shlex.join(["python", *program, "--resume", config.output])
-        print(f"stopped at step {step} of {config.total_steps} and saved; to go on:\n  {command}")
+        say(f"stopped at step {step} of {config.total_steps} and saved; to go on:\n  {command}")
         return 128 + signals[0]
     return 0
 

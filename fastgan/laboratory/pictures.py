@@ -57,7 +57,7 @@ def save_curves(path: Path, run: Run) -> None:
             axis.axhline(limits[name][0], color=OPTIMAL, linewidth=0.8, linestyle=":", label=limits[name][1])
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="upper right")
+        axis.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, frameon=False, ncols=3)  # above the panel
     axes[-1].set_xlabel("step")
     axes[-2].set_xlabel("step")
     write_atomically(path, _png(figure))

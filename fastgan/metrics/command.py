@@ -34,8 +34,8 @@ def run(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if (options.threads or 0) >= 2**31:
-        raise ValueError(f"--threads must be below {2**31}, got {options.threads}")
+    if (options.threads or 0) > 1024:
+        raise ValueError(f"--threads must be at most 1024, got {options.threads}")
     if options.threads:
         torch.set_num_threads(options.threads)
     paths = [path / "checkpoint.pt" if (path / "checkpoint.pt").is_file() else path for path in map(Path, options.scored)]

@@ -104,7 +104,7 @@ class TrainConfig:
                               may_change=True)
     cpu_graph: bool = option(True, "on the CPU, record the training step of networks of up to 4 million weights and replay it "
                              "without Python", may_change=True)
-    threads: int | None = option(None, "CPU threads; default: PyTorch's choice", minimum=1, below=2**31, may_change=True)
+    threads: int | None = option(None, "CPU threads; default: PyTorch's choice", minimum=1, below=1025, may_change=True)
     seed: int = option(0, "random seed for weights, noise and image order", minimum=0, below=2**32)
     log_every: int = option(10, "steps between two lines of metrics.jsonl", minimum=1, may_change=True)
     checkpoint_every: int | None = option(None, "steps between two checkpoints; default: an epoch",

@@ -7,8 +7,10 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,7 @@ def prepare_folder(folder: Path) -> None:
             aside.mkdir()
             for path in earlier:
                 path.rename(aside / path.name)
-            print(f"{folder} held an earlier run: moved to {aside}")
+            say(f"{folder} held an earlier run: moved to {aside}")
     except OSError as error:
         raise TrainingError(f"--output {folder}: cannot be written to ({error.strerror or error})") from error
 
@@ -138,6 +140,25 @@ class Metrics:
             raise TrainingError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
 
+def say(text: str) -> None:
+    """Print a line. A run goes on where nobody reads it any more: a pipe or a terminal that was closed."""
+    with _outliving(sys.stdout):
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _outliving(stream: Any) -> Iterator[None]:
+    """Inside, ``stream`` may fail, and goes nowhere from then on."""
+    try:
+        yield
+    except OSError:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it may have no file of the system's
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
 class Progress:
     """A progress bar; plain lines, ten seconds or more apart, where there is no terminal."""
 
@@ -148,7 +169,8 @@ class Progress:
         self.figures: dict[str, float] = {}  # the latest of each, also of those that come once an epoch
 
     def advance(self) -> None:
-        self.bar.update()
+        with _outliving(sys.stderr):
+            self.bar.update()
 
     def show(self, record: dict[str, Any], *, always: bool = False) -> None:
         """Show the figures of a logged step; ``always`` prints the plain line whatever the time."""
@@ -162,10 +184,11 @@ class Progress:
             rate = (record["step"] - self.first) / (now - self.started)
             left = tqdm.format_interval((self.total - record["step"]) / rate)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
-            print(f"step {record['step']}/{self.total}  {shown}  {rate:.3g} it/s  {left} left", flush=True)
+            say(f"step {record['step']}/{self.total}  {shown}  {rate:.3g} it/s  {left} left")
 
     def close(self) -> None:
-        self.bar.close()
+        with _outliving(sys.stderr):
+            self.bar.close()
 
 
 def save_grid(path: Path, images: torch.Tensor, columns: int | None = None) -> None:
@@ -220,7 +243,8 @@ def save_curves(path: Path, records: list[dict[str, Any]]) -> None:
     for axis, (prefix, names) in zip(axes, panels.items()):
         for name in names:
             points = [(record["step"], record[name]) for record in records if name in record]
-            axis.plot(*zip(*points), linewidth=0.9, label={"d_real": "D(x)", "d_fake": "D(G(z))"}.get(name, name))
+            label = {"d_real": "D(x)", "d_fake": "D(G(z))"}.get(name, name)
+            axis.plot(*zip(*points), linewidth=0.9, marker="o" if len(points) == 1 else None, label=label)
         axis.set_ylabel(labels.get(prefix, names[0].replace("_", " ") if len(names) == 1 else prefix))
         axis.grid(alpha=0.3)
         if len(names) > 1:  # above the panel, where it covers no curve

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastgan import _extension
 from fastgan.data import Batch, ImageDataset
@@ -34,7 +33,7 @@ from fastgan.train.distributed import Ranks, resume_words, set_random_state
 from fastgan.train.graph import CUDARecorder, GraphedStep, adam, set_rate, without
 from fastgan.train.nonfinite import locate_nonfinite, nonfinite_weight
 from fastgan.train.outputs import (
-    Claim, Metrics, Progress, claim_folder, copy_history, prepare_folder, save_animation, save_curves, save_grid, write_json,
+    Claim, Metrics, Progress, claim_folder, copy_history, prepare_folder, save_animation, save_curves, save_grid, say, write_json,
 )
 from fastgan.train.recording import CPURecorder
 
@@ -62,8 +61,9 @@ class Objective:
         averaged: the networks whose averaged weights are of use.
         no_graph: why a step with these losses cannot be captured in a CUDA graph, None where it can. In a graph Python decides
             nothing any more: what depends on ``progress`` would stay what it was in the captured step.
-        no_recording: the same for a recording on the CPU. To be set where the losses depend on numbers of your own in Python, such as
-            a counter for a term of every k-th step: it stands still in recorded steps.
+        no_recording: the same for a recording on the CPU. A number of your own in Python on which the losses depend, such as a counter
+            for a term of every k-th step, would stand still in recorded steps: where it is an attribute of the objective or of a
+            network the trainer sees it change and does not record; where it is elsewhere this has to be set.
     """
 
     averaged = ("generator",)
@@ -188,7 +188,8 @@ class Trainer:
             if config.ema
         }
         self.graph = GraphedStep(
-            self._update, self.optimizers.values(), self.device, self._nonfinite, self._graph_recorder()
+            self._update, self.optimizers.values(), self.device, self._nonfinite, self._graph_recorder(),
+            reads=lambda: [*self.networks.values(), *self.optimizers.values(), self.objective],
         )
         self.alarms = Alarms(config.generator_loss, config.side_by_side)
         self.step = 0
@@ -215,7 +216,7 @@ class Trainer:
         return min(self.planned_steps, self.config.max_steps or self.planned_steps)
 
     def train(self) -> None:
-        """Train up to the last step. SIGINT and SIGTERM end the run after the current step, with a checkpoint; of many
+        """Train up to the last step. SIGINT, SIGTERM and SIGHUP end the run after the current step, with a checkpoint; of many
         processes all end when one of them is asked to.
 
         Raises:
@@ -232,7 +233,7 @@ class Trainer:
         # One that came later than that has cut nothing short.
         if self.step < self.total_steps and (self._signals or self._stopping):
             if self.ranks.main:
-                print(f"stopped at step {self.step} of {self.total_steps} and saved; to go on:\n  {self._resume_command()}")
+                say(f"stopped at step {self.step} of {self.total_steps} and saved; to go on:\n  {self._resume_command()}")
             number = self._signals[0] if self._signals else signal.SIGTERM
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
@@ -359,7 +360,7 @@ class Trainer:
         if reason is None:
             return CUDARecorder()
         if self.ranks.main:
-            tqdm.write(without(CUDARecorder, reason))
+            say(without(CUDARecorder, reason))
         return None
 
     def _set_learning_rates(self) -> None:
@@ -504,7 +505,7 @@ class Trainer:
     def _raise(self, alarms: Iterable[dict]) -> None:
         for alarm in alarms:
             self.alarm_log.append(alarm)
-            tqdm.write(f"alarm at step {alarm['step']}: {alarm['message']}")
+            say(f"alarm at step {alarm['step']}: {alarm['message']}")
 
     def _draw(self) -> None:
         save_curves(self.output / "losses.png", self.metrics.read())
@@ -528,16 +529,16 @@ class Frozen:
     """
 
     def __init__(self, network: nn.Module):
-        self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.buffers = list(network.buffers())
+        self.parameters, self.buffers = list(network.parameters()), list(network.buffers())
 
     def __enter__(self) -> None:
         self._before = [buffer.clone() for buffer in self.buffers]
-        for parameter in self.parameters:
+        self._trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+        for parameter in self._trained:
             parameter.requires_grad_(False)
 
     def __exit__(self, *error: Any) -> None:
-        for parameter in self.parameters:
+        for parameter in self._trained:
             parameter.requires_grad_(True)
         for buffer, before in zip(self.buffers, self._before):
             buffer.copy_(before)
@@ -546,8 +547,8 @@ class Frozen:
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM instead of acting on it, so that a step is never left half done;
-    a second one acts at once.
+    """Collect the first SIGINT, SIGTERM or SIGHUP instead of acting on it, so that a step is never left half done;
+    a second one acts at once. A SIGHUP that is ignored, as under nohup, stays so.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -560,7 +561,10 @@ def deferred_signals() -> Iterator[list[int]]:
         for each, handler in previous.items():
             signal.signal(each, handler)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:

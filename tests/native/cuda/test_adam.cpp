@@ -79,7 +79,7 @@ void run(const Case& c) {
   args.weight_decay = c.weight_decay, args.decoupled_weight_decay = c.decoupled;
   args.lr = c.lr_on_device ? std::numeric_limits<float>::quiet_NaN() : lr;
   std::vector<Buffer> outputs;
-  under_every_schedule(c.name(), [&] {
+  under_two_schedules(c.name(), [&] {
     outputs.clear();
     const DeviceVector<float> rate{lr};
     DeviceVector<float> found_inf{0.0f};

@@ -39,7 +39,7 @@ void training_case(const Case& c) {
   const DeviceVector<int64_t> batches_tracked{4};
 
   std::vector<Buffer> outputs;
-  under_every_schedule(c.name(), [&] {
+  under_two_schedules(c.name(), [&] {
     const Buffer input(c.type, x, c.misaligned), grad_output(c.type, g, c.misaligned);
     const Buffer w(DataType::float32, weight), b(DataType::float32, bias);
     Buffer partial(DataType::float32, tiles * (2 * channels + 1));
@@ -134,7 +134,7 @@ void inference_case(const Case& c) {
   const Values mean = random_values(channels, DataType::float32), var(channels, 0.5);
   const Values y = random_values(size, c.type, 0.0, 0.4), g = random_values(size, c.type);
   std::vector<Buffer> outputs;
-  under_every_schedule(c.name(), [&] {
+  under_two_schedules(c.name(), [&] {
     Buffer running_mean(DataType::float32, mean), running_var(DataType::float32, var);
     Buffer vectors(DataType::float32, 5 * channels), partial(DataType::float32, tiles * channels);
     Buffer grad_output(c.type, g, c.misaligned), output(c.type, y, c.misaligned), grad(c.type, size, c.misaligned);
@@ -190,7 +190,7 @@ void statistics_case(const BnActShape& shape, DataType type, double mean, double
   }
   x = Buffer(type, x).values();
   std::vector<Buffer> outputs;
-  under_every_schedule(name, [&] {
+  under_two_schedules(name, [&] {
     const Buffer input(type, x);
     Buffer partial(DataType::float32, tiles * (2 * channels + 1));
     BatchStatisticsArgs statistics{shape, type, input.data(), tiles_in(partial, tiles, channels)};
@@ -228,7 +228,7 @@ void merge_case(int64_t tiles, int64_t rows_per_count, int64_t channels, double 
   double n = 0;
   for (double& count : counts) n += (count = static_cast<double>(random_integer(0, 64))) * rows_per_count;
   std::vector<Buffer> outputs;
-  under_every_schedule(name, [&] {
+  under_two_schedules(name, [&] {
     Buffer first(DataType::float32, means), second(DataType::float32, m2), count(DataType::float32, counts);
     Buffer forward_out(DataType::float32, 4 * channels), backward_out(DataType::float32, 2 * channels);
     BatchNormForwardArgs forward;

@@ -127,7 +127,7 @@ void check_direction(const Case& c, Conv4x4Direction direction, Epilogue epilogu
   int64_t tiles = 0, rows_per_count = 1;
   bool taken = true;
   std::vector<Buffer> outputs;
-  under_every_schedule(name, [&] {
+  under_two_schedules(name, [&] {
     Buffer input(c.type, x, c.misaligned), w(weight_type, in_layout(c, layout, weight)),
         output(c.type, output_size, c.misaligned);
     Buffer bias_buffer(DataType::float32, bias), previous(c.type, y, c.misaligned);
@@ -233,7 +233,7 @@ void check_weight_gradient(const Case& c, std::optional<DataType> wanted_type = 
   const Conv4x4WeightLayout layout = wanted_layout.value_or(random_choice(kLayouts));
   bool taken = true;
   std::vector<Buffer> outputs;
-  under_every_schedule(name, [&] {
+  under_two_schedules(name, [&] {
     Buffer small_buffer(c.type, small, c.misaligned), large_buffer(c.type, large, c.misaligned);
     Buffer grad(weight_type, c.weight_size());
     Conv4x4WeightGradientArgs args;
@@ -292,7 +292,7 @@ Values packed_order(const Conv4x4PackArgs& pack, const Values& weight) {
   return packed;
 }
 
-// More layers than one launch takes, in every order: as expected, and each as it is when packed alone.
+// More layers than one launch takes, in every combination: as expected, and each as it is when packed alone.
 void check_packs(DataType type, DataType weight_type) {
   const std::string name = std::string("packs of ") + name_of(weight_type) + " for " + name_of(type);
   struct Layer {
@@ -309,7 +309,7 @@ void check_packs(DataType type, DataType weight_type) {
   std::vector<Conv4x4PackArgs> packs;
   std::vector<Values> weights;
   std::vector<Buffer> outputs;
-  under_every_schedule(name, [&] {
+  under_two_schedules(name, [&] {
     std::vector<Buffer> sources;
     packs.clear(), weights.clear(), outputs.clear();
     for (size_t i = 0; i < values.size(); ++i) {

@@ -152,16 +152,19 @@ inline void expect_close(const std::string& what, const Values& got, const Value
   }
 }
 
-// Runs the case under every order of threads, blocks and warps; it returns the bytes of all it wrote, which must not
-// depend on the order.
-inline void under_every_schedule(const std::string& what, const std::function<std::vector<Buffer>()>& run) {
+// Runs the case under two orders of threads, blocks and warps: the ascending one, and the descending and random ones in turn from
+// case to case. It returns the bytes of all it wrote, which must not depend on the order.
+inline void under_two_schedules(const std::string& what, const std::function<std::vector<Buffer>()>& run) {
+  static bool descending = false;
+  descending = !descending;
   std::vector<Buffer> first;
-  for (int schedule = 0; schedule < 3; ++schedule) {
+  for (const bool other : {false, true}) {
 #if defined(FASTGAN_CUDA_HOST)
-    host::set_schedule(static_cast<host::Schedule>(schedule), 1);
+    using host::Schedule;
+    host::set_schedule(!other ? Schedule::ascending : descending ? Schedule::descending : Schedule::random, 1);
 #endif
     std::vector<Buffer> outputs = run();
-    if (schedule == 0) {
+    if (!other) {
       first = std::move(outputs);
       continue;
     }
@@ -185,7 +188,7 @@ inline void expect_success(const std::string& what, cudaError_t error) {
 }
 
 inline int report(const char* kernels, int cases) {
-  std::printf("%s: %d cases, each in 3 thread orders, %d failures\n", kernels, cases, failures);
+  std::printf("%s: %d cases, each in 2 of 3 thread orders, %d failures\n", kernels, cases, failures);
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
 
