@@ -1,8 +1,5 @@
-"""What PyTorch does around an operator: hooks that keep saved tensors, gradients that are not there, other threads, forks."""
+"""What PyTorch does around an operator: hooks that keep saved tensors, gradients that are not there, other threads."""
 
-import subprocess
-import sys
-import textwrap
 import threading
 
 import pytest
@@ -13,8 +10,6 @@ import fastgan
 from fastgan import _extension, ops
 from fastgan.nn._runs import images_in_channels_last
 from fastgan.nn.sync_batch_norm import SyncBatchNorm, own_statistics, synchronizing_group
-
-kernels_needed = pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="the compiled extension is missing")
 
 
 def images(*shape):
@@ -151,38 +146,3 @@ def test_what_a_trainer_asks_of_fused_layers_it_asks_in_its_own_thread_only(monk
     thread.join()
     assert seen["contiguous"] and seen["group"] is not None
     assert network(x).is_contiguous() and synchronizing_group(bn) is not None
-
-
-@kernels_needed
-def test_a_process_forked_beside_busy_threads_can_go_on():
-    """As a DataLoader's workers are: kept_memory.cpp may be in another thread's hands at that time."""
-    program = """
-        import os, signal, threading, torch, fastgan
-        torch.set_num_threads(1)
-        x = torch.ones(2, 64, 64, 64).contiguous(memory_format=torch.channels_last)
-
-        def busy():
-            while not done:
-                torch.ops.fastgan.convert_images(x, False)
-
-        done = []
-        threads = [threading.Thread(target=busy) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        hung = 0
-        for _ in range(120):
-            child = os.fork()
-            if child == 0:
-                signal.alarm(20)
-                torch.ops.fastgan.convert_images(x, False)
-                os._exit(0)
-            hung += os.waitpid(child, 0)[1] != 0
-            if hung:
-                break
-        done.append(True)
-        for thread in threads:
-            thread.join()
-        print(hung)
-    """
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], capture_output=True, text=True)
-    assert (run.returncode, run.stdout) == (0, "0\n"), run.stderr
