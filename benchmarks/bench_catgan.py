@@ -72,7 +72,7 @@ class Setting:
                 if isinstance(module, GaussianNoise):
                     module.std = 0.0
         if name == "trainer":
-            return self.trainer(networks, noise, folder)
+            return self.trainer(noise, folder)
         if name == "fuse":
             networks = [fastgan.fuse(network) for network in networks]
         return self.eager(*networks, tuned=name == "tuned")
@@ -113,7 +113,7 @@ class Setting:
 
         return step
 
-    def trainer(self, networks, noise, folder):
+    def trainer(self, noise, folder):
         config = CatGANConfig(
             architecture="mlp", labels=str(BATCH), labeled_batch=BATCH, batch_size=BATCH, latent_dim=LATENT_DIM, views=1,
             augment=False, ema=0, decay=0, learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], device="cpu",

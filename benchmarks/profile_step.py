@@ -20,8 +20,8 @@ from fastgan.train.graph import WARM_UP
 
 # The first pattern found in an operator's name decides.
 PARTS = {
-    "convolution, forward": ("mkldnn_convolution", "conv4x4s2_forward", "thnn_conv", "slow_conv"),
-    "convolution, backward": ("convolution_backward", "mkldnn_convolution_backward"),
+    "convolution, forward": ("mkldnn_convolution", "thnn_conv", "slow_conv"),
+    "convolution, backward": ("convolution_backward",),
     "convolution and its gradients (fused)": ("conv4x4s2_down", "conv4x4s2_up", "conv4x4s2_weight_gradient"),
     "weights packed": ("conv4x4s2_pack",),
     "batch norm": ("batch_norm", "batch_statistics"),

@@ -1,5 +1,6 @@
 """What commands and scripts make of errors that are no messages to the user by themselves."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -24,16 +25,19 @@ def until_pipe_closes(action: Callable[[], int]) -> int:
 
     Standard streams that are closed go nowhere, and what they cannot encode is escaped: neither is an error of the action.
     """
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     try:
-        status = action()
-        sys.stdout.flush()
-        return status
+        with contextlib.ExitStack() as stack:
+            for name in ("stdout", "stderr"):
+                stream = getattr(sys, name)
+                if stream is None:
+                    stack.callback(setattr, sys, name, None)
+                    setattr(sys, name, stack.enter_context(open(os.devnull, "w")))
+                elif getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+                    stream.reconfigure(errors="backslashreplace")
+                    stack.callback(stream.reconfigure, errors="strict")
+            status = action()
+            sys.stdout.flush()
+            return status
     except BrokenPipeError:
         # Nothing more may be written, at exit neither.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,8 +6,8 @@ import os
 import torch
 
 from fastgan import _extension, ops
-from fastgan.ops._conv import explicit_padding, group_obstacle, pair
-from fastgan.ops.conv_stack import fits_minimal_filtering
+from fastgan.ops._conv import explicit_padding, fits_cuda_loop, group_obstacle, pair
+from fastgan.ops.conv_stack import fits_minimal_filtering, fits_to_pixel
 
 # kMaxSide in csrc/cpu/conv4x4s2.cpp.
 MAX_FILTERED_SIDE = 256
@@ -108,7 +108,7 @@ def _convolution_loop(arguments):
         dtype = torch.get_autocast_dtype(device)
     in_dtype = f"in {_name(dtype)}"
     if device == "cpu":
-        if _has_minimal_filtering(arguments) and dtype == torch.float32:
+        if dtype == torch.float32 and _is_channels_last(arguments["input"]) and _fits_minimal_filtering(arguments):
             return _minimal_filtering(arguments)
         if dtype in (torch.float32, torch.bfloat16) and (loop := _pixel_loop(arguments)):
             return loop
@@ -218,14 +218,9 @@ def _pixel_loop(arguments):
         if tuple(input.shape[2:]) != (1, 1) or weight.shape[1] % 32:
             return None
         return "fastgan's for images from one pixel: a matrix product that reads the weight as it lies"
-    if input.is_contiguous() or input.shape[2:] != weight.shape[2:] or weight.shape[1] % 16 or weight.shape[0] > 4:
+    if input.is_contiguous() or input.shape[2:] != weight.shape[2:] or not fits_to_pixel(weight.shape):
         return None
     return "fastgan's for images to one pixel: the image is read once each way, with the weight beside it"
-
-
-def _has_minimal_filtering(arguments):
-    """The rule of conv_stack_single() in csrc/ops/conv_stack.cpp, in float32."""
-    return _is_channels_last(arguments["input"]) and _fits_minimal_filtering(arguments)
 
 
 def _is_channels_last(input):
@@ -255,7 +250,5 @@ def _has_cuda_loop(arguments):
     stride, padding, dilation = (pair(arguments[name]) for name in ("stride", "padding", "dilation"))
     if tuple(weight.shape[2:]) != (4, 4) or arguments["groups"] != 1 or dilation != (1, 1):
         return False
-    if input.dtype == torch.float64 or input.numel() == 0:
-        return False
-    one_pixel = tuple(input.shape[-2:]) == ((1, 1) if "output_padding" in arguments else (4, 4))
-    return (stride, padding) == ((2, 2), (1, 1)) or ((stride, padding) == ((1, 1), (0, 0)) and one_pixel)
+    small = input.shape[-2:] if "output_padding" in arguments else [side - 3 for side in input.shape[-2:]]
+    return input.numel() > 0 and fits_cuda_loop(stride, padding, small)

@@ -19,7 +19,7 @@ Train GANs on fused kernels, and use what was trained.
   fastgan sample --checkpoint runs/dcgan --out digits.png      a grid of new ones"""
 _EPILOG = """\
 `fastgan COMMAND --help` lists the options of a command.
-Exit status: 0 done, 1 an error (one line on standard error), 2 wrong arguments, 130 interrupted, 143 terminated."""
+Exit status: 0 done, 1 an error (one line on standard error), 2 wrong arguments, 130 interrupted (Ctrl-C), 143 terminated, 129 hung up."""
 _COMMANDS = {
     "train": ("train a model, or resume a run (--resume)", None),
     "sample": ("draw a grid of images from a checkpoint", "fastgan.sample"),
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         Exit status: 0 done, 1 an error (one line on standard error), 130 interrupted. Wrong arguments exit with 2, a training
-        run that SIGTERM ends with 143.
+        run that SIGTERM or SIGHUP ends with 143 or 129.
     """
     words = sys.argv[1:] if arguments is None else arguments
     options = _parser(words).parse_args(words)

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
+import fastgan
 from fastgan import _extension
 
 pytestmark = pytest.mark.skipif(not _extension.has_kernels("cpu"), reason="needs the compiled kernels")
@@ -53,6 +55,18 @@ def test_everything_else_is_contiguous_as_ever(memory_format):
         expected = x.contiguous(memory_format=memory_format)
         assert torch.equal(y, expected) and y.stride() == expected.stride()
         assert count == (x.shape[1] == 3 and x.element_size() == 4 and memory_format is torch.channels_last and x.is_contiguous())
+
+
+@pytest.mark.parametrize("layer, converts", [
+    (nn.Conv2d(16, 16, 4, 2, 1), True), (nn.Conv2d(16, 4, 4), True), (nn.Conv2d(16, 5, 4), False), (nn.Conv2d(16, 4, 4, dilation=2), False),
+    (nn.Conv2d(16, 4, 3), False), (nn.Conv2d(16, 8, 4, 2, 1), False), (nn.ConvTranspose2d(16, 4, 4), False),
+], ids=str)  # fmt: skip
+def test_fused_layers_convert_images_for_loops_of_their_own_only(layer, converts):
+    x = torch.randn(2, 16, 8, 8) if layer.dilation != (1, 1) or layer.padding != (0, 0) else torch.randn(2, 16, 4, 4)
+    network = fastgan.fuse(nn.Sequential(layer, nn.ReLU()))
+    y, count = copies(lambda: network(x))
+    assert (count > 0) == converts
+    assert torch.allclose(y, layer(x).relu(), atol=1e-5)
 
 
 def test_gradients_pass_through_to_any_order():

@@ -30,7 +30,7 @@ from fastgan.train.checkpoint import load_checkpoint, write_atomically
 from fastgan.train.config import parse_arguments
 from fastgan.train.nonfinite import locate_nonfinite
 from fastgan.train.outputs import Metrics, save_animation, save_curves, save_grid
-from fastgan.train.trainer import Frozen
+from fastgan.train.trainer import Frozen, deferred_signals
 
 pytestmark = pytest.mark.usefixtures("same_thread_count_after_the_test")
 
@@ -374,6 +374,16 @@ def test_a_terminal_that_was_closed_ends_a_run_after_its_step(tmp_path, tiny):
     os.close(master)  # which sends SIGHUP, and fails every write from now on
     assert process.wait(60) == 129
     assert checkpoint(tmp_path / "run")["step"] == metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_a_handler_of_ones_own_for_sighup_is_called():
+    calls, before = [], signal.signal(signal.SIGHUP, lambda number, frame: calls.append(number))
+    try:
+        with deferred_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert calls == [signal.SIGHUP] and received == []
 
 
 def test_a_name_that_standard_output_cannot_encode_is_no_error(tmp_path, tiny):

@@ -74,9 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_noise_forward_cpu(
       cpu::update_running_statistics<A>(C, shape.outer * shape.inner, momentum, data<A>(mean), data<A>(var),
                                         mutable_data<A>(new_mean), mutable_data<A>(new_var));
   });
-  // In place already where as_accumulate had nothing to convert.
-  if (training && defined(running_mean) && !new_mean.is_same(*running_mean)) running_mean->copy_(new_mean);
-  if (training && defined(running_var) && !new_var.is_same(*running_var)) running_var->copy_(new_var);
+  if (training) write_back(running_mean, new_mean), write_back(running_var, new_var);
   return {output, mean, invstd};
 }
 

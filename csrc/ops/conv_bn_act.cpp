@@ -79,9 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cpu(
       if (y.numel() > 0)
         kernels.scale_shift_act(shape, data<T>(y), data<A>(scale), data<A>(shift), act, mutable_data<T>(output));
     });
-    // In place already where as_accumulate had nothing to convert.
-    if (training && defined(running_mean) && !new_mean.is_same(*running_mean)) running_mean->copy_(new_mean);
-    if (training && defined(running_var) && !new_var.is_same(*running_var)) running_var->copy_(new_var);
+    if (training) write_back(running_mean, new_mean), write_back(running_var, new_var);
   }
   const Tensor saved = save_for_backward ? y : at::empty({0}, y.options());
   return {output, saved, mean.clone(), invstd.clone()};

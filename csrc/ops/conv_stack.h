@@ -70,8 +70,8 @@ WantedGradients wanted_gradients(const std::vector<Layer>& stack, at::IntArrayRe
 }
 
 // One layer by conv_stack, for the single operators: nothing unless it runs on a loop of fastgan's own, float32 or bfloat16 on the
-// CPU, and the input is in channels_last, as those loops are, or pixels. Parameters may be float32 beside a bfloat16 input, and have to be
-// where a loop would round more than PyTorch does. bn is null for a layer without batch norm.
+// CPU, and the input is in channels_last, as those loops are, or pixels. Parameters may be float32 beside a bfloat16 input; its
+// products are then of floats where a loop would round more than PyTorch does. bn is null for a layer without batch norm.
 struct BatchNormArguments {
   OptionalTensor weight, bias, running_mean, running_var;
   bool training;

@@ -284,9 +284,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_forward_cuda(
   batch_norm.shift = floats(folded) + count;
   C10_CUDA_CHECK(training ? batch_norm_forward_launch(batch_norm, current_stream())
                           : batch_norm_inference_launch(batch_norm, current_stream()));
-  // In place already where as_float had nothing to convert.
-  if (training && defined(running_mean) && !new_mean.is_same(*running_mean)) running_mean->copy_(new_mean);
-  if (training && defined(running_var) && !new_var.is_same(*running_var)) running_var->copy_(new_var);
+  if (training) write_back(running_mean, new_mean), write_back(running_var, new_var);
 
   const Tensor output = save_for_backward ? at::empty_like(y) : y;
   C10_CUDA_CHECK(cuda::scale_shift_act_launch(

@@ -65,8 +65,8 @@ def experiment(given: dict[str, Any], program: list[str]) -> int:
         program: what Python is to run with --resume to go on with the run: a script, or ``-m`` and a module.
 
     Returns:
-        Exit status: 0, 1 for an error (one line on standard error), or 130 after an interrupt and 143 after SIGTERM, which end
-        the training after the current step, with a checkpoint and pictures of what there is so far.
+        Exit status: 0, 1 for an error (one line on standard error), or 130 after an interrupt, 143 after SIGTERM and 129
+        after SIGHUP, which end the training after the current step, with a checkpoint and pictures of what there is so far.
     """
     try:
         if path := resumed_checkpoint(given):

@@ -19,9 +19,9 @@ DATA, GENERATED, DISCRIMINATOR, OPTIMAL = "tab:green", "tab:red", "tab:blue", "b
 SPREAD = 0.15
 
 
-def save_density(path: Path, run: Run, frame: int = -1) -> None:
-    """Data, generated density of every seed and their mean, discriminators and the optimal one, at a frame."""
-    write_atomically(path, _png(_density_figure(run, frame)))
+def save_density(path: Path, run: Run) -> None:
+    """Data, generated density of every seed and their mean, discriminators and the optimal one, at the end."""
+    write_atomically(path, _png(_density_figure(run, -1)))
 
 
 def save_evolution(folder: Path, run: Run) -> None:

@@ -13,7 +13,7 @@ from fastgan import _extension, ops
 from fastgan.nn.modules import BatchNormCall, GaussianNoise, conv_arguments, counted, run_batch_norm_layer
 from fastgan.nn.sync_batch_norm import SyncBatchNorm
 from fastgan.ops._conv import activate, pair
-from fastgan.ops.conv_stack import StackCall, fits_minimal_filtering, in_format
+from fastgan.ops.conv_stack import StackCall, fits_minimal_filtering, fits_to_pixel, in_format
 from fastgan.ops.linear_stack import LinearStackCall, linear_stack_gains
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
@@ -120,7 +120,9 @@ class _Layer:
         """Whether a loop of fastgan's own computes its convolution of `input` on the CPU, if that is in channels_last:
         conv_stack_single() in csrc/ops/conv_stack.cpp."""
         conv = self.conv
-        to_pixel = not conv.transposed and conv.weight.shape[2:] == input.shape[2:] and conv.groups == 1 and not any(pair(conv.padding))
+        shape = conv.weight.shape
+        to_pixel = not conv.transposed and fits_to_pixel(shape) and shape[2:] == input.shape[2:] and conv.groups == 1
+        to_pixel = to_pixel and not any(pair(conv.padding)) and pair(conv.dilation) == (1, 1)
         if not (to_pixel or self.is_filtered()):
             return False
         dtype = _autocast_dtype("cpu") or input.dtype

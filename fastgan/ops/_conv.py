@@ -37,6 +37,12 @@ def activate(op, z, activation, negative_slope):
     return z
 
 
+def fits_cuda_loop(stride, padding, small):
+    """Whether csrc/cuda has a main loop for a 4 x 4 kernel without groups and dilation, from its stride and padding (pairs) and the sides
+    of the smaller image."""
+    return (stride, padding) == ((2, 2), (1, 1)) or (stride, padding) == ((1, 1), (0, 0)) and tuple(small) == (1, 1)
+
+
 def as_batch(input):
     """[C, H, W] as a batch of one, ahead of the convolution. F.batch_norm's backward in PyTorch is wrong where its input or its
     gradient is a [C, H, W] in channels_last to which unsqueeze(0) has given a batch's dimension, so that the way back is by
@@ -111,9 +117,8 @@ if _extension.has_kernels("cpu"):
             return False
         if tuple(weight.shape[2:]) != (4, 4) or groups != 1 or any(d != 1 for d in dilation):
             return False
-        shape = (tuple(stride), tuple(padding))
         small = input if transposed else y
-        return shape == ((2, 2), (1, 1)) or shape == ((1, 1), (0, 0)) and tuple(small.shape[2:]) == (1, 1)
+        return fits_cuda_loop(tuple(stride), tuple(padding), small.shape[2:])
 
     @torch.library.register_fake("fastgan::conv_bn_act_forward")
     def _(

@@ -8,7 +8,7 @@ import math
 import torch
 
 from fastgan import _extension
-from fastgan.ops._conv import ACTIVATION_CODES, group_arguments, pair
+from fastgan.ops._conv import ACTIVATION_CODES, fits_cuda_loop, group_arguments, pair
 
 _INTEGERS, _NUMBERS = 12, 3  # a layer, as in csrc/ops/conv_stack.h
 _CUDA_PIXELS = 2**31 - 128  # indices_fit() in csrc/cuda/conv4x4s2.cu
@@ -30,6 +30,11 @@ def fits_minimal_filtering(weight_shape, stride, padding):
         return False
     small, large = weight_shape[:2]
     return small % 16 == 0 and (large <= 4 or large % 16 == 0)
+
+
+def fits_to_pixel(weight_shape):
+    """Whether a convolution of a whole image to one pixel has a loop of its own: to_pixel_supported() in csrc/cpu/to_pixel.cpp."""
+    return weight_shape[0] <= 4 and weight_shape[1] % 16 == 0
 
 
 class StackCall:
@@ -128,8 +133,7 @@ class StackCall:
             return False
         if self.shape[0] * (large[0] + 1) * (large[1] + 1) >= _CUDA_PIXELS:
             return False
-        shape = (stride, padding)
-        return shape == ((2, 2), (1, 1)) or shape == ((1, 1), (0, 0)) and tuple(small) == (1, 1)
+        return fits_cuda_loop(stride, padding, small)
 
     def run(self):
         """``[N, C, H, W]``, in channels_last."""

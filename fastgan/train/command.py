@@ -35,7 +35,7 @@ def train(config_class: type[TrainConfig], given: dict[str, Any], program: list[
 
     Returns:
         Exit status: 0 when trained to the end, 1 for an error (one line on standard error), 130 after
-        an interrupt. SIGTERM exits with 143.
+        an interrupt. SIGTERM exits with 143, SIGHUP with 129.
     """
     try:
         with process_group() as ranks:

@@ -156,7 +156,8 @@ class GraphedStep:
     another shape than the captured one.
 
     What the step ``reads`` may be changed between two steps. Where a graph cannot follow, as when a layer is frozen or a tensor is put
-    in another's place, the step warms up anew; where that happens soon after a capture, or in the step itself, it stays eager.
+    in another's place, the step warms up anew; where that happens soon after three captures in a row, or a number
+    changes in the step itself, it stays eager.
 
     Args:
         step: called with a batch and the latent vectors, as many as it makes updates of the discriminator, each drawn when it is
@@ -185,6 +186,8 @@ class GraphedStep:
         self._nonfinite, self._recorder, self._reads = nonfinite, recorder, reads
         self.guarded, self.fallback = False, None
         self._calls, self._replays = 0, 0  # since the warming up began
+        self._short = 0  # recordings in a row that were replayed less often than they were warmed up for
+        self._settings: Settings | None = None  # of the captured step
         self._losses: list[tuple[str, Tensor]] = []  # of a guarded step, by the network whose they are
         self._figures: list[str] = []
         self._values: Tensor | None = None  # of the captured step: its losses, then its figures
@@ -257,7 +260,7 @@ class GraphedStep:
         before = Settings(self._reads)
         with self._recorder.rehearse() as waits, contextlib.closing(watched):
             values = self._guarded(batch, watched)
-        changed = before.change()
+        changed = before.change_of_plain_values()
         result = self._result(values, batch, taken, number)
         if waits:
             self._give_up(f"the host waits for the device in {waits[0]}")
@@ -294,9 +297,10 @@ class GraphedStep:
         """Warm up anew, as what is ``changed`` is not what was captured."""
         self.check()
         self._recorder.forget()
-        self._values, self._inputs, self._gradients = None, [], []
-        if self._replays < WARM_UP:
-            self._give_up(f"{changed} changes from step to step")
+        self._values, self._inputs, self._gradients, self._settings = None, [], [], None
+        self._short = self._short + 1 if self._replays < WARM_UP else 0
+        if self._short == 3:
+            self._give_up(f"{changed} changes again and again")
         self._calls, self._replays = 1, 0
 
     def _guarded(self, batch: Batch, latents: Iterable[Tensor]) -> Tensor:

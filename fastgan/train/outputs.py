@@ -142,6 +142,8 @@ class Metrics:
 
 def say(text: str) -> None:
     """Print a line. A run goes on where nobody reads it any more: a pipe or a terminal that was closed."""
+    if sys.stdout is None:
+        return
     with _outliving(sys.stdout):
         tqdm.write(text)
         sys.stdout.flush()

@@ -55,6 +55,8 @@ class CPURecorder:
             RuntimeError: it did what cannot be repeated. Everything is as it was, but for gradients.
         """
         recording, inputs, objective = _extension._C.Recording(), list(inputs), self._trainer.objective
+        if objective.no_recording is not None:  # of one that came after the trainer was made
+            raise RuntimeError(objective.no_recording)
         with _State() as state:
             try:
                 objective._recorded = True

@@ -548,7 +548,7 @@ class Frozen:
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[list[int]]:
     """Collect the first SIGINT, SIGTERM or SIGHUP instead of acting on it, so that a step is never left half done;
-    a second one acts at once. A SIGHUP that is ignored, as under nohup, stays so.
+    a second one acts at once. A SIGHUP that is ignored, as under nohup, or has a handler is left alone.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -562,7 +562,7 @@ def deferred_signals() -> Iterator[list[int]]:
             signal.signal(each, handler)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, note) for number in numbers}
     try:
