@@ -304,10 +304,16 @@ def wait_for(condition, process, seconds=60):
         time.sleep(0.002)
 
 
+def own_signals():
+    """In a process to be started: SIGHUP as it is without nohup, and an end should the test forget it."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.alarm(300)
+
+
 def start(arguments):
     # A session of its own, so that a signal meant for it alone reaches it alone.
     return subprocess.Popen([sys.executable, str(EXAMPLE), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, start_new_session=True)
+                            text=True, start_new_session=True, preexec_fn=own_signals)
 
 
 def lines(path):
@@ -361,7 +367,7 @@ def test_a_terminal_that_was_closed_ends_a_run_after_its_step(tmp_path, tiny):
     process = subprocess.Popen(
         [sys.executable, str(EXAMPLE), *tiny, "--epochs", "100000", "--log-every", "1", "--output", str(tmp_path / "run")],
         stdin=terminal, stdout=terminal, stderr=terminal,
-        preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+        preexec_fn=lambda: (own_signals(), os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
     )  # fmt: skip
     os.close(terminal)
     os.set_blocking(master, False)
