@@ -36,6 +36,19 @@ def check_not_negative(function, **values):
             raise ValueError(f"{function}: {name} must be at least 0, got {value}")
 
 
+MOST_THREADS = 1024
+
+
+def set_threads(threads):
+    """Sets the number of CPU threads that a command was given by --threads; None leaves PyTorch's choice."""
+    if threads is None:
+        return
+    if not 1 <= threads <= MOST_THREADS:
+        bound = "at least 1" if threads < 1 else f"at most {MOST_THREADS}"
+        raise ValueError(f"--threads must be {bound}, got {threads}")
+    torch.set_num_threads(threads)
+
+
 def takes_tensor(function):
     """Decorates an operator: its first operand must be a tensor, or something that stands in for one by __torch_function__, as
     torch.fx's proxies do, which then gets the call."""

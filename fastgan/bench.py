@@ -29,6 +29,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastgan._arguments import set_threads
 from fastgan._extension import build_info
 from fastgan.data import Batch, ImageDataset
 from fastgan.models import dcgan
@@ -262,13 +263,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the table of one case."""
-    for name in ("repeats", "threads"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    if (options.threads or 0) > 1024:
-        raise ValueError(f"--threads must be at most 1024, got {options.threads}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    if options.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {options.repeats}")
+    set_threads(options.threads)
     case = next(case for case in CASES if case.name == options.case)
     for name, value in environment(torch.get_num_threads()).items():
         print(f"{name}: {value}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgan._arguments import MOST_THREADS
 from fastgan.laboratory.mixture import Mixture
 from fastgan.laboratory.networks import Adam, StackedMLP
 from fastgan.train.checkpoint import TrainingError
@@ -52,7 +53,7 @@ class LaboratoryConfig:
     seed: int = option(0, "seed of everything", minimum=0, below=2**32)
     device: str = option("cpu", "always the CPU (auto means the same): the networks are too small for a GPU", choices=("auto", "cpu"))
     precision: str = option("fp32", "arithmetic; only fp32 is available", choices=("fp32",))
-    threads: int = option(1, "CPU threads; more than one only costs here", minimum=1, below=1025, may_change=True)
+    threads: int = option(1, "CPU threads; more than one only costs here", minimum=1, below=MOST_THREADS + 1, may_change=True)
     output: str = option("runs/gaussian", "folder the results are written to", may_change=True)
     resume: str | None = option(None, "folder of a run to continue, or its checkpoint.pt, with that run's settings", may_change=True)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastgan.laboratory.experiment import STEPS_PER_EPOCH, Run
 from fastgan.laboratory.mixture import Mixture, distances
 from fastgan.train.checkpoint import write_atomically
+from fastgan.train.outputs import legend_above
 
 # The report's colours: data green, generated red, discriminator blue.
 DATA, GENERATED, DISCRIMINATOR, OPTIMAL = "tab:green", "tab:red", "tab:blue", "black"
@@ -57,7 +58,7 @@ def save_curves(path: Path, run: Run) -> None:
             axis.axhline(limits[name][0], color=OPTIMAL, linewidth=0.8, linestyle=":", label=limits[name][1])
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, frameon=False, ncols=3)  # above the panel
+        legend_above(axis, fontsize=7, ncols=3)
     axes[-1].set_xlabel("step")
     axes[-2].set_xlabel("step")
     write_atomically(path, _png(figure))

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastgan._arguments import set_threads
 from fastgan.data import DATASETS, ImageDataset, load_dataset
 from fastgan.metrics.distances import appearance
 from fastgan.metrics.features import Extractor, load_extractor
@@ -30,14 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print a line of JSON for the extractor, the held-out images and each path."""
-    for name, least in (("samples", SCORED), ("image_size", 1), ("threads", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
+    for name, least in (("samples", SCORED), ("image_size", 1)):
+        if (value := getattr(options, name)) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if (options.threads or 0) > 1024:
-        raise ValueError(f"--threads must be at most 1024, got {options.threads}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     paths = [path / "checkpoint.pt" if (path / "checkpoint.pt").is_file() else path for path in map(Path, options.scored)]
     # Before minutes are spent on the extractor.
     loaded = {path: load_generator(path) for path in paths if not path.is_dir()}

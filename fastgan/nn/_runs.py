@@ -1,7 +1,5 @@
 """Finding and running the layers of a network that fuse() changed, in the order of its calls."""
 
-import contextlib
-import threading
 from typing import NamedTuple
 
 import torch
@@ -10,6 +8,7 @@ from torch._prims_common import suggest_memory_format
 from torch.nn.modules import module as nn_module
 
 from fastgan import _extension, ops
+from fastgan.nn._switch import Switch
 from fastgan.nn.modules import BatchNormCall, GaussianNoise, conv_arguments, counted, run_batch_norm_layer
 from fastgan.nn.sync_batch_norm import SyncBatchNorm
 from fastgan.ops._conv import activate, pair
@@ -25,15 +24,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STACK_AUTOCAST = {"cpu": (torch.bfloat16,), "cuda": (torch.bfloat16, torch.float16)}
 # Numbers from which a BatchNorm1d is faster by its operator; drawn noise pays always.
 _FEWEST_NUMBERS = 2**15
-
-
-class _Leaving(threading.local):
-    """See images_in_channels_last(); of one thread."""
-
-    in_channels_last = False
-
-
-_leaving = _Leaving()
+_leaves_channels_last = Switch()  # see images_in_channels_last()
 
 
 def run_children(children, input):
@@ -207,14 +198,9 @@ def _match_perceptron(children, position, input):
     return (stack, position) if stack.gains else nothing
 
 
-@contextlib.contextmanager
 def images_in_channels_last():
     """Inside, what leaves a fused run of layers is in channels_last, as it is between them, for a network that takes it so."""
-    before, _leaving.in_channels_last = _leaving.in_channels_last, True
-    try:
-        yield
-    finally:
-        _leaving.in_channels_last = before
+    return _leaves_channels_last.on()
 
 
 def _run(layers, input):
@@ -231,7 +217,7 @@ def _run(layers, input):
             output = layer.run(output)
         if not input.is_cpu:
             return output
-    if keeps_channels_last or _leaving.in_channels_last:
+    if keeps_channels_last or _leaves_channels_last.is_on:
         return output
     if not output.is_contiguous():
         output = in_format(output, torch.contiguous_format)

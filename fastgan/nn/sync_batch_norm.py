@@ -1,24 +1,16 @@
 """Batch norm whose statistics are those of all processes of a run."""
 
 import contextlib
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastgan.nn._switch import Switch
 from fastgan.ops._sync_batch_norm import sync_batch_norm
 
-
-class _Statistics(threading.local):
-    """See own_statistics(); of one thread."""
-
-    own = False
-
-
-_statistics = _Statistics()
+_own_statistics = Switch()
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -63,20 +55,15 @@ def convert_sync_batch_norm(module: nn.Module, process_group: Any = None) -> nn.
     return module
 
 
-@contextlib.contextmanager
-def own_statistics() -> Iterator[None]:
+def own_statistics() -> contextlib.AbstractContextManager[None]:
     """Inside, :class:`SyncBatchNorm` and fused layers take the statistics of this process alone: for what the others
     do not take part in, such as an evaluation."""
-    before, _statistics.own = _statistics.own, True
-    try:
-        yield
-    finally:
-        _statistics.own = before
+    return _own_statistics.on()
 
 
 def synchronizing_group(bn: nn.Module) -> Any:
     """The group whose statistics `bn` normalises by now, or None for this process's own."""
-    if not isinstance(bn, (SyncBatchNorm, nn.SyncBatchNorm)) or not bn.training or _statistics.own:
+    if not isinstance(bn, (SyncBatchNorm, nn.SyncBatchNorm)) or not bn.training or _own_statistics.is_on:
         return None
     if not distributed.is_available() or not distributed.is_initialized():
         return None

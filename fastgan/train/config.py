@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fastgan._arguments import MOST_THREADS
 from fastgan.data import DATASETS, Batches, ImageDataset, load_dataset
 from fastgan.losses import GENERATOR_LOSSES
 
@@ -104,7 +105,7 @@ class TrainConfig:
                               may_change=True)
     cpu_graph: bool = option(True, "on the CPU, record the training step of networks of up to 4 million weights and replay it "
                              "without Python", may_change=True)
-    threads: int | None = option(None, "CPU threads; default: PyTorch's choice", minimum=1, below=1025, may_change=True)
+    threads: int | None = option(None, "CPU threads; default: PyTorch's choice", minimum=1, below=MOST_THREADS + 1, may_change=True)
     seed: int = option(0, "random seed for weights, noise and image order", minimum=0, below=2**32)
     log_every: int = option(10, "steps between two lines of metrics.jsonl", minimum=1, may_change=True)
     checkpoint_every: int | None = option(None, "steps between two checkpoints; default: an epoch",

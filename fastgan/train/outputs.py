@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
@@ -233,6 +234,11 @@ def save_animation(path: Path, frames: list[Path]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def legend_above(axis: Axes, **options: Any) -> None:
+    """A legend above the panel, where it covers no curve."""
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, frameon=False, **options)
+
+
 def save_curves(path: Path, records: list[dict[str, Any]]) -> None:
     """Draw the logged figures over the steps; names that begin alike (``loss_d``, ``loss_g``) share a panel."""
     panels: dict[str, list[str]] = {}
@@ -249,8 +255,8 @@ def save_curves(path: Path, records: list[dict[str, Any]]) -> None:
             axis.plot(*zip(*points), linewidth=0.9, marker="o" if len(points) == 1 else None, label=label)
         axis.set_ylabel(labels.get(prefix, names[0].replace("_", " ") if len(names) == 1 else prefix))
         axis.grid(alpha=0.3)
-        if len(names) > 1:  # above the panel, where it covers no curve
-            axis.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, frameon=False, ncols=len(names))
+        if len(names) > 1:
+            legend_above(axis, ncols=len(names))
     axes[-1].set_xlabel("step")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
